@@ -1,0 +1,1 @@
+//! Random Fourier features: an explicit map whose inner products approximate the Gaussian kernel.

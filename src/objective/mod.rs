@@ -1,0 +1,218 @@
+//! What is minimised: tiltings, objectives and the pairs they act on, as plain data.
+//!
+//! Notation of every docstring here: `u` is `[N, D]` (rows), `v` is `[M, D]` (columns), `S[i, j]` the
+//! logit of row i and column j under a [`Tilting`] at temperature `tau`, `r_i` and `c_j` the row and
+//! column log-sum-exp (LSE) of `S`, `z` the LSE of all of it, `G = dL/dS`.
+//!
+//! An engine ([`crate::device`]) evaluates `(Loss, Batch)`; [`reference`] is its slow f64 twin.
+
+pub mod features;
+pub mod reference;
+
+pub use kernels::law::Tilting;
+
+use half::{bf16, f16};
+
+/// The loss to minimise. All values are means (over rows or pairs), in nats.
+///
+/// Targets: row i's target distribution `T^r_ij` is uniform over its positives `P_i`; with label
+/// smoothing `e` it is `(1 - e)/|P_i| [j in P_i] + e/M_i` over the `M_i` columns not ignored in row i.
+/// `T^c` is the same down the columns. `w_i` are row weights and `x_j` column weights, scaled to sum
+/// to one over the rows (columns) that have a positive; the others contribute nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Objective {
+    /// Weighted conditional loss (Problem 3.13). `lambda_u` weighs u|v (column softmax), `lambda_v`
+    /// weighs v|u (row softmax); (1, 1) is CLIP/InfoNCE, (2, 0) and (0, 2) are one-sided:
+    ///
+    /// `L = lambda_v/2 sum_i w_i (r_i - log M - <T^r_i, S_i>) + lambda_u/2 sum_j x_j (c_j - log N - <T^c_j, S_j>)`
+    Conditional { lambda_u: f64, lambda_v: f64 },
+    /// Joint loss (Problem 3.7): `L = z - log(N M) - sum_i w_i <T^r_i, S_i>`.
+    Joint,
+    /// The joint loss with its normaliser estimated from `pairings` random pairings of the batch
+    /// (Remark 3.9), O(N D pairings) work: needs N = M and diagonal positives.
+    /// `L = -mean_i S_ii + log mean_{k,i} exp S[i, pi_k(i)]`, `pi_k` a permutation drawn from `(seed, k)`
+    /// by [`pairing`].
+    JointShuffled { pairings: u32, seed: u64 },
+    /// Sigmoid loss (SigLIP): `L = sum_i w_i sum_j softplus(x) - t x`, `x = S_ij + bias`, target `t` = 1
+    /// on positives and 0 elsewhere, pulled to 1 - e/2 and e/2 by smoothing.
+    Sigmoid { bias: f64 },
+    /// Maximum mean discrepancy of both conditionals (Appendix B). Needs [`Moments`].
+    /// With `P` the column softmax, `K` the kernel on u-data and `T^c` the targets:
+    /// `L = lambda_u sum_j x_j (1/2 P_j' K P_j - P_j' K T^c_j) + lambda_v (the same by rows)`. Smoothing is not defined here.
+    Mmd { lambda_u: f64, lambda_v: f64 },
+    /// Joint maximum mean discrepancy (Problem 3.11). Needs [`Moments`]. With `W = exp(S - z)` and
+    /// `T_ij = w_i T^r_ij`: `L = <W, K_u W K_v> - 2 <T, K_u W K_v>`. Smoothing is not defined here.
+    JointMmd,
+}
+
+/// One loss: a tilting, an objective, the temperature and label smoothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Loss {
+    /// How a logit is made from two embeddings.
+    pub tilting: Tilting,
+    /// What is minimised.
+    pub objective: Objective,
+    /// Temperature, > 0.
+    pub tau: f64,
+    /// Label smoothing, in [0, 1).
+    pub smoothing: f64,
+}
+
+/// Storage type of embeddings; accumulation is always f32 or better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Elements of a matrix in one of the storage types.
+#[derive(Clone, Copy, Debug)]
+pub enum Storage<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// A row-major `[rows, dim]` matrix borrowed from the caller.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    /// `rows * dim` elements.
+    pub data: Storage<'a>,
+    pub rows: usize,
+    pub dim: usize,
+}
+
+/// Which pairs (i, j) are positives.
+#[derive(Clone, Copy, Debug)]
+pub enum Positives<'a> {
+    /// (i, i); needs N <= M or M <= N, the surplus rows or columns being extra negatives.
+    Diagonal,
+    /// Row i's only positive is column `index[i]`; `[N]`, each < M. Several rows may share a column.
+    Index(&'a [u32]),
+    /// (i, j) is a positive when `u[i] == v[j]`; `[N]` and `[M]`. Rows without one are only negatives.
+    Groups { u: &'a [i64], v: &'a [i64] },
+}
+
+/// Positives, pairs to leave out, and weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Pairs<'a> {
+    pub positives: Positives<'a>,
+    /// Ids `[N]` and `[M]`: a pair with equal ids that is not a positive leaves the loss altogether
+    /// (a false negative). `None`: nothing is ignored.
+    pub ignore: Option<(&'a [i64], &'a [i64])>,
+    /// Row weights `[N]`, >= 0 (they weigh the v|u terms, and every term of joint and sigmoid).
+    pub weights_u: Option<&'a [f32]>,
+    /// Column weights `[M]`, >= 0 (they weigh the u|v terms).
+    pub weights_v: Option<&'a [f32]>,
+}
+
+/// The kernel on data that MMD compares distributions with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum DataKernel {
+    /// `k(x, x') = exp(-|x - x'|^2 / (2 width^2))`.
+    Gaussian { width: f64 },
+    /// `k(x, x') = <x, x'>`.
+    Linear,
+}
+
+/// What MMD and joint MMD know of the data behind the embeddings.
+#[derive(Clone, Copy, Debug)]
+pub enum Moments<'a> {
+    /// Explicit feature maps, K = F F': `u` is `[N, f_u]`, `v` is `[M, f_v]`. O(N M (D + f)) work.
+    Features { u: Matrix<'a>, v: Matrix<'a> },
+    /// A kernel evaluated on raw data, `u` `[N, x]`, `v` `[M, y]`: exact, O(N^2 M) work.
+    Gram { kernel: DataKernel, u: Matrix<'a>, v: Matrix<'a> },
+}
+
+/// Everything a loss is evaluated on.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Row embeddings `[N, D]`.
+    pub u: Matrix<'a>,
+    /// Column embeddings `[M, D]`.
+    pub v: Matrix<'a>,
+    pub pairs: Pairs<'a>,
+    /// A number added to every logit of column j, `[M]` (the class bias F of `fine_tune`).
+    pub offset_v: Option<&'a [f32]>,
+    /// Required by [`Objective::Mmd`] and [`Objective::JointMmd`] only.
+    pub moments: Option<Moments<'a>>,
+}
+
+/// Where a result goes: over what is there, or added to it.
+#[derive(Debug)]
+pub enum Write<T> {
+    Set(T),
+    Add(T),
+}
+
+/// The gradients wanted, all f32.
+#[derive(Debug, Default)]
+pub struct Gradients<'a> {
+    /// dL/du, `[N, D]`.
+    pub u: Option<Write<&'a mut [f32]>>,
+    /// dL/dv, `[M, D]`.
+    pub v: Option<Write<&'a mut [f32]>>,
+    /// dL/d offset_v, `[M]`.
+    pub offset_v: Option<Write<&'a mut [f32]>>,
+}
+
+/// A loss value with its scalar gradients.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Value {
+    /// The loss as defined by [`Objective`].
+    pub loss: f64,
+    /// dL/dtau. With the logit scale `l = log(1/tau)`: `dL/dl = -tau dL/dtau`.
+    pub grad_tau: f64,
+    /// dL/dbias; zero for objectives without one.
+    pub grad_bias: f64,
+}
+
+/// Why a loss could not be evaluated. Every message names the argument, what was found and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LossError {
+    #[error("{what}: found {found}, expected {expected}")]
+    Shape { what: &'static str, found: String, expected: String },
+    #[error("{what}: found {found}, expected {expected}")]
+    Parameter { what: &'static str, found: String, expected: &'static str },
+    #[error("{what} row {row}: found a value that is not finite, expected finite numbers")]
+    NotFinite { what: &'static str, row: usize },
+}
+
+impl Objective {
+    /// `L_clip - L` for `L` as defined above: (lambda_u log N + lambda_v log M)/2 for the conditional
+    /// loss, `None` for the others.
+    pub fn clip_offset(&self, n: usize, m: usize) -> Option<f64> {
+        match *self {
+            Objective::Conditional { lambda_u, lambda_v } => {
+                Some(0.5 * (lambda_u * (n as f64).ln() + lambda_v * (m as f64).ln()))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Default for Pairs<'_> {
+    fn default() -> Self {
+        Pairs { positives: Positives::Diagonal, ignore: None, weights_u: None, weights_v: None }
+    }
+}
+
+impl<'a> Matrix<'a> {
+    /// Borrows row-major f32 data of `dim` columns; the number of rows follows.
+    pub fn f32(data: &'a [f32], dim: usize) -> Self {
+        Matrix { data: Storage::F32(data), rows: data.len() / dim.max(1), dim }
+    }
+}
+
+/// The permutation `pi_k` of 0..n that [`Objective::JointShuffled`] draws from `(seed, k)`.
+pub fn pairing(n: usize, seed: u64, k: u32) -> Vec<u32> {
+    use rand::{SeedableRng, seq::SliceRandom};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(1 + u64::from(k));
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    order.shuffle(&mut rng);
+    order
+}
