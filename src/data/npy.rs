@@ -439,16 +439,16 @@ mod tests {
         assert!(Npy::open(&path).unwrap_err().to_string().contains("found dtype <i8, expected dtype <f2, <f4 or <f8"));
     }
 
-    /// The bytes that numpy 1.26's `np.save` wrote for `np.arange(6, dtype=np.float32).reshape(2, 3)`.
+    /// The layout of numpy's `np.save` (header padded with blanks to a multiple of 64 bytes) for `np.arange(6, dtype=np.float32).reshape(2, 3)`.
     #[test]
-    fn a_file_from_numpy() {
+    fn a_file_as_numpy_writes_it() {
         let dict = format!("{:<117}\n", "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }");
         let data: Vec<u8> = (0..6).flat_map(|x| (x as f32).to_le_bytes()).collect();
         let bytes = file(1, &dict, &data);
         assert_eq!(bytes.len(), 128 + 24);
         let npy = Npy::open(on_disk(&bytes)).unwrap();
         assert_eq!(npy.as_f32().unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
-        // And ours is the same file, byte for byte, up to the spelling of the tuple.
+        // And ours has the same layout.
         let ours = header_v1("<f4", &[2, 3]).unwrap();
         assert_eq!(ours.len(), 128);
         assert_eq!(Header::parse(&ours).ok(), Header::parse(&bytes).ok());
@@ -474,7 +474,7 @@ mod tests {
                         })
                         .collect();
                     let bytes = file(version, &dict, &data);
-                    let aligned = (bytes.len() - data.len()) % 4 == 0;
+                    let aligned = (bytes.len() - data.len()).is_multiple_of(4);
                     let npy = Npy::open(on_disk(&bytes)).unwrap();
                     let mut all = vec![0.0; rows * dim];
                     npy.read_rows(0..rows, &mut all);

@@ -3,9 +3,9 @@
 //! A Feistel network on the smallest power of two >= n, walked until it lands below n (cycle walking): a bijection
 //! of the power of two restricted to a bijection of 0..n, less than two evaluations on average.
 
-/// Rounds of the network. Four make a good permutation of a large set; small sets, where a round knows only a bit
-/// or two, need more to reach all orders equally often (tested).
-const ROUNDS: u64 = 12;
+/// Rounds of the network. A handful make a good permutation of a large set; tiny sets, where a round knows only a bit
+/// or two, need this many before all orders are equally frequent (tested). About 0.1 us an index.
+const ROUNDS: u64 = 24;
 
 /// Position `index` of epoch `epoch`'s random order of 0..n: a keyed bijection, O(1) at any index, so that a
 /// resumed run needs no state.
@@ -22,10 +22,12 @@ pub fn permute(seed: u64, epoch: u64, n: usize, index: usize) -> usize {
     loop {
         let (mut h, mut l) = (x >> low, x & low_mask);
         for round in 0..ROUNDS {
+            // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
+            let key = key.wrapping_add(round << 56);
             if round % 2 == 0 {
-                h ^= mix(key ^ mix(l + (round << 60))) & high_mask;
+                h ^= mix(key.wrapping_add(l)) & high_mask;
             } else {
-                l ^= mix(key ^ mix(h + (round << 60))) & low_mask;
+                l ^= mix(key.wrapping_add(h)) & low_mask;
             }
         }
         x = h << low | l;
@@ -85,7 +87,7 @@ mod tests {
 
     #[test]
     fn all_orders_of_small_sets_are_equally_likely() {
-        // Fails with fewer than about 8 rounds. 5 sigmas: the draws are fixed, so this does not flicker.
+        // Fails with fewer than 20 rounds (n = 6). 5 sigmas: the draws are fixed, so this does not flicker.
         for (n, factorial) in [(2, 2), (3, 6), (4, 24), (5, 120), (6, 720)] {
             let draws = 200 * factorial;
             let mut counts = HashMap::<Vec<usize>, u32>::new();

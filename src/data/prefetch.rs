@@ -61,7 +61,7 @@ impl Prefetch {
         Prefetch { ready, spare, current: PairBatch::default() }
     }
     /// The next batch. Waits for it when compute was faster than the gathering.
-    pub fn next(&mut self) -> &PairBatch {
+    pub fn next_batch(&mut self) -> &PairBatch {
         let next = self.ready.recv().expect("the gathering thread ended: its source panicked");
         let used = std::mem::replace(&mut self.current, next);
         // Nobody receives once the gathering thread has panicked, which the next call reports.
@@ -132,7 +132,7 @@ mod tests {
                         for k in 0..25 {
                             let at = epoch * steps + step + k;
                             let want = expected(&source, 11, batch, at / steps, at % steps);
-                            assert_eq!(*prefetch.next(), want, "n = {n}, batch = {batch}");
+                            assert_eq!(*prefetch.next_batch(), want, "n = {n}, batch = {batch}");
                             if k % 3 == 0 {
                                 thread::sleep(Duration::from_micros(pause));
                             }
@@ -151,7 +151,7 @@ mod tests {
             thread::scope(|scope| {
                 let mut prefetch = Prefetch::spawn(scope, &source, 0, 10, 0, 0);
                 for _ in 0..reads {
-                    prefetch.next();
+                    prefetch.next_batch();
                 }
             });
         }
