@@ -1,12 +1,18 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
+mod contrast;
+mod fused;
 mod gemm;
+mod mmd;
+mod shuffled;
 mod simd;
+mod sweep;
 
 pub use simd::{Isa, Lane};
 
 use super::{Contrast, Device, Engine, Features, Gemm, View, ViewMut};
-use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
+use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
+use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
@@ -16,6 +22,10 @@ pub struct Cpu<T = f32> {
     isa: Isa,
     /// The packed operand of the last matrix product.
     packed: Mutex<Vec<T>>,
+    scratch: contrast::Scratch,
+    /// Embeddings of a training batch in 16-bit storage.
+    stored_bf16: Vec<bf16>,
+    stored_f16: Vec<f16>,
 }
 
 impl<T: Lane> Cpu<T> {
@@ -26,7 +36,7 @@ impl<T: Lane> Cpu<T> {
 
     /// With an instruction set of your choice from [`Isa::available`].
     pub fn with_isa(isa: Isa) -> Self {
-        Cpu { isa, packed: Mutex::default() }
+        Cpu { isa, packed: Mutex::default(), scratch: contrast::Scratch::default(), stored_bf16: Vec::new(), stored_f16: Vec::new() }
     }
 
     /// The instruction set in use.
@@ -42,11 +52,14 @@ impl<T: Lane> Default for Cpu<T> {
 }
 
 impl Engine for Cpu<f32> {
-    fn loss(&mut self, _loss: &Loss, _batch: &Batch<'_>, _gradients: Gradients<'_>) -> Result<Value, LossError> {
-        todo!()
+    fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
+        // batch.validate(loss)?;
+        gradients.validate(batch)?;
+        Ok(contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients))
     }
+
     fn scratch_bytes(&self) -> usize {
-        todo!()
+        self.scratch.bytes()
     }
 }
 
@@ -68,27 +81,71 @@ impl<T: Lane> Device for Cpu<T> {
         }
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
-        let c = match c {
-            Write::Set(c) => Write::Set(&mut c.buf[c.at]),
-            Write::Add(c) => Write::Add(&mut c.buf[c.at]),
-        };
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        gemm::gemm(self.isa, shape, &a.buf[a.at], &b.buf[b.at], c, &mut packed);
+        gemm::gemm(self.isa, shape, &a.buf[a.at], &b.buf[b.at], slice(c), &mut packed);
     }
 }
 
 impl Contrast for Cpu<f32> {
     fn contrast(
         &mut self,
-        _loss: &Loss,
-        _precision: Precision,
-        _shape: [usize; 2],
-        _u: View<'_, Vec<f32>>,
-        _v: View<'_, Vec<f32>>,
-        _moments: Option<Features<'_, Vec<f32>>>,
-        _grad_u: Write<ViewMut<'_, Vec<f32>>>,
-        _grad_v: Write<ViewMut<'_, Vec<f32>>>,
+        loss: &Loss,
+        precision: Precision,
+        shape: [usize; 2],
+        u: View<'_, Vec<f32>>,
+        v: View<'_, Vec<f32>>,
+        moments: Option<Features<'_, Vec<f32>>>,
+        grad_u: Write<ViewMut<'_, Vec<f32>>>,
+        grad_v: Write<ViewMut<'_, Vec<f32>>>,
     ) -> Result<Value, LossError> {
-        todo!()
+        let [rows, dim] = shape;
+        let (u, v) = (&u.buf[u.at], &v.buf[v.at]);
+        let mut bf16 = std::mem::take(&mut self.stored_bf16);
+        let mut f16 = std::mem::take(&mut self.stored_f16);
+        let [u, v] = match precision {
+            Precision::F32 => [Storage::F32(u), Storage::F32(v)],
+            Precision::Bf16 => stored(&mut bf16, u, v).map(Storage::Bf16),
+            Precision::F16 => stored(&mut f16, u, v).map(Storage::F16),
+        };
+        let matrix = |data| Matrix { data, rows, dim };
+        let features = moments.as_ref().map(|m| Moments::Features {
+            u: Matrix::f32(&m.u.buf[m.u.at.clone()], m.dims[0]),
+            v: Matrix::f32(&m.v.buf[m.v.at.clone()], m.dims[1]),
+        });
+        let batch =
+            Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
+        let gradients = Gradients { u: Some(slice(grad_u)), v: Some(slice(grad_v)), offset_v: None };
+        let value = self.loss(loss, &batch, gradients);
+        (self.stored_bf16, self.stored_f16) = (bf16, f16);
+        value
+    }
+}
+
+/// Both sides rounded to 16-bit storage, in one buffer.
+fn stored<'a, H: FromF32>(buffer: &'a mut Vec<H>, u: &[f32], v: &[f32]) -> [&'a [H]; 2] {
+    buffer.clear();
+    buffer.extend(u.iter().chain(v).map(|&x| H::from_f32(x)));
+    let (u, v) = buffer.split_at(u.len());
+    [u, v]
+}
+
+trait FromF32 {
+    fn from_f32(x: f32) -> Self;
+}
+impl FromF32 for bf16 {
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+impl FromF32 for f16 {
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
+    match out {
+        Write::Set(out) => Write::Set(&mut out.buf[out.at]),
+        Write::Add(out) => Write::Add(&mut out.buf[out.at]),
     }
 }
