@@ -4,8 +4,11 @@
 //! samples `permute(seed, epoch, n, step * batch + i)`: a function of numbers, not of a generator's state, so a
 //! run resumes exactly at any step. [`Prefetch`] gathers batches on a thread of its own, beside compute.
 
+pub mod digits;
 pub mod gaussian2d;
 pub mod gp;
+pub mod idx;
+pub mod images;
 pub mod npy;
 pub mod tensors;
 
