@@ -1,19 +1,43 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
-use super::{Contrast, Device, Engine, Features, Gemm, Real, View, ViewMut};
+mod gemm;
+mod simd;
+
+pub use simd::{Isa, Lane};
+
+use super::{Contrast, Device, Engine, Features, Gemm, View, ViewMut};
 use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
+use std::sync::{Mutex, PoisonError};
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
 /// Losses exist in f32 only.
 #[derive(Debug)]
 pub struct Cpu<T = f32> {
-    real: std::marker::PhantomData<T>,
+    isa: Isa,
+    /// The packed operand of the last matrix product.
+    packed: Mutex<Vec<T>>,
 }
 
-impl<T: Real> Cpu<T> {
-    /// The best instruction set this machine has.
+impl<T: Lane> Cpu<T> {
+    /// With the fastest instruction set this machine has.
     pub fn new() -> Self {
-        todo!()
+        Cpu::with_isa(Isa::best())
+    }
+
+    /// With an instruction set of your choice from [`Isa::available`].
+    pub fn with_isa(isa: Isa) -> Self {
+        Cpu { isa, packed: Mutex::default() }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl<T: Lane> Default for Cpu<T> {
+    fn default() -> Self {
+        Cpu::new()
     }
 }
 
@@ -26,7 +50,7 @@ impl Engine for Cpu<f32> {
     }
 }
 
-impl<T: Real> Device for Cpu<T> {
+impl<T: Lane> Device for Cpu<T> {
     type Real = T;
     type Buf = Vec<T>;
 
@@ -43,8 +67,13 @@ impl<T: Real> Device for Cpu<T> {
             *t = f.to_f64() as f32;
         }
     }
-    fn gemm(&self, _shape: Gemm, _a: View<'_, Vec<T>>, _b: View<'_, Vec<T>>, _c: Write<ViewMut<'_, Vec<T>>>) {
-        todo!()
+    fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
+        let c = match c {
+            Write::Set(c) => Write::Set(&mut c.buf[c.at]),
+            Write::Add(c) => Write::Add(&mut c.buf[c.at]),
+        };
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        gemm::gemm(self.isa, shape, &a.buf[a.at], &b.buf[b.at], c, &mut packed);
     }
 }
 
