@@ -65,17 +65,6 @@ fn parse<const RANK: usize>(path: &Path, mut file: impl BufRead) -> Result<([usi
 
 /// Big endian: 0, 0, 8 (unsigned bytes), rank, then 4 bytes a dimension, then the elements.
 fn read<const RANK: usize>(path: &Path, mut file: impl Read) -> Result<([usize; RANK], Vec<u8>), DataError> {
-    let mut magic = [0; 4];
-    let mut shape = [0; RANK];
-    let mut header = || {
-        file.read_exact(&mut magic)?;
-        for n in &mut shape {
-            let mut word = [0; 4];
-            file.read_exact(&mut word)?;
-            *n = u32::from_be_bytes(word) as usize;
-        }
-        Ok(())
-    };
     // What stands in a file that breaks off or does not decompress is its format's fault, not the system's.
     let broken = |e: io::Error| match e.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
@@ -83,9 +72,17 @@ fn read<const RANK: usize>(path: &Path, mut file: impl Read) -> Result<([usize; 
         }
         _ => DataError::io(path)(e),
     };
-    header().map_err(broken)?;
+    let mut word = || {
+        let mut word = [0; 4];
+        file.read_exact(&mut word).map(|()| word).map_err(broken)
+    };
+    let magic = word()?;
     if magic != [0, 0, 8, RANK as u8] {
         return Err(DataError::format(path, format!("magic {magic:?}"), format!("[0, 0, 8, {RANK}]")));
+    }
+    let mut shape = [0; RANK];
+    for n in &mut shape {
+        *n = u32::from_be_bytes(word()?) as usize;
     }
     let size = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64)).unwrap_or(u64::MAX);
     if size == 0 {
