@@ -35,12 +35,13 @@ impl Gaussian {
     /// The law with these blocks, of the shapes the fields tell.
     ///
     /// # Errors
-    /// [`DataError::Covariance`] when a block has another number of elements or the whole is not positive definite.
+    /// [`DataError::Covariance`] when a block has another number of elements or none, or the whole is not positive definite.
     pub fn new(dim_u: usize, dim_v: usize, c_uu: Vec<f64>, c_uv: Vec<f64>, c_vv: Vec<f64>) -> Result<Self, DataError> {
         let (found, expected) = ([c_uu.len(), c_uv.len(), c_vv.len()], [dim_u * dim_u, dim_u * dim_v, dim_v * dim_v]);
-        if found != expected {
+        if found != expected || expected.contains(&0) {
             let text = |n: [usize; 3]| format!("blocks uu, uv, vv of {n:?} elements");
-            return Err(DataError::Covariance { found: text(found), expected: text(expected) });
+            let expected = format!("{}, none of them 0", text(expected));
+            return Err(DataError::Covariance { found: text(found), expected });
         }
         let n = dim_u + dim_v;
         let mut c = vec![0.0; n * n];
@@ -158,5 +159,6 @@ pub(super) mod tests {
         assert!(indefinite.contains("pivot 0 in row 1"), "{indefinite}");
         assert!(Gaussian::new(1, 1, vec![f64::NAN], vec![0.0], vec![1.0]).is_err());
         assert!(Gaussian::new(2, 1, vec![1.0], vec![1.0], vec![1.0]).unwrap_err().to_string().contains("[4, 2, 1]"));
+        assert!(Gaussian::new(0, 1, vec![], vec![], vec![1.0]).is_err());
     }
 }

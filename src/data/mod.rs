@@ -4,8 +4,11 @@
 //! samples `permute(seed, epoch, n, step * batch + i)`: a function of numbers, not of a generator's state, so a
 //! run resumes exactly at any step. [`Prefetch`] gathers batches on a thread of its own, beside compute.
 
+pub mod digits;
 pub mod gaussian2d;
 pub mod gp;
+pub mod idx;
+pub mod images;
 pub mod npy;
 pub mod tensors;
 
@@ -188,7 +191,7 @@ impl Memory {
     /// `u` is `[n, dim_u]`, `v` is `[n, dim_v]`.
     ///
     /// # Panics
-    /// When the two do not hold the same number of whole samples.
+    /// When the two do not hold the same number of whole samples, or a dimension is 0.
     pub fn new(u: Vec<f32>, dim_u: usize, v: Vec<f32>, dim_v: usize) -> Self {
         let n = u.len() / dim_u;
         assert!(u.len() == n * dim_u && v.len() == n * dim_v, "u {}/{dim_u}, v {}/{dim_v}", u.len(), v.len());
@@ -235,6 +238,8 @@ impl PairsSource {
         }
         u.check_finite()?;
         v.check_finite()?;
+        u.expect_random_rows();
+        v.expect_random_rows();
         Ok(PairsSource { u, v })
     }
     fn npy(&self, side: Side) -> &Npy {
@@ -288,9 +293,10 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
 /// The first row of `data` `[rows, dim]` that holds a NaN or an infinity. Runs on all cores.
 pub fn first_non_finite(data: &[f32], dim: usize) -> Option<usize> {
     use rayon::prelude::*;
-    // Without early exit inside a chunk the test vectorises: x * 0 is 0 for finite x and NaN otherwise.
+    // No early exit within a chunk: so the test vectorises.
     const CHUNK: usize = 1 << 14;
-    let chunk = data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().map(|x| x * 0.0).sum::<f32>().is_nan())?;
+    let chunk =
+        data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().fold(false, |bad, x| bad | !x.is_finite()))?;
     let start = chunk * CHUNK;
     data[start..].iter().position(|x| !x.is_finite()).map(|at| (start + at) / dim.max(1))
 }
