@@ -14,12 +14,15 @@ fn main() {
         "c11" => Objective::Conditional { lambda_u: 1., lambda_v: 1. },
         "c20" => Objective::Conditional { lambda_u: 2., lambda_v: 0. },
         "joint" => Objective::Joint,
-        "sig" => Objective::Sigmoid { bias: -3.0 },
+        "mmd" => Objective::Mmd{lambda_u:1.0,lambda_v:0.5}, "jmmd" => Objective::JointMmd, "sig" => Objective::Sigmoid { bias: -3.0 },
         _ => panic!(),
     };
     let loss = Loss { tilting, objective, tau, smoothing: eps };
     let (u, v) = (Matrix::f32(&u, d), Matrix::f32(&v, d));
-    let batch = Batch { u, v, pairs: Pairs::default(), offset_v: None, moments: None };
+    let (x, y) = (read("/tmp/ref/x.bin"), read("/tmp/ref/y.bin"));
+    let (x, y) = (Matrix::f32(&x, 3), Matrix::f32(&y, 2));
+    let moments = match a.get(6).map(|s| &s[..]) { Some("feat") => Some(Moments::Features{u: x, v: y}), Some("gauss") => Some(Moments::Gram{kernel: DataKernel::Gaussian{width: 1.3}, u: x, v: y}), _ => None };
+    let batch = Batch { u, v, pairs: Pairs::default(), offset_v: None, moments };
     let mut cpu: Cpu = Cpu::new();
     let (mut du, mut dv) = (vec![f32::NAN; u.rows * d], vec![f32::NAN; v.rows * d]);
     let reps = if u.rows > 1000 { 5 } else { 200 };

@@ -625,7 +625,7 @@ impl Gram {
         data_v: Matrix<'_>,
         total: &mut Total<'_>,
     ) -> f64 {
-        let Context { isa, batch, pairing, tilted, logits, threads, .. } = *context;
+        let Context { isa, batch, pairing, logits, threads, .. } = *context;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
         pack_columns(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
         pack_columns(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
