@@ -87,8 +87,94 @@ pub enum Activation {
     Gelu,
 }
 
-/// The verbs encoders and optimisers are made of. Shapes are row-major; outputs say whether they
-/// overwrite or add. A device never allocates inside a verb after its first call at a shape.
+/// A two-dimensional convolution (cross-correlation, as everywhere in this field) with stride 1 and zero padding:
+/// `x` `[rows, inputs, height, width]`, weight `[outputs, inputs, kernel, kernel]`,
+/// out `[rows, outputs, out_height, out_width]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv {
+    /// Channels in.
+    pub inputs: usize,
+    pub height: usize,
+    pub width: usize,
+    /// Channels out.
+    pub outputs: usize,
+    pub kernel: usize,
+    /// Zeros around the image, on every side; the padded image must hold a kernel.
+    pub padding: usize,
+}
+
+impl Conv {
+    /// Rows of an output image.
+    pub fn out_height(&self) -> usize {
+        self.height + 2 * self.padding + 1 - self.kernel
+    }
+    /// Columns of an output image.
+    pub fn out_width(&self) -> usize {
+        self.width + 2 * self.padding + 1 - self.kernel
+    }
+    /// Numbers a weight row multiplies: `inputs * kernel^2`.
+    pub fn patch(&self) -> usize {
+        self.inputs * self.kernel * self.kernel
+    }
+    /// Numbers in a sample of `x`.
+    pub fn input_len(&self) -> usize {
+        self.inputs * self.height * self.width
+    }
+    /// Numbers in a sample of the output.
+    pub fn output_len(&self) -> usize {
+        self.outputs * self.out_height() * self.out_width()
+    }
+}
+
+/// Pooling of `[rows, channels, height, width]` by windows of `size x size` that do not overlap;
+/// rows and columns that fill no window are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pooling {
+    pub kind: Pool,
+    pub channels: usize,
+    pub height: usize,
+    pub width: usize,
+    pub size: usize,
+}
+
+impl Pooling {
+    /// Rows of an output image.
+    pub fn out_height(&self) -> usize {
+        self.height / self.size
+    }
+    /// Columns of an output image.
+    pub fn out_width(&self) -> usize {
+        self.width / self.size
+    }
+    /// Numbers in a sample of `x`.
+    pub fn input_len(&self) -> usize {
+        self.channels * self.height * self.width
+    }
+    /// Numbers in a sample of the output.
+    pub fn output_len(&self) -> usize {
+        self.channels * self.out_height() * self.out_width()
+    }
+}
+
+/// One update of Adam with decoupled weight decay; see [`Device::adam`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamStep {
+    /// Learning rate of this update.
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Weight decay, not yet times `lr`.
+    pub decay: f64,
+    /// `1 - beta1^t` and `1 - beta2^t` at the t-th update, t from 1.
+    pub bias: [f64; 2],
+    /// Factor on the gradients.
+    pub grad_scale: f64,
+}
+
+/// The verbs encoders and optimisers are made of. Shapes are row-major. An output is a [`Write`] where a caller
+/// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
+/// A device never allocates inside a verb after its first call at a shape.
 pub trait Device: Sync {
     type Real: Real;
     /// A flat array of [`Self::Real`] in device memory.
@@ -96,12 +182,101 @@ pub trait Device: Sync {
 
     /// `len` zeros.
     fn alloc(&self, len: usize) -> Self::Buf;
+    /// How many numbers `buf` holds.
+    fn len(&self, buf: &Self::Buf) -> usize;
     /// Copies host numbers in; lengths must be equal.
     fn upload(&self, from: &[f32], to: ViewMut<'_, Self::Buf>);
     /// Copies device numbers out, as f32.
     fn download(&self, from: View<'_, Self::Buf>, to: &mut [f32]);
     /// `c = op(a) op(b)`, see [`Gemm`].
     fn gemm(&self, shape: Gemm, a: View<'_, Self::Buf>, b: View<'_, Self::Buf>, c: Write<ViewMut<'_, Self::Buf>>);
+
+    /// `to = from`; lengths must be equal.
+    fn copy(&self, from: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);
+    /// Every number of `to` becomes `value`.
+    fn fill(&self, value: f64, to: ViewMut<'_, Self::Buf>);
+
+    /// With `shape` = `[rows, channels, pixels]`: `pre[r, c, p] += bias[c]` in place, then `out = activation(pre)`.
+    /// Without `out` the activation overwrites `pre`.
+    fn bias_activation(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        bias: Option<View<'_, Self::Buf>>,
+        pre: ViewMut<'_, Self::Buf>,
+        out: Option<ViewMut<'_, Self::Buf>>,
+    );
+    /// Backward of [`Self::bias_activation`]: `d *= activation'(pre)` in place, then `d_bias[c]` is the sum of `d`
+    /// over rows and pixels. `saved` is `pre` as forward left it; what overwrote it serves as well where the
+    /// derivative can be read from it (`None` and `Relu`). The derivative of ReLU at 0 is 0.
+    fn bias_activation_backward(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        saved: View<'_, Self::Buf>,
+        d: ViewMut<'_, Self::Buf>,
+        d_bias: Option<Write<ViewMut<'_, Self::Buf>>>,
+    );
+
+    /// Numbers of scratch that the three convolution verbs need for up to `rows` samples.
+    fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize;
+    /// `out = x * weight`, a [`Conv`] without bias.
+    fn conv(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        weight: View<'_, Self::Buf>,
+        out: ViewMut<'_, Self::Buf>,
+        scratch: &mut Self::Buf,
+    );
+    /// `dx = dL/dx` from `d_out = dL/d out`.
+    fn conv_backward_data(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        weight: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: ViewMut<'_, Self::Buf>,
+        scratch: &mut Self::Buf,
+    );
+    /// `d_weight = dL/d weight` from `d_out = dL/d out`.
+    fn conv_backward_weight(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        d_weight: Write<ViewMut<'_, Self::Buf>>,
+        scratch: &mut Self::Buf,
+    );
+
+    /// `out` = the maximum or the mean of every window of `x`, see [`Pooling`].
+    fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Self::Buf>, out: ViewMut<'_, Self::Buf>);
+    /// `dx = dL/dx` from `d_out = dL/d out`. A maximum reached more than once sends its gradient to the first place
+    /// in reading order; `x` is what forward read.
+    fn pool_backward(
+        &self,
+        pooling: &Pooling,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: ViewMut<'_, Self::Buf>,
+    );
+
+    /// AdamW in place on `params` and the moments `m`, `v`, all of one length, with `g = grad_scale * grads`:
+    /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
+    /// `params = (1 - lr decay) params - lr (m / bias[0]) / (sqrt(v / bias[1]) + eps)`.
+    fn adam(
+        &self,
+        step: &AdamStep,
+        grads: View<'_, Self::Buf>,
+        params: ViewMut<'_, Self::Buf>,
+        m: ViewMut<'_, Self::Buf>,
+        v: ViewMut<'_, Self::Buf>,
+    );
+    /// The sum of squares of `x`, accumulated in f64.
+    fn sum_squares(&self, x: View<'_, Self::Buf>) -> f64;
 }
 
 /// The fused loss on embeddings that live on the device; the trainer's one call.

@@ -1,6 +1,8 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
-use super::{Contrast, Device, Engine, Features, Gemm, Real, View, ViewMut};
+mod layers;
+
+use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, Real, View, ViewMut};
 use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
@@ -13,7 +15,25 @@ pub struct Cpu<T = f32> {
 impl<T: Real> Cpu<T> {
     /// The best instruction set this machine has.
     pub fn new() -> Self {
-        todo!()
+        Cpu { real: std::marker::PhantomData }
+    }
+}
+
+/// The numbers a view shows.
+fn read<'a, T>(view: &View<'a, Vec<T>>) -> &'a [T] {
+    &view.buf[view.at.clone()]
+}
+
+/// The numbers a view lets be written.
+fn write<T>(view: ViewMut<'_, Vec<T>>) -> &mut [T] {
+    &mut view.buf[view.at]
+}
+
+/// [`write`] under its mode.
+fn part<T>(view: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
+    match view {
+        Write::Set(view) => Write::Set(write(view)),
+        Write::Add(view) => Write::Add(write(view)),
     }
 }
 
@@ -33,6 +53,9 @@ impl<T: Real> Device for Cpu<T> {
     fn alloc(&self, len: usize) -> Vec<T> {
         vec![T::ZERO; len]
     }
+    fn len(&self, buf: &Vec<T>) -> usize {
+        buf.len()
+    }
     fn upload(&self, from: &[f32], to: ViewMut<'_, Vec<T>>) {
         for (t, &f) in to.buf[to.at].iter_mut().zip(from) {
             *t = T::from_f64(f64::from(f));
@@ -43,8 +66,97 @@ impl<T: Real> Device for Cpu<T> {
             *t = f.to_f64() as f32;
         }
     }
-    fn gemm(&self, _shape: Gemm, _a: View<'_, Vec<T>>, _b: View<'_, Vec<T>>, _c: Write<ViewMut<'_, Vec<T>>>) {
-        todo!()
+    fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
+        layers::naive_gemm(shape, read(&a), read(&b), part(c));
+    }
+
+    fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
+        write(to).copy_from_slice(read(&from));
+    }
+    fn fill(&self, value: f64, to: ViewMut<'_, Vec<T>>) {
+        write(to).fill(T::from_f64(value));
+    }
+    fn bias_activation(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        bias: Option<View<'_, Vec<T>>>,
+        pre: ViewMut<'_, Vec<T>>,
+        out: Option<ViewMut<'_, Vec<T>>>,
+    ) {
+        layers::bias_activation(shape, activation, bias.as_ref().map(read), write(pre), out.map(write));
+    }
+    fn bias_activation_backward(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        saved: View<'_, Vec<T>>,
+        d: ViewMut<'_, Vec<T>>,
+        d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
+    ) {
+        layers::bias_activation_backward(shape, activation, read(&saved), write(d), d_bias.map(part));
+    }
+    fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
+        layers::conv_scratch(conv, rows)
+    }
+    fn conv(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        weight: View<'_, Vec<T>>,
+        out: ViewMut<'_, Vec<T>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv(conv, rows, read(&x), read(&weight), write(out), scratch);
+    }
+    fn conv_backward_data(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        weight: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: ViewMut<'_, Vec<T>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv_backward_data(conv, rows, read(&weight), read(&d_out), write(dx), scratch);
+    }
+    fn conv_backward_weight(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        d_weight: Write<ViewMut<'_, Vec<T>>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv_backward_weight(conv, rows, read(&x), read(&d_out), part(d_weight), scratch);
+    }
+    fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
+        layers::pool(pooling, rows, read(&x), write(out));
+    }
+    fn pool_backward(
+        &self,
+        pooling: &Pooling,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: ViewMut<'_, Vec<T>>,
+    ) {
+        layers::pool_backward(pooling, rows, read(&x), read(&d_out), write(dx));
+    }
+    fn adam(
+        &self,
+        step: &AdamStep,
+        grads: View<'_, Vec<T>>,
+        params: ViewMut<'_, Vec<T>>,
+        m: ViewMut<'_, Vec<T>>,
+        v: ViewMut<'_, Vec<T>>,
+    ) {
+        layers::adam(step, read(&grads), write(params), write(m), write(v));
+    }
+    fn sum_squares(&self, x: View<'_, Vec<T>>) -> f64 {
+        layers::sum_squares(read(&x))
     }
 }
 
