@@ -8,12 +8,13 @@
 //! cache: with `col` `[patch, pixels]` the patches under the block's pixels,
 //!
 //! ```text
-//! out     [outputs, pixels]  = weight [outputs, patch] col
-//! d_col   [patch, pixels]    = weight' d_out,  added back to the pixels each patch came from
-//! d_weight' [patch, outputs] += col d_out'
+//! out       [outputs, pixels]  = weight [outputs, patch] col
+//! d_col     [patch, pixels]    = weight' d_out,  added back to the pixels each patch came from
+//! d_weight' [patch, outputs]  += col d_out'
 //! ```
 
-use crate::device::{Activation, AdamStep, Conv, Gemm, Pool, Pooling, Real};
+use super::simd::{Inner, Isa, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
+use crate::device::{Activation, AdamStep, Conv, Pool, Pooling, Real};
 use crate::objective::Write;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -22,92 +23,52 @@ use std::ops::Range;
 const SHARDS: usize = 64;
 /// Numbers an elementwise task works through.
 const GRAIN: usize = 1 << 14;
-/// Numbers of the patches of a block of output rows, about: half a first-level cache.
-const BLOCK: usize = 1 << 13;
-/// Width of the vectors that inner loops are written in.
+/// Numbers of the patches of a block of output rows, about: with its packed copy, a part of a second-level cache.
+const BLOCK: usize = 1 << 15;
+/// Numbers summed side by side.
 const LANES: usize = 8;
-/// Rows of a product kept in registers.
-const ROWS: usize = 4;
 
-/// `c = a b` or `c += a b` for `shape` = `[m, n, k]`, on the calling thread. Row strides are in brackets;
-/// `b`'s must leave room for `n` rounded up to [`LANES`], and what lies there is read and ignored.
-#[inline(always)]
-fn product<T: Real>([m, n, k]: [usize; 3], a: (&[T], usize), b: (&[T], usize), c: Write<&mut [T]>, ldc: usize) {
-    let (c, add) = match c {
-        Write::Set(c) => (c, false),
-        Write::Add(c) => (c, true),
-    };
-    for j in (0..n).step_by(LANES) {
-        let columns = LANES.min(n - j);
-        let b = (&b.0[j..], b.1);
-        let mut store = |i: usize, tile: &[[T; LANES]]| {
-            for (r, tile) in tile.iter().enumerate() {
-                let c = &mut c[(i + r) * ldc + j..][..columns];
-                for (c, &t) in c.iter_mut().zip(tile) {
-                    *c = if add { *c + t } else { t };
-                }
-            }
-        };
-        let mut i = 0;
-        while i + ROWS <= m {
-            store(i, &tile::<T, ROWS>(k, (&a.0[i * a.1..], a.1), b));
-            i += ROWS;
-        }
-        while i < m {
-            store(i, &tile::<T, 1>(k, (&a.0[i * a.1..], a.1), b));
-            i += 1;
-        }
-    }
-}
-
-/// `M` rows and [`LANES`] columns of a product. Multiply and add stay apart: a fused one is a library call on
-/// machines that lack the instruction.
-#[inline(always)]
-fn tile<T: Real, const M: usize>(k: usize, a: (&[T], usize), b: (&[T], usize)) -> [[T; LANES]; M] {
-    let rows: [&[T]; M] = std::array::from_fn(|r| &a.0[r * a.1..][..k]);
-    let mut sum = [[T::ZERO; LANES]; M];
-    for p in 0..k {
-        let b = &b.0[p * b.1..][..LANES];
-        for r in 0..M {
-            let a = rows[r][p];
-            for l in 0..LANES {
-                sum[r][l] += a * b[l];
-            }
-        }
-    }
-    sum
-}
-
-/// How a convolution is cut up.
+/// How a convolution is cut up, and a shard's scratch.
+#[derive(Clone, Copy)]
 struct Blocks {
     /// Output rows in a block.
     rows: usize,
-    /// Pixels of a block, rounded up to [`LANES`]: the row stride of `col`.
+    /// Pixels of a block with room for whole registers: the row stride of `col`.
     stride: usize,
-    /// Output channels rounded up to [`LANES`].
+    /// Output channels with room for whole registers: the row stride of a transposed weight gradient.
     outputs: usize,
+    /// Numbers of `col`; of a packed operand; of a product's result.
+    scratch: [usize; 3],
 }
 
 impl Blocks {
     fn new(conv: &Conv) -> Self {
-        let width = conv.out_width();
-        let rows = (BLOCK / (conv.patch() * width)).clamp(1, conv.out_height());
-        Blocks { rows, stride: (rows * width).next_multiple_of(LANES), outputs: conv.outputs.next_multiple_of(LANES) }
+        let (patch, width) = (conv.patch(), conv.out_width());
+        let rows = (BLOCK / (patch * width)).clamp(1, conv.out_height());
+        let pixels = rows * width;
+        let (stride, outputs) = (pixels.next_multiple_of(WIDEST), conv.outputs.next_multiple_of(WIDEST));
+        let packed = packed_len(patch.max(conv.outputs), pixels).max(packed_len(pixels, conv.outputs));
+        Blocks {
+            rows,
+            stride,
+            outputs,
+            scratch: [patch * stride, packed, (conv.outputs * stride).max(patch * outputs)],
+        }
     }
     /// Every block as its output rows.
-    fn iter(&self, conv: &Conv) -> impl Iterator<Item = Range<usize>> {
-        let (step, height) = (self.rows, conv.out_height());
-        (0..height).step_by(step).map(move |start| start..(start + step).min(height))
+    fn iter(self, conv: &Conv) -> impl Iterator<Item = Range<usize>> {
+        let height = conv.out_height();
+        (0..height).step_by(self.rows).map(move |start| start..(start + self.rows).min(height))
     }
-    /// Scratch of one shard: patches, one side of the product, and the weight or its gradient transposed.
-    fn sizes(&self, conv: &Conv) -> [usize; 3] {
-        [conv.patch() * self.stride, self.stride * self.outputs, conv.patch() * self.outputs]
+    /// Numbers of scratch of one shard.
+    fn shard(self) -> usize {
+        self.scratch.iter().sum()
     }
-    fn split<'a, T>(&self, conv: &Conv, scratch: &'a mut [T]) -> [&'a mut [T]; 3] {
-        let [a, b, _] = self.sizes(conv);
-        let (patches, rest) = scratch.split_at_mut(a);
-        let (side, weight) = rest.split_at_mut(b);
-        [patches, side, weight]
+    /// A shard's scratch in its three parts.
+    fn split<T>(self, scratch: &mut [T]) -> [&mut [T]; 3] {
+        let (col, rest) = scratch.split_at_mut(self.scratch[0]);
+        let (packed, result) = rest.split_at_mut(self.scratch[1]);
+        [col, packed, result]
     }
 }
 
@@ -117,12 +78,7 @@ fn shard(rows: usize) -> usize {
 }
 
 pub(super) fn conv_scratch(conv: &Conv, rows: usize) -> usize {
-    SHARDS.min(rows) * Blocks::new(conv).sizes(conv).iter().sum::<usize>()
-}
-
-/// Numbers of scratch of one shard.
-fn shard_scratch(conv: &Conv) -> usize {
-    conv_scratch(conv, 1)
+    SHARDS.min(rows) * Blocks::new(conv).shard()
 }
 
 /// Visits the runs of pixels that `col` and the image share: for every row of `col` and output row of the block,
@@ -151,6 +107,7 @@ fn runs(conv: &Conv, block: Range<usize>, mut visit: impl FnMut(usize, Range<usi
 }
 
 /// Gathers the patches of a block of output rows of one sample into `col`.
+#[inline(always)]
 fn gather<T: Real>(conv: &Conv, block: Range<usize>, x: &[T], col: &mut [T], stride: usize) {
     runs(conv, block, |row, at, from| {
         let col = &mut col[row * stride..][at];
@@ -162,6 +119,7 @@ fn gather<T: Real>(conv: &Conv, block: Range<usize>, x: &[T], col: &mut [T], str
 }
 
 /// Adds `col` back to the pixels it was gathered from.
+#[inline(always)]
 fn scatter<T: Real>(conv: &Conv, block: Range<usize>, col: &[T], dx: &mut [T], stride: usize) {
     runs(conv, block, |row, at, to| {
         if let Some(to) = to {
@@ -173,31 +131,56 @@ fn scatter<T: Real>(conv: &Conv, block: Range<usize>, col: &[T], dx: &mut [T], s
     });
 }
 
-pub(super) fn conv<T: Real>(conv: &Conv, rows: usize, x: &[T], weight: &[T], out: &mut [T], scratch: &mut [T]) {
-    let blocks = Blocks::new(conv);
-    let (input, output, shard) = (conv.input_len(), conv.output_len(), shard(rows));
-    let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
-    out.par_chunks_mut(shard * output)
-        .zip(x.par_chunks(shard * input))
-        .zip(scratch.par_chunks_mut(shard_scratch(conv)))
-        .for_each(|((out, x), scratch)| {
-            let [col, ..] = blocks.split(conv, scratch);
-            for (out, x) in out.chunks_mut(output).zip(x.chunks(input)) {
-                for block in blocks.iter(conv) {
-                    gather(conv, block.clone(), x, col, blocks.stride);
-                    product(
-                        [conv.outputs, block.len() * width, conv.patch()],
-                        (weight, conv.patch()),
-                        (col, blocks.stride),
-                        Write::Set(&mut out[block.start * width..]),
-                        pixels,
-                    );
-                }
-            }
-        });
+pub(super) fn conv<T: Lane>(
+    isa: Isa,
+    conv: &Conv,
+    rows: usize,
+    x: &[T],
+    weight: &[T],
+    out: &mut [T],
+    scratch: &mut [T],
+) {
+    let shard = shard(rows);
+    out.par_chunks_mut(shard * conv.output_len())
+        .zip(x.par_chunks(shard * conv.input_len()))
+        .zip(scratch.par_chunks_mut(Blocks::new(conv).shard()))
+        .for_each(|((out, x), scratch)| isa.run(Forward { conv, x, weight, out, scratch }));
 }
 
-pub(super) fn conv_backward_data<T: Real>(
+/// [`conv`] of a shard.
+struct Forward<'a, T> {
+    conv: &'a Conv,
+    x: &'a [T],
+    weight: &'a [T],
+    out: &'a mut [T],
+    scratch: &'a mut [T],
+}
+
+impl<T: Lane> Op for Forward<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let Forward { conv, x, weight, out, scratch } = self;
+        let blocks = Blocks::new(conv);
+        let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.patch());
+        let [col, packed, result] = blocks.split(scratch);
+        for (out, x) in out.chunks_mut(conv.output_len()).zip(x.chunks(conv.input_len())) {
+            for block in blocks.iter(conv) {
+                let (at, n) = (block.start * width, block.len() * width);
+                gather(conv, block, x, col, blocks.stride);
+                pack::<S, T>(col, blocks.stride, depth, n, packed);
+                let weight = Left { data: weight, row: depth, col: 1, rows: conv.outputs, depth };
+                product::<S, T, Inner>(weight, packed, n, result, blocks.stride, false);
+                for (out, result) in out.chunks_mut(pixels).zip(result.chunks(blocks.stride)) {
+                    out[at..at + n].copy_from_slice(&result[..n]);
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn conv_backward_data<T: Lane>(
+    isa: Isa,
     conv: &Conv,
     rows: usize,
     weight: &[T],
@@ -205,40 +188,45 @@ pub(super) fn conv_backward_data<T: Real>(
     dx: &mut [T],
     scratch: &mut [T],
 ) {
-    let blocks = Blocks::new(conv);
-    let (input, output, shard) = (conv.input_len(), conv.output_len(), shard(rows));
-    let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
-    dx.par_chunks_mut(shard * input)
-        .zip(d_out.par_chunks(shard * output))
-        .zip(scratch.par_chunks_mut(shard_scratch(conv)))
-        .for_each(|((dx, d_out), scratch)| {
-            let [d_col, side, turned] = blocks.split(conv, scratch);
-            for (o, weight) in weight.chunks(conv.patch()).enumerate() {
-                for (p, &w) in weight.iter().enumerate() {
-                    turned[p * conv.outputs + o] = w;
-                }
-            }
-            for (dx, d_out) in dx.chunks_mut(input).zip(d_out.chunks(output)) {
-                dx.fill(T::ZERO);
-                for block in blocks.iter(conv) {
-                    let n = block.len() * width;
-                    for (side, d_out) in side.chunks_mut(blocks.stride).zip(d_out.chunks(pixels)) {
-                        side[..n].copy_from_slice(&d_out[block.start * width..][..n]);
-                    }
-                    product(
-                        [conv.patch(), n, conv.outputs],
-                        (turned, conv.outputs),
-                        (side, blocks.stride),
-                        Write::Set(d_col),
-                        blocks.stride,
-                    );
-                    scatter(conv, block, d_col, dx, blocks.stride);
-                }
-            }
-        });
+    let shard = shard(rows);
+    dx.par_chunks_mut(shard * conv.input_len())
+        .zip(d_out.par_chunks(shard * conv.output_len()))
+        .zip(scratch.par_chunks_mut(Blocks::new(conv).shard()))
+        .for_each(|((dx, d_out), scratch)| isa.run(BackwardData { conv, weight, d_out, dx, scratch }));
 }
 
-pub(super) fn conv_backward_weight<T: Real>(
+/// [`conv_backward_data`] of a shard.
+struct BackwardData<'a, T> {
+    conv: &'a Conv,
+    weight: &'a [T],
+    d_out: &'a [T],
+    dx: &'a mut [T],
+    scratch: &'a mut [T],
+}
+
+impl<T: Lane> Op for BackwardData<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let BackwardData { conv, weight, d_out, dx, scratch } = self;
+        let blocks = Blocks::new(conv);
+        let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.outputs);
+        let [d_col, packed, _] = blocks.split(scratch);
+        for (dx, d_out) in dx.chunks_mut(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
+            dx.fill(T::ZERO);
+            for block in blocks.iter(conv) {
+                let n = block.len() * width;
+                pack::<S, T>(&d_out[block.start * width..], pixels, depth, n, packed);
+                let weight = Left { data: weight, row: 1, col: conv.patch(), rows: conv.patch(), depth };
+                product::<S, T, Inner>(weight, packed, n, d_col, blocks.stride, false);
+                scatter(conv, block, d_col, dx, blocks.stride);
+            }
+        }
+    }
+}
+
+pub(super) fn conv_backward_weight<T: Lane>(
+    isa: Isa,
     conv: &Conv,
     rows: usize,
     x: &[T],
@@ -246,56 +234,75 @@ pub(super) fn conv_backward_weight<T: Real>(
     d_weight: Write<&mut [T]>,
     scratch: &mut [T],
 ) {
-    let blocks = Blocks::new(conv);
-    let (input, output, shard) = (conv.input_len(), conv.output_len(), shard(rows));
-    let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
-    x.par_chunks(shard * input)
-        .zip(d_out.par_chunks(shard * output))
-        .zip(scratch.par_chunks_mut(shard_scratch(conv)))
-        .for_each(|((x, d_out), scratch)| {
-            let [col, side, sum] = blocks.split(conv, scratch);
-            sum.fill(T::ZERO);
-            for (x, d_out) in x.chunks(input).zip(d_out.chunks(output)) {
-                for block in blocks.iter(conv) {
-                    let n = block.len() * width;
-                    gather(conv, block.clone(), x, col, blocks.stride);
-                    for (o, d_out) in d_out.chunks(pixels).enumerate() {
-                        for (side, &d) in side.chunks_mut(blocks.outputs).zip(&d_out[block.start * width..][..n]) {
-                            side[o] = d;
-                        }
-                    }
-                    product(
-                        [conv.patch(), blocks.outputs, n],
-                        (col, blocks.stride),
-                        (side, blocks.outputs),
-                        Write::Add(sum),
-                        blocks.outputs,
-                    );
-                }
-            }
-        });
-    let (d_weight, add) = match d_weight {
-        Write::Set(d) => (d, false),
-        Write::Add(d) => (d, true),
-    };
-    let mut shards = scratch.chunks_mut(shard_scratch(conv)).take(rows.div_ceil(shard));
-    let Some(first) = shards.next() else { return };
-    let [.., total] = blocks.split(conv, first);
-    for scratch in shards {
-        let [.., sum] = blocks.split(conv, scratch);
+    let (blocks, shard) = (Blocks::new(conv), shard(rows));
+    x.par_chunks(shard * conv.input_len())
+        .zip(d_out.par_chunks(shard * conv.output_len()))
+        .zip(scratch.par_chunks_mut(blocks.shard()))
+        .for_each(|((x, d_out), scratch)| isa.run(BackwardWeight { conv, x, d_out, scratch }));
+    let mut sums = scratch.chunks_mut(blocks.shard()).take(rows.div_ceil(shard)).map(|scratch| {
+        let [.., sum] = blocks.split(scratch);
+        &mut sum[..conv.patch() * blocks.outputs]
+    });
+    let Some(total) = sums.next() else { return };
+    for sum in sums {
         for (total, &s) in total.iter_mut().zip(&*sum) {
             *total += s;
         }
     }
+    let (d_weight, add) = match d_weight {
+        Write::Set(d) => (d, false),
+        Write::Add(d) => (d, true),
+    };
     for (o, d_weight) in d_weight.chunks_mut(conv.patch()).enumerate() {
-        for (p, d) in d_weight.iter_mut().enumerate() {
-            let t = total[p * blocks.outputs + o];
-            *d = if add { *d + t } else { t };
+        for (d, total) in d_weight.iter_mut().zip(total.chunks(blocks.outputs)) {
+            *d = if add { *d + total[o] } else { total[o] };
         }
     }
 }
 
+/// [`conv_backward_weight`] of a shard: leaves its transposed gradient `[patch, outputs]` in the scratch's last part.
+struct BackwardWeight<'a, T> {
+    conv: &'a Conv,
+    x: &'a [T],
+    d_out: &'a [T],
+    scratch: &'a mut [T],
+}
+
+impl<T: Lane> Op for BackwardWeight<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let BackwardWeight { conv, x, d_out, scratch } = self;
+        let blocks = Blocks::new(conv);
+        let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
+        let [col, packed, sum] = blocks.split(scratch);
+        let sum = &mut sum[..conv.patch() * blocks.outputs];
+        sum.fill(T::ZERO);
+        for (x, d_out) in x.chunks(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
+            for block in blocks.iter(conv) {
+                let (at, n) = (block.start * width, block.len() * width);
+                gather(conv, block, x, col, blocks.stride);
+                pack_transposed::<S, T>(&d_out[at..], pixels, n, conv.outputs, packed);
+                let col = Left { data: col, row: blocks.stride, col: 1, rows: conv.patch(), depth: n };
+                product::<S, T, Inner>(col, packed, conv.outputs, sum, blocks.outputs, true);
+            }
+        }
+    }
+}
+
+/// An elementwise loop, compiled for the instruction set it runs on.
+struct Each<F>(F);
+
+impl<F: FnOnce()> Op for Each<F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        (self.0)();
+    }
+}
+
 pub(super) fn bias_activation<T: Real>(
+    isa: Isa,
     shape: [usize; 3],
     activation: Activation,
     bias: Option<&[T]>,
@@ -303,15 +310,16 @@ pub(super) fn bias_activation<T: Real>(
     out: Option<&mut [T]>,
 ) {
     match activation {
-        Activation::None => biased_map(shape, bias, pre, out, |x| x),
+        Activation::None => biased_map(isa, shape, bias, pre, out, |x| x),
         // Written so that NaN stays NaN.
-        Activation::Relu => biased_map(shape, bias, pre, out, |x| if x < T::ZERO { T::ZERO } else { x }),
-        Activation::Gelu => biased_map(shape, bias, pre, out, |x| x * normal(x).0),
+        Activation::Relu => biased_map(isa, shape, bias, pre, out, |x| if x < T::ZERO { T::ZERO } else { x }),
+        Activation::Gelu => biased_map(isa, shape, bias, pre, out, |x| x * normal(x).0),
     }
 }
 
 /// `pre += bias`, then `out` (or `pre`) `= f(pre)`.
 fn biased_map<T: Real>(
+    isa: Isa,
     [_, channels, pixels]: [usize; 3],
     bias: Option<&[T]>,
     pre: &mut [T],
@@ -339,21 +347,26 @@ fn biased_map<T: Real>(
     };
     match out {
         Some(out) => out.par_chunks_mut(grain).zip(pre.par_chunks_mut(grain)).for_each(|(out, pre)| {
-            add_bias(pre);
-            for (out, &x) in out.iter_mut().zip(&*pre) {
-                *out = f(x);
-            }
+            isa.run(Each(|| {
+                add_bias(pre);
+                for (out, &x) in out.iter_mut().zip(&*pre) {
+                    *out = f(x);
+                }
+            }));
         }),
         None => pre.par_chunks_mut(grain).for_each(|pre| {
-            add_bias(pre);
-            for x in pre {
-                *x = f(*x);
-            }
+            isa.run(Each(|| {
+                add_bias(pre);
+                for x in pre {
+                    *x = f(*x);
+                }
+            }));
         }),
     }
 }
 
 pub(super) fn bias_activation_backward<T: Real>(
+    isa: Isa,
     [rows, channels, pixels]: [usize; 3],
     activation: Activation,
     saved: &[T],
@@ -362,8 +375,8 @@ pub(super) fn bias_activation_backward<T: Real>(
 ) {
     match activation {
         Activation::None => {}
-        Activation::Relu => zip_map(saved, d, |x, d| if x <= T::ZERO { T::ZERO } else { d }),
-        Activation::Gelu => zip_map(saved, d, |x, d| {
+        Activation::Relu => zip_map(isa, saved, d, |x, d| if x <= T::ZERO { T::ZERO } else { d }),
+        Activation::Gelu => zip_map(isa, saved, d, |x, d| {
             let (cdf, density) = normal(x);
             d * (cdf + x * density)
         }),
@@ -396,11 +409,13 @@ pub(super) fn bias_activation_backward<T: Real>(
 }
 
 /// `d = f(x, d)`.
-fn zip_map<T: Real>(x: &[T], d: &mut [T], f: impl Fn(T, T) -> T + Sync) {
+fn zip_map<T: Real>(isa: Isa, x: &[T], d: &mut [T], f: impl Fn(T, T) -> T + Sync) {
     d.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(d, x)| {
-        for (d, &x) in d.iter_mut().zip(x) {
-            *d = f(x, *d);
-        }
+        isa.run(Each(|| {
+            for (d, &x) in d.iter_mut().zip(x) {
+                *d = f(x, *d);
+            }
+        }));
     });
 }
 
@@ -536,7 +551,7 @@ pub(super) fn pool_backward<T: Real>(pooling: &Pooling, rows: usize, x: &[T], d_
     );
 }
 
-pub(super) fn adam<T: Real>(step: &AdamStep, grads: &[T], params: &mut [T], m: &mut [T], v: &mut [T]) {
+pub(super) fn adam<T: Real>(isa: Isa, step: &AdamStep, grads: &[T], params: &mut [T], m: &mut [T], v: &mut [T]) {
     let real = T::from_f64;
     let (b1, a1, b2, a2) = (real(step.beta1), real(1.0 - step.beta1), real(step.beta2), real(1.0 - step.beta2));
     let (keep, lr) = (real(1.0 - step.lr * step.decay), real(step.lr / step.bias[0]));
@@ -547,12 +562,14 @@ pub(super) fn adam<T: Real>(step: &AdamStep, grads: &[T], params: &mut [T], m: &
         .zip(v.par_chunks_mut(GRAIN))
         .zip(grads.par_chunks(GRAIN))
         .for_each(|(((params, m), v), grads)| {
-            for (((p, m), v), &g) in params.iter_mut().zip(m).zip(v).zip(grads) {
-                let g = g * scale;
-                *m = b1 * *m + a1 * g;
-                *v = b2 * *v + a2 * (g * g);
-                *p = keep * *p - lr * *m / (v.sqrt() * root + eps);
-            }
+            isa.run(Each(|| {
+                for (((p, m), v), &g) in params.iter_mut().zip(m).zip(v).zip(grads) {
+                    let g = g * scale;
+                    *m = b1 * *m + a1 * g;
+                    *v = b2 * *v + a2 * (g * g);
+                    *p = keep * *p - lr * *m / (v.sqrt() * root + eps);
+                }
+            }));
         });
 }
 
@@ -570,25 +587,4 @@ pub(super) fn sum_squares<T: Real>(x: &[T]) -> f64 {
         *sum = lanes.iter().sum();
     });
     sums.iter().sum()
-}
-
-/// A stand-in until the real one lands.
-pub(super) fn naive_gemm<T: Real>(shape: Gemm, a: &[T], b: &[T], c: Write<&mut [T]>) {
-    let Gemm { m, n, k, transpose_a, transpose_b } = shape;
-    let padded = n.next_multiple_of(LANES);
-    let mut bb = vec![T::ZERO; k * padded];
-    for p in 0..k {
-        for j in 0..n {
-            bb[p * padded + j] = if transpose_b { b[j * k + p] } else { b[p * n + j] };
-        }
-    }
-    let aa: Vec<T> = if transpose_a { (0..m * k).map(|i| a[i % k * m + i / k]).collect() } else { a.to_vec() };
-    let (c, add) = match c {
-        Write::Set(c) => (c, false),
-        Write::Add(c) => (c, true),
-    };
-    c.par_chunks_mut(16 * n).zip(aa.par_chunks(16 * k)).for_each(|(c, a)| {
-        let rows = c.len() / n;
-        product([rows, n, k], (a, k), (&bb, padded), if add { Write::Add(c) } else { Write::Set(c) }, n);
-    });
 }

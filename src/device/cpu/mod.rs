@@ -1,21 +1,44 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
+mod gemm;
 mod layers;
+mod simd;
 
-use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, Real, View, ViewMut};
+pub use simd::{Isa, Lane};
+
+use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, View, ViewMut};
 use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
+use std::sync::{Mutex, PoisonError};
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
 /// Losses exist in f32 only.
 #[derive(Debug)]
 pub struct Cpu<T = f32> {
-    real: std::marker::PhantomData<T>,
+    isa: Isa,
+    /// The packed operand of the last matrix product.
+    packed: Mutex<Vec<T>>,
 }
 
-impl<T: Real> Cpu<T> {
-    /// The best instruction set this machine has.
+impl<T: Lane> Cpu<T> {
+    /// With the fastest instruction set this machine has.
     pub fn new() -> Self {
-        Cpu { real: std::marker::PhantomData }
+        Cpu::with_isa(Isa::best())
+    }
+
+    /// With an instruction set of your choice from [`Isa::available`].
+    pub fn with_isa(isa: Isa) -> Self {
+        Cpu { isa, packed: Mutex::default() }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl<T: Lane> Default for Cpu<T> {
+    fn default() -> Self {
+        Cpu::new()
     }
 }
 
@@ -46,7 +69,7 @@ impl Engine for Cpu<f32> {
     }
 }
 
-impl<T: Real> Device for Cpu<T> {
+impl<T: Lane> Device for Cpu<T> {
     type Real = T;
     type Buf = Vec<T>;
 
@@ -67,7 +90,8 @@ impl<T: Real> Device for Cpu<T> {
         }
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
-        layers::naive_gemm(shape, read(&a), read(&b), part(c));
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        gemm::gemm(self.isa, shape, read(&a), read(&b), part(c), &mut packed);
     }
 
     fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
@@ -84,7 +108,7 @@ impl<T: Real> Device for Cpu<T> {
         pre: ViewMut<'_, Vec<T>>,
         out: Option<ViewMut<'_, Vec<T>>>,
     ) {
-        layers::bias_activation(shape, activation, bias.as_ref().map(read), write(pre), out.map(write));
+        layers::bias_activation(self.isa, shape, activation, bias.as_ref().map(read), write(pre), out.map(write));
     }
     fn bias_activation_backward(
         &self,
@@ -94,7 +118,7 @@ impl<T: Real> Device for Cpu<T> {
         d: ViewMut<'_, Vec<T>>,
         d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
     ) {
-        layers::bias_activation_backward(shape, activation, read(&saved), write(d), d_bias.map(part));
+        layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(part));
     }
     fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
         layers::conv_scratch(conv, rows)
@@ -108,7 +132,7 @@ impl<T: Real> Device for Cpu<T> {
         out: ViewMut<'_, Vec<T>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv(conv, rows, read(&x), read(&weight), write(out), scratch);
+        layers::conv(self.isa, conv, rows, read(&x), read(&weight), write(out), scratch);
     }
     fn conv_backward_data(
         &self,
@@ -119,7 +143,7 @@ impl<T: Real> Device for Cpu<T> {
         dx: ViewMut<'_, Vec<T>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv_backward_data(conv, rows, read(&weight), read(&d_out), write(dx), scratch);
+        layers::conv_backward_data(self.isa, conv, rows, read(&weight), read(&d_out), write(dx), scratch);
     }
     fn conv_backward_weight(
         &self,
@@ -130,7 +154,7 @@ impl<T: Real> Device for Cpu<T> {
         d_weight: Write<ViewMut<'_, Vec<T>>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv_backward_weight(conv, rows, read(&x), read(&d_out), part(d_weight), scratch);
+        layers::conv_backward_weight(self.isa, conv, rows, read(&x), read(&d_out), part(d_weight), scratch);
     }
     fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
         layers::pool(pooling, rows, read(&x), write(out));
@@ -153,7 +177,7 @@ impl<T: Real> Device for Cpu<T> {
         m: ViewMut<'_, Vec<T>>,
         v: ViewMut<'_, Vec<T>>,
     ) {
-        layers::adam(step, read(&grads), write(params), write(m), write(v));
+        layers::adam(self.isa, step, read(&grads), write(params), write(m), write(v));
     }
     fn sum_squares(&self, x: View<'_, Vec<T>>) -> f64 {
         layers::sum_squares(read(&x))
