@@ -91,3 +91,67 @@ impl<D: Device> Adam<D> {
 pub fn grad_norm<D: Device>(device: &D, grads: &D::Buf) -> f64 {
     device.sum_squares(View { buf: grads, at: 0..device.len(grads) }).sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+    use crate::nn::Layout;
+    use rand::{RngExt, SeedableRng};
+
+    // One parameter at a time, as the papers write it, with t from 1; a wrong place of eps, a missing bias correction
+    // or a decayed bias vector shows at 1e-4 and above.
+    #[test]
+    fn adam_and_adamw_follow_the_scalar_recursion() {
+        let device = Cpu::<f64>::new();
+        let mut layout = Layout::default();
+        for (name, shape) in [("w", &[5, 7][..]), ("b", &[5]), ("k", &[3, 2, 2, 2]), ("j", &[2, 2]), ("scale", &[])] {
+            layout.push(name, shape);
+        }
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for weight_decay in [0.0, 0.3] {
+            let config = AdamConfig { beta1: 0.8, beta2: 0.95, eps: 1e-3, weight_decay };
+            let mut adam = Adam::new(&device, config, &layout);
+            let mut params: Vec<f64> = (0..layout.len()).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let mut want = params.clone();
+            let mut moments = vec![(0.0, 0.0); layout.len()];
+            for step in 0..20 {
+                let (lr, scale) = (0.1 / (step + 1) as f64, rng.random_range(0.5..1.0));
+                let grads: Vec<f64> = (0..layout.len()).map(|_| rng.random_range(-1.0..1.0)).collect();
+                adam.step(&device, step, lr, scale, &mut params, &grads);
+                for span in &layout.spans {
+                    for i in span.at.clone() {
+                        let (g, t, (m, v)) = (grads[i] * scale, step as i32 + 1, &mut moments[i]);
+                        *m = 0.8 * *m + 0.2 * g;
+                        *v = 0.95 * *v + 0.05 * g * g;
+                        if span.name != "b" && span.name != "scale" {
+                            want[i] -= lr * weight_decay * want[i];
+                        }
+                        let (m_hat, v_hat) = (*m / (1.0 - 0.8f64.powi(t)), *v / (1.0 - 0.95f64.powi(t)));
+                        want[i] -= lr * m_hat / (v_hat.sqrt() + 1e-3);
+                    }
+                }
+            }
+            for (got, want) in params.iter().zip(&want) {
+                assert!((got - want).abs() < 1e-13, "decay {weight_decay}: {got}, want {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn schedules_rise_and_fall() {
+        let cosine = |step| Schedule::Cosine.factor(step, 4, 14);
+        assert_eq!([0, 1, 2, 3].map(cosine), [0.25, 0.5, 0.75, 1.0]);
+        assert_eq!((cosine(4), cosine(14), cosine(99)), (1.0, 0.0, 0.0));
+        assert!((cosine(9) - 0.5).abs() < 1e-15);
+        assert!((4..14).all(|step| cosine(step + 1) < cosine(step)));
+        assert_eq!([0, 3, 4, 99].map(|step| Schedule::Constant.factor(step, 4, 14)), [0.25, 1.0, 1.0, 1.0]);
+        // A warmup as long as the run, and a run of no steps, are not errors.
+        assert!(Schedule::Cosine.factor(5, 5, 5).is_finite() && Schedule::Cosine.factor(0, 0, 0).is_finite());
+    }
+
+    #[test]
+    fn grad_norm_is_euclidean() {
+        assert_eq!(grad_norm(&Cpu::<f32>::new(), &vec![3.0, 0.0, -4.0]), 5.0);
+    }
+}

@@ -290,7 +290,7 @@ impl Builder<'_> {
         let shape =
             |found: String, expected: String| Err(NnError::Shape { encoder: self.prefix.to_owned(), found, expected });
         let [mut channels, mut height, mut width] = image;
-        if channels * height * width != self.width {
+        if [height, width].iter().try_fold(channels, |n, &m| n.checked_mul(m)) != Some(self.width) {
             let found = format!("{} inputs", self.width);
             return shape(found, format!("{channels} x {height} x {width}, an image"));
         }
@@ -331,4 +331,87 @@ fn part<B>(buf: &B, len: usize) -> View<'_, B> {
 /// [`part`], to be written.
 fn part_mut<B>(buf: &mut B, len: usize) -> ViewMut<'_, B> {
     ViewMut { buf, at: 0..len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mlp(hidden: &[usize]) -> EncoderSpec {
+        EncoderSpec::Mlp { hidden: hidden.to_vec(), activation: Activation::Gelu }
+    }
+
+    #[test]
+    fn lenet_has_the_tensors_of_the_paper() {
+        let mut layout = Layout::default();
+        Encoder::build(&EncoderSpec::Lenet, "u", 784, 10, &mut layout).unwrap();
+        let spans: Vec<_> = layout.spans.iter().map(|s| (s.name.as_str(), s.shape.as_slice())).collect();
+        let want: [(&str, &[usize]); 10] = [
+            ("u.0.weight", &[6, 1, 5, 5]),
+            ("u.0.bias", &[6]),
+            ("u.1.weight", &[16, 6, 5, 5]),
+            ("u.1.bias", &[16]),
+            ("u.2.weight", &[120, 400]),
+            ("u.2.bias", &[120]),
+            ("u.3.weight", &[84, 120]),
+            ("u.3.bias", &[84]),
+            ("u.4.weight", &[10, 84]),
+            ("u.4.bias", &[10]),
+        ];
+        assert_eq!(spans, want);
+        assert_eq!(layout.len(), 61_706);
+    }
+
+    // Uniform in +-1/sqrt(fan_in): the bound is reached but not passed, the mean is near 0, and a tensor's numbers are
+    // its own: no two tensors share them, and building another encoder behind changes none.
+    #[test]
+    fn initial_parameters_are_uniform_and_belong_to_their_place() {
+        let mut layout = Layout::default();
+        let u = Encoder::build(&mlp(&[200]), "u", 100, 100, &mut layout).unwrap();
+        let mut alone = vec![9.0; layout.len()];
+        u.init(1, &mut alone);
+        let v = Encoder::build(&mlp(&[200]), "v", 100, 100, &mut layout).unwrap();
+        let mut params = vec![9.0; layout.len()];
+        v.init(1, &mut params);
+        assert!(params[..alone.len()].iter().all(|&p| p == 9.0));
+        u.init(1, &mut params);
+        assert_eq!(params[..alone.len()], alone);
+        assert_ne!(params[alone.len()..], alone);
+        for (span, fan_in) in layout.spans.iter().zip([100.0f32, 100.0, 200.0, 200.0].repeat(2)) {
+            let part = &params[span.at.clone()];
+            let largest = part.iter().fold(0.0f32, |a, p| a.max(p.abs())) * fan_in.sqrt();
+            let mean = part.iter().sum::<f32>() / part.len() as f32 * fan_in.sqrt();
+            assert!((0.9..=1.0).contains(&largest), "{}: largest {largest}", span.name);
+            // Three standard deviations, 1/sqrt(3) each over the root of the count.
+            assert!(mean.abs() < 3.0 / (3.0 * part.len() as f32).sqrt(), "{}: mean {mean}", span.name);
+        }
+        let mut other = vec![0.0; layout.len()];
+        u.init(2, &mut other);
+        assert_ne!(other[..alone.len()], alone);
+    }
+
+    #[test]
+    fn layers_that_do_not_fit_are_errors() {
+        let conv =
+            |channels, kernel, padding, pool_size| ConvSpec { channels, kernel, padding, pool: Pool::Max, pool_size };
+        let cnn = |image, conv| EncoderSpec::Cnn { image, conv, activation: Activation::Relu };
+        for (spec, input, output, part) in [
+            (EncoderSpec::Identity, 3, 4, "4 outputs"),
+            (EncoderSpec::Linear { bias: true }, 0, 4, "0 inputs"),
+            (EncoderSpec::Linear { bias: true }, 4, 0, "0 outputs"),
+            (mlp(&[3, 0]), 3, 4, "width 0"),
+            (EncoderSpec::Lenet, 783, 10, "783 inputs"),
+            (cnn([2, 4, 4], vec![]), 31, 1, "31 inputs"),
+            (cnn([2, usize::MAX, 4], vec![]), 31, 1, "31 inputs"),
+            (cnn([2, 4, 4], vec![conv(0, 3, 0, 1)]), 32, 1, "0 channels"),
+            (cnn([2, 4, 4], vec![conv(1, 0, 0, 1)]), 32, 1, "kernel 0"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 0)]), 32, 1, "pool_size 0"),
+            (cnn([2, 4, 4], vec![conv(1, 5, 0, 1)]), 32, 1, "kernel 5"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 2), conv(1, 2, 0, 1)]), 32, 1, "kernel 2"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 3)]), 32, 1, "pool_size 3"),
+        ] {
+            let error = Encoder::build(&spec, "u", input, output, &mut Layout::default()).unwrap_err().to_string();
+            assert!(error.starts_with("encoder u: found ") && error.contains(part), "{error}");
+        }
+    }
 }

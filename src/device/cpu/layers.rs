@@ -588,3 +588,172 @@ pub(super) fn sum_squares<T: Real>(x: &[T]) -> f64 {
     });
     sums.iter().sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
+        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    fn dot(a: &[f64], b: &[f64]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+
+    /// The definition: six loops.
+    fn naive_conv(c: &Conv, rows: usize, x: &[f64], weight: &[f64]) -> Vec<f64> {
+        let (height, width, k) = (c.out_height(), c.out_width(), c.kernel);
+        let mut out = vec![0.0; rows * c.output_len()];
+        for (at, out) in out.iter_mut().enumerate() {
+            let (ox, oy) = (at % width, at / width % height);
+            let (o, row) = (at / (width * height) % c.outputs, at / c.output_len());
+            for i in 0..c.inputs {
+                for (ky, kx) in (0..k * k).map(|at| (at / k, at % k)) {
+                    let (y, x_) = (oy + ky, ox + kx);
+                    let inside = |at: usize, len: usize| (c.padding..len + c.padding).contains(&at);
+                    if inside(y, c.height) && inside(x_, c.width) {
+                        let from = ((row * c.inputs + i) * c.height + y - c.padding) * c.width + x_ - c.padding;
+                        *out += x[from] * weight[((o * c.inputs + i) * k + ky) * k + kx];
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    // Images of one and of several blocks, batches of one and of several samples a shard, padding beyond the kernel.
+    // The backwards are the adjoints of the forward: <conv(x, w), d> = <x, dx> = <w, dw>. Tolerance: rounding of sums
+    // of 1e5 terms; any misplaced term shows as 1e-3 or more.
+    #[test]
+    fn convolution_is_its_definition_and_backward_its_adjoint() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for (inputs, height, width, outputs, kernel, padding, rows) in [
+            (1, 1, 1, 1, 1, 0, 1),
+            (1, 28, 28, 6, 5, 2, 3),
+            (6, 14, 14, 16, 5, 0, 67),
+            (7, 41, 37, 3, 7, 1, 2),
+            (2, 3, 2, 5, 2, 4, 131),
+            (3, 5, 11, 33, 5, 0, 2),
+        ] {
+            let c = Conv { inputs, height, width, outputs, kernel, padding };
+            let (x, d) = (random(rows * c.input_len(), &mut rng), random(rows * c.output_len(), &mut rng));
+            let weight = random(outputs * c.patch(), &mut rng);
+            let want = naive_conv(&c, rows, &x, &weight);
+            for isa in Isa::available() {
+                let mut scratch = vec![f64::NAN; conv_scratch(&c, rows)];
+                let mut out = vec![f64::NAN; want.len()];
+                conv(isa, &c, rows, &x, &weight, &mut out, &mut scratch);
+                for (o, w) in out.iter().zip(&want) {
+                    assert!((o - w).abs() < 1e-12, "{c:?} {}: {o}, want {w}", isa.name());
+                }
+                scratch.fill(f64::NAN);
+                let mut dx = vec![f64::NAN; x.len()];
+                conv_backward_data(isa, &c, rows, &weight, &d, &mut dx, &mut scratch);
+                scratch.fill(f64::NAN);
+                let mut dw = vec![f64::NAN; weight.len()];
+                conv_backward_weight(isa, &c, rows, &x, &d, Write::Set(&mut dw), &mut scratch);
+                let (value, size) = (dot(&want, &d), dot(&want, &want).sqrt() * dot(&d, &d).sqrt());
+                assert!((dot(&x, &dx) - value).abs() < 1e-13 * size, "{c:?} {} data", isa.name());
+                assert!((dot(&weight, &dw) - value).abs() < 1e-13 * size, "{c:?} {} weight", isa.name());
+                let set = dw.clone();
+                conv_backward_weight(isa, &c, rows, &x, &d, Write::Add(&mut dw), &mut scratch);
+                assert!(dw.iter().zip(&set).all(|(twice, once)| *twice == 2.0 * once));
+            }
+        }
+    }
+
+    #[test]
+    fn pooling_is_its_definition_and_ties_go_first() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for (channels, height, width, size, rows) in
+            [(1, 1, 1, 1, 1), (3, 7, 5, 2, 67), (2, 9, 11, 3, 3), (1, 4, 6, 4, 2)]
+        {
+            let x = random(rows * channels * height * width, &mut rng);
+            for kind in [Pool::Max, Pool::Average] {
+                let p = Pooling { kind, channels, height, width, size };
+                let mut out = vec![f64::NAN; rows * p.output_len()];
+                pool(&p, rows, &x, &mut out);
+                for (at, &out) in out.iter().enumerate() {
+                    let (ox, oy) = (at % p.out_width(), at / p.out_width() % p.out_height());
+                    let image = &x[at / (p.out_width() * p.out_height()) * height * width..][..height * width];
+                    let window = (0..size * size).map(|k| image[(oy * size + k / size) * width + ox * size + k % size]);
+                    let want = match kind {
+                        Pool::Max => window.fold(f64::MIN, f64::max),
+                        Pool::Average => window.sum::<f64>() / (size * size) as f64,
+                    };
+                    assert!((out - want).abs() < 1e-15, "{p:?}: {out}, want {want}");
+                }
+            }
+        }
+        let p = Pooling { kind: Pool::Max, channels: 1, height: 3, width: 4, size: 2 };
+        let x = [0.0, 1.0, 5.0, 5.0, 1.0, 1.0, 5.0, 5.0, 9.0, 9.0, 9.0, 9.0];
+        let mut dx = [f64::NAN; 12];
+        pool_backward(&p, 1, &x, &[2.0, 3.0], &mut dx);
+        assert_eq!(dx, [0.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    // Values of the normal law in 20 digits. A dropped term of the series shows.
+    #[test]
+    fn normal_is_accurate_in_both_tails() {
+        let known = [
+            (0.0, 0.5, 0.398_942_280_401_432_68),
+            (0.3, 0.617_911_422_188_952_74, 0.381_387_815_460_524_09),
+            (-1.0, 0.158_655_253_931_457_05, 0.241_970_724_519_143_35),
+            (2.5, 0.993_790_334_674_223_86, 0.017_528_300_493_568_541),
+            (-4.0, 3.167_124_183_311_992_1e-5, 1.338_302_257_648_853_5e-4),
+            (-8.0, 6.220_960_574_271_784_1e-16, 5.052_271_083_536_892_8e-15),
+        ];
+        for (x, cdf, density) in known {
+            let got = normal::<f64>(x);
+            assert!((got.0 / cdf - 1.0).abs() < 1e-14 && (got.1 / density - 1.0).abs() < 1e-14, "{x}: {got:?}");
+            let got = normal::<f32>(x as f32);
+            let off = |got: f32, want: f64| (f64::from(got) / want - 1.0).abs();
+            // x^2/2 = 32 at -8 is what the exponent's rounding is multiplied by.
+            assert!(off(got.0, cdf) < 5e-6 && off(got.1, density) < 5e-6, "{x}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn bias_and_activation_are_their_definition() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for shape @ [rows, channels, pixels] in [[1, 1, 1], [67, 37, 1], [5, 3, 77], [2, 1, 20_000]] {
+            let n = rows * channels * pixels;
+            let (x, bias, d) = (random(n, &mut rng), random(channels, &mut rng), random(n, &mut rng));
+            let channel = |i: usize| i / pixels % channels;
+            for isa in Isa::available() {
+                let mut pre = x.clone();
+                let mut out = vec![f64::NAN; n];
+                bias_activation(isa, shape, Activation::Relu, Some(&bias), &mut pre, Some(&mut out));
+                let mut over = x.clone();
+                bias_activation(isa, shape, Activation::Relu, Some(&bias), &mut over, None);
+                assert_eq!(over, out);
+                let (mut dd, mut d_bias) = (d.clone(), vec![1.0; channels]);
+                bias_activation_backward(isa, shape, Activation::Relu, &out, &mut dd, Some(Write::Add(&mut d_bias)));
+                let mut want = vec![1.0; channels];
+                for i in 0..n {
+                    let z = x[i] + bias[channel(i)];
+                    assert_eq!((pre[i], out[i], dd[i]), (z, z.max(0.0), if z > 0.0 { d[i] } else { 0.0 }));
+                    want[channel(i)] += dd[i];
+                }
+                // Sums of up to 20,000 terms of size 1 in another order.
+                assert!(d_bias.iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-10));
+            }
+        }
+        let mut nan = [f64::NAN];
+        bias_activation(Isa::best(), [1, 1, 1], Activation::Relu, None, &mut nan, None);
+        assert!(nan[0].is_nan(), "a NaN must not be hidden");
+    }
+
+    #[test]
+    fn sum_of_squares_is_its_definition() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        for n in [0, 1, 63, 64, 65, 100_003] {
+            let x = random(n, &mut rng);
+            let want = dot(&x, &x);
+            assert!((sum_squares(&x) - want).abs() <= 1e-12 * want);
+        }
+    }
+}
