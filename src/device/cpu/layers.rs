@@ -8,7 +8,7 @@
 //! cache: with `col` `[patch, pixels]` the patches under the block's pixels,
 //!
 //! ```text
-//! out       [outputs, pixels]  = weight [outputs, patch] col
+//! out'      [pixels, outputs]  = col' weight',          weight [outputs, patch]
 //! d_col     [patch, pixels]    = weight' d_out,  added back to the pixels each patch came from
 //! d_weight' [patch, outputs]  += col d_out'
 //! ```
@@ -25,6 +25,8 @@ const SHARDS: usize = 64;
 const GRAIN: usize = 1 << 14;
 /// Numbers of the patches of a block of output rows, about: with its packed copy, a part of a second-level cache.
 const BLOCK: usize = 1 << 15;
+/// Numbers of the widest register.
+const REGISTER: usize = WIDEST / 2;
 /// Numbers summed side by side.
 const LANES: usize = 8;
 
@@ -35,10 +37,10 @@ struct Blocks {
     rows: usize,
     /// Pixels of a block with room for whole registers: the row stride of `col`.
     stride: usize,
-    /// Output channels with room for whole registers: the row stride of a transposed weight gradient.
+    /// Output channels with room for whole registers: the row stride of results by output channel.
     outputs: usize,
-    /// Numbers of `col`; of a packed operand; of a product's result.
-    scratch: [usize; 3],
+    /// Numbers of a strip; of `col`; of a packed operand; of a product's result.
+    scratch: [usize; 4],
 }
 
 impl Blocks {
@@ -46,14 +48,11 @@ impl Blocks {
         let (patch, width) = (conv.patch(), conv.out_width());
         let rows = (BLOCK / (patch * width)).clamp(1, conv.out_height());
         let pixels = rows * width;
-        let (stride, outputs) = (pixels.next_multiple_of(WIDEST), conv.outputs.next_multiple_of(WIDEST));
-        let packed = packed_len(patch.max(conv.outputs), pixels).max(packed_len(pixels, conv.outputs));
-        Blocks {
-            rows,
-            stride,
-            outputs,
-            scratch: [patch * stride, packed, (conv.outputs * stride).max(patch * outputs)],
-        }
+        let (stride, outputs) = (pixels.next_multiple_of(REGISTER), conv.outputs.next_multiple_of(REGISTER));
+        let packed = packed_len(conv.outputs, pixels).max(packed_len(patch.max(pixels), conv.outputs));
+        let strip = (rows + conv.kernel - 1) * width;
+        let result = patch.max(pixels) * outputs;
+        Blocks { rows, stride, outputs, scratch: [strip, patch * stride, packed, result] }
     }
     /// Every block as its output rows.
     fn iter(self, conv: &Conv) -> impl Iterator<Item = Range<usize>> {
@@ -64,11 +63,12 @@ impl Blocks {
     fn shard(self) -> usize {
         self.scratch.iter().sum()
     }
-    /// A shard's scratch in its three parts.
-    fn split<T>(self, scratch: &mut [T]) -> [&mut [T]; 3] {
-        let (col, rest) = scratch.split_at_mut(self.scratch[0]);
-        let (packed, result) = rest.split_at_mut(self.scratch[1]);
-        [col, packed, result]
+    /// A shard's scratch in its parts.
+    fn split<T>(self, scratch: &mut [T]) -> [&mut [T]; 4] {
+        let (strip, rest) = scratch.split_at_mut(self.scratch[0]);
+        let (col, rest) = rest.split_at_mut(self.scratch[1]);
+        let (packed, result) = rest.split_at_mut(self.scratch[2]);
+        [strip, col, packed, result]
     }
 }
 
@@ -81,54 +81,73 @@ pub(super) fn conv_scratch(conv: &Conv, rows: usize) -> usize {
     SHARDS.min(rows) * Blocks::new(conv).shard()
 }
 
-/// Visits the runs of pixels that `col` and the image share: for every row of `col` and output row of the block,
-/// `visit(row of col, pixels in it, Some(first number in the image))`, with `None` where padding is.
+/// Visits the lines of a strip: the image rows under a block of output rows (`block` and `kernel - 1` more), as the
+/// `kx`-th column of the kernel sees them, `[lines, out_width]`. `visit(pixels of the strip, Some(first number in the
+/// channel's image))`, with `None` where padding is.
 #[inline(always)]
-fn runs(conv: &Conv, block: Range<usize>, mut visit: impl FnMut(usize, Range<usize>, Option<usize>)) {
+fn lines(conv: &Conv, block: &Range<usize>, kx: usize, mut visit: impl FnMut(Range<usize>, Option<usize>)) {
     let Conv { height, width, kernel, padding, .. } = *conv;
     let out_width = conv.out_width();
-    for row in 0..conv.patch() {
-        let (channel, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
-        // Output column `o` reads image column `o + kx - padding`.
-        let low = padding.saturating_sub(kx).min(out_width);
-        let high = (width + padding).saturating_sub(kx).clamp(low, out_width);
-        for (o, y) in block.clone().enumerate() {
-            let at = o * out_width;
-            let y = y + ky;
-            if y < padding || y >= height + padding || low == high {
-                visit(row, at..at + out_width, None);
-            } else {
-                visit(row, at..at + low, None);
-                visit(row, at + low..at + high, Some((channel * height + y - padding) * width + low + kx - padding));
-                visit(row, at + high..at + out_width, None);
+    // Output column `o` reads image column `o + kx - padding`.
+    let low = padding.saturating_sub(kx).min(out_width);
+    let high = (width + padding).saturating_sub(kx).clamp(low, out_width);
+    for (line, y) in (block.start..block.end + kernel - 1).enumerate() {
+        let at = line * out_width;
+        if y < padding || y >= height + padding || low == high {
+            visit(at..at + out_width, None);
+        } else {
+            visit(at..at + low, None);
+            visit(at + low..at + high, Some((y - padding) * width + low + kx - padding));
+            visit(at + high..at + out_width, None);
+        }
+    }
+}
+
+/// Gathers the patches of a block of output rows of one sample into `col`. The rows of `col` for one channel and
+/// kernel column are one strip, an output row apart.
+#[inline(always)]
+fn gather<T: Real>(conv: &Conv, block: Range<usize>, x: &[T], strip: &mut [T], col: &mut [T], stride: usize) {
+    let (kernel, width) = (conv.kernel, conv.out_width());
+    let n = block.len() * width;
+    for (x, col) in x.chunks(conv.height * conv.width).zip(col.chunks_mut(kernel * kernel * stride)) {
+        for kx in 0..kernel {
+            lines(conv, &block, kx, |at, from| match from {
+                Some(from) => strip[at.clone()].copy_from_slice(&x[from..][..at.len()]),
+                None => strip[at].fill(T::ZERO),
+            });
+            for ky in 0..kernel {
+                col[(ky * kernel + kx) * stride..][..n].copy_from_slice(&strip[ky * width..][..n]);
             }
         }
     }
 }
 
-/// Gathers the patches of a block of output rows of one sample into `col`.
-#[inline(always)]
-fn gather<T: Real>(conv: &Conv, block: Range<usize>, x: &[T], col: &mut [T], stride: usize) {
-    runs(conv, block, |row, at, from| {
-        let col = &mut col[row * stride..][at];
-        match from {
-            Some(from) => col.copy_from_slice(&x[from..][..col.len()]),
-            None => col.fill(T::ZERO),
-        }
-    });
-}
-
 /// Adds `col` back to the pixels it was gathered from.
 #[inline(always)]
-fn scatter<T: Real>(conv: &Conv, block: Range<usize>, col: &[T], dx: &mut [T], stride: usize) {
-    runs(conv, block, |row, at, to| {
-        if let Some(to) = to {
-            let col = &col[row * stride..][at];
-            for (dx, &c) in dx[to..].iter_mut().zip(col) {
-                *dx += c;
+fn scatter<T: Real>(conv: &Conv, block: Range<usize>, col: &[T], strip: &mut [T], dx: &mut [T], stride: usize) {
+    let (kernel, width) = (conv.kernel, conv.out_width());
+    let n = block.len() * width;
+    for (dx, col) in dx.chunks_mut(conv.height * conv.width).zip(col.chunks(kernel * kernel * stride)) {
+        for kx in 0..kernel {
+            strip.fill(T::ZERO);
+            for ky in 0..kernel {
+                add(&mut strip[ky * width..][..n], &col[(ky * kernel + kx) * stride..]);
             }
+            lines(conv, &block, kx, |at, to| {
+                if let Some(to) = to {
+                    add(&mut dx[to..][..at.len()], &strip[at]);
+                }
+            });
         }
-    });
+    }
+}
+
+/// `to += from`, as far as `to` goes.
+#[inline(always)]
+fn add<T: Real>(to: &mut [T], from: &[T]) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to += from;
+    }
 }
 
 pub(super) fn conv<T: Lane>(
@@ -163,16 +182,18 @@ impl<T: Lane> Op for Forward<'_, T> {
         let Forward { conv, x, weight, out, scratch } = self;
         let blocks = Blocks::new(conv);
         let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.patch());
-        let [col, packed, result] = blocks.split(scratch);
+        let [strip, col, packed, result] = blocks.split(scratch);
+        pack_transposed::<S, T>(weight, depth, depth, conv.outputs, packed);
         for (out, x) in out.chunks_mut(conv.output_len()).zip(x.chunks(conv.input_len())) {
             for block in blocks.iter(conv) {
                 let (at, n) = (block.start * width, block.len() * width);
-                gather(conv, block, x, col, blocks.stride);
-                pack::<S, T>(col, blocks.stride, depth, n, packed);
-                let weight = Left { data: weight, row: depth, col: 1, rows: conv.outputs, depth };
-                product::<S, T, Inner>(weight, packed, n, result, blocks.stride, false);
-                for (out, result) in out.chunks_mut(pixels).zip(result.chunks(blocks.stride)) {
-                    out[at..at + n].copy_from_slice(&result[..n]);
+                gather(conv, block, x, strip, col, blocks.stride);
+                let col = Left { data: col, row: 1, col: blocks.stride, rows: n, depth };
+                product::<S, T, Inner>(col, packed, conv.outputs, result, blocks.outputs, false);
+                for (o, out) in out.chunks_mut(pixels).enumerate() {
+                    for (out, result) in out[at..at + n].iter_mut().zip(result.chunks(blocks.outputs)) {
+                        *out = result[o];
+                    }
                 }
             }
         }
@@ -211,7 +232,7 @@ impl<T: Lane> Op for BackwardData<'_, T> {
         let BackwardData { conv, weight, d_out, dx, scratch } = self;
         let blocks = Blocks::new(conv);
         let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.outputs);
-        let [d_col, packed, _] = blocks.split(scratch);
+        let [strip, d_col, packed, _] = blocks.split(scratch);
         for (dx, d_out) in dx.chunks_mut(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
             dx.fill(T::ZERO);
             for block in blocks.iter(conv) {
@@ -219,7 +240,7 @@ impl<T: Lane> Op for BackwardData<'_, T> {
                 pack::<S, T>(&d_out[block.start * width..], pixels, depth, n, packed);
                 let weight = Left { data: weight, row: 1, col: conv.patch(), rows: conv.patch(), depth };
                 product::<S, T, Inner>(weight, packed, n, d_col, blocks.stride, false);
-                scatter(conv, block, d_col, dx, blocks.stride);
+                scatter(conv, block, d_col, strip, dx, blocks.stride);
             }
         }
     }
@@ -245,17 +266,15 @@ pub(super) fn conv_backward_weight<T: Lane>(
     });
     let Some(total) = sums.next() else { return };
     for sum in sums {
-        for (total, &s) in total.iter_mut().zip(&*sum) {
-            *total += s;
-        }
+        add(total, sum);
     }
-    let (d_weight, add) = match d_weight {
+    let (d_weight, keep) = match d_weight {
         Write::Set(d) => (d, false),
         Write::Add(d) => (d, true),
     };
     for (o, d_weight) in d_weight.chunks_mut(conv.patch()).enumerate() {
         for (d, total) in d_weight.iter_mut().zip(total.chunks(blocks.outputs)) {
-            *d = if add { *d + total[o] } else { total[o] };
+            *d = if keep { *d + total[o] } else { total[o] };
         }
     }
 }
@@ -275,13 +294,13 @@ impl<T: Lane> Op for BackwardWeight<'_, T> {
         let BackwardWeight { conv, x, d_out, scratch } = self;
         let blocks = Blocks::new(conv);
         let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
-        let [col, packed, sum] = blocks.split(scratch);
+        let [strip, col, packed, sum] = blocks.split(scratch);
         let sum = &mut sum[..conv.patch() * blocks.outputs];
         sum.fill(T::ZERO);
         for (x, d_out) in x.chunks(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
             for block in blocks.iter(conv) {
                 let (at, n) = (block.start * width, block.len() * width);
-                gather(conv, block, x, col, blocks.stride);
+                gather(conv, block, x, strip, col, blocks.stride);
                 pack_transposed::<S, T>(&d_out[at..], pixels, n, conv.outputs, packed);
                 let col = Left { data: col, row: blocks.stride, col: 1, rows: conv.patch(), depth: n };
                 product::<S, T, Inner>(col, packed, conv.outputs, sum, blocks.outputs, true);
@@ -525,24 +544,21 @@ pub(super) fn pool_backward<T: Real>(pooling: &Pooling, rows: usize, x: &[T], d_
         |((dx, x), d_out)| {
             dx.fill(T::ZERO);
             for ((dx, x), d_out) in dx.chunks_mut(image).zip(x.chunks(image)).zip(d_out.chunks(window)) {
-                for (at, &d) in d_out.iter().enumerate() {
-                    let corner = at / pooling.out_width() * size * width + at % pooling.out_width() * size;
-                    match pooling.kind {
-                        Pool::Max => {
-                            let mut best = corner;
-                            for y in 0..size {
-                                for place in corner + y * width..corner + y * width + size {
-                                    if x[place] > x[best] {
-                                        best = place;
+                let lines = dx.chunks_mut(size * width).zip(x.chunks(size * width));
+                for ((dx, x), d_out) in lines.zip(d_out.chunks(pooling.out_width())) {
+                    for (ox, &d) in d_out.iter().enumerate() {
+                        let rows = (0..size).map(|y| y * width + ox * size);
+                        match pooling.kind {
+                            Pool::Max => {
+                                let mut best = ox * size;
+                                for at in rows.flat_map(|row| row..row + size) {
+                                    if x[at] > x[best] {
+                                        best = at;
                                     }
                                 }
+                                dx[best] = d;
                             }
-                            dx[best] = d;
-                        }
-                        Pool::Average => {
-                            for y in 0..size {
-                                dx[corner + y * width..][..size].fill(d * share);
-                            }
+                            Pool::Average => rows.for_each(|row| dx[row..row + size].fill(d * share)),
                         }
                     }
                 }
