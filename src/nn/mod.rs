@@ -212,6 +212,9 @@ impl Encoder {
     }
 
     /// Embeds `x` `[rows, input]` into `acts.output[..rows * output]`.
+    ///
+    /// # Panics
+    /// When `x` is not `rows` samples, or `acts` was made for fewer.
     pub fn forward<D: Device>(
         &self,
         device: &D,
@@ -220,6 +223,7 @@ impl Encoder {
         rows: usize,
         acts: &mut Acts<D>,
     ) {
+        assert_eq!(x.at.len(), rows * self.input, "x is not {rows} samples of {} numbers", self.input);
         if self.layers.is_empty() {
             device.copy(x, part_mut(&mut acts.output, rows * self.output));
         } else {

@@ -260,6 +260,13 @@ pub(super) fn conv_backward_weight<T: Lane>(
         .zip(d_out.par_chunks(shard * conv.output_len()))
         .zip(scratch.par_chunks_mut(blocks.shard()))
         .for_each(|((x, d_out), scratch)| isa.run(BackwardWeight { conv, x, d_out, scratch }));
+    let (d_weight, keep) = match d_weight {
+        Write::Set(d) => (d, false),
+        Write::Add(d) => (d, true),
+    };
+    if !keep {
+        d_weight.fill(T::ZERO);
+    }
     let mut sums = scratch.chunks_mut(blocks.shard()).take(rows.div_ceil(shard)).map(|scratch| {
         let [.., sum] = blocks.split(scratch);
         &mut sum[..conv.patch() * blocks.outputs]
@@ -268,13 +275,9 @@ pub(super) fn conv_backward_weight<T: Lane>(
     for sum in sums {
         add(total, sum);
     }
-    let (d_weight, keep) = match d_weight {
-        Write::Set(d) => (d, false),
-        Write::Add(d) => (d, true),
-    };
     for (o, d_weight) in d_weight.chunks_mut(conv.patch()).enumerate() {
         for (d, total) in d_weight.iter_mut().zip(total.chunks(blocks.outputs)) {
-            *d = if keep { *d + total[o] } else { total[o] };
+            *d += total[o];
         }
     }
 }
@@ -550,13 +553,14 @@ pub(super) fn pool_backward<T: Real>(pooling: &Pooling, rows: usize, x: &[T], d_
                         let rows = (0..size).map(|y| y * width + ox * size);
                         match pooling.kind {
                             Pool::Max => {
-                                let mut best = ox * size;
-                                for at in rows.flat_map(|row| row..row + size) {
-                                    if x[at] > x[best] {
-                                        best = at;
+                                let mut best = (x[ox * size], ox * size);
+                                for row in rows {
+                                    for (at, &x) in (row..).zip(&x[row..row + size]) {
+                                        // A select, not a branch: which pixel wins is hard to predict.
+                                        best = if x > best.0 { (x, at) } else { best };
                                     }
                                 }
-                                dx[best] = d;
+                                dx[best.1] = d;
                             }
                             Pool::Average => rows.for_each(|row| dx[row..row + size].fill(d * share)),
                         }
