@@ -1,11 +1,38 @@
 //! Pairs (u, v) from memory-mapped files and built-in generators, sampled by a counter-based permutation.
+//!
+//! A [`Source`] is a set of pairs that any thread can read at any index. Batch number `step` of an epoch is
+//! samples `permute(seed, epoch, n, step * batch + i)`: a function of numbers, not of a generator's state, so a
+//! run resumes exactly at any step. [`Prefetch`] gathers batches on a thread of its own, beside compute.
 
-use std::path::PathBuf;
+pub mod digits;
+pub mod gaussian2d;
+pub mod gp;
+pub mod idx;
+pub mod images;
+pub mod npy;
+pub mod tensors;
+
+mod permute;
+mod prefetch;
+
+pub use npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
+pub use permute::permute;
+pub use prefetch::{PairBatch, Prefetch};
+
+use std::{
+    fs::File,
+    io::{self, BufWriter, Write},
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Which member of the pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
+    /// The rows.
     U,
+    /// The columns.
     V,
 }
 
@@ -13,12 +40,16 @@ pub enum Side {
 pub trait Source: Send + Sync {
     /// Number of pairs.
     fn len(&self) -> usize;
+    /// Whether there is no pair at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
     /// Numbers a sample on `side`.
     fn dim(&self, side: Side) -> usize;
     /// Writes samples `index` of `side`, `[index.len(), dim]`, as f32.
+    ///
+    /// # Panics
+    /// When an index is not below [`len`](Source::len) or `out` has another length.
     fn gather(&self, side: Side, index: &[usize], out: &mut [f32]);
     /// Class of each pair, where the v side is a one-hot label.
     fn labels(&self) -> Option<&[u8]> {
@@ -30,14 +61,321 @@ pub trait Source: Send + Sync {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DataError {
+    /// The operating system refused.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Its reason.
+        source: io::Error,
+    },
+    /// A file holds something else than it should.
     #[error("{}: found {found}, expected {expected}", path.display())]
-    Format { path: PathBuf, found: String, expected: String },
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        found: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// A matrix given as a covariance is none.
+    #[error("covariance: found {found}, expected {expected}")]
+    Covariance {
+        /// Its shape, or the pivot that is not positive.
+        found: String,
+        /// What a covariance has.
+        expected: String,
+    },
 }
 
-/// Position `index` of epoch `epoch`'s random order of 0..n: a keyed bijection, O(1) at any index, so that a
-/// resumed run needs no state.
-pub fn permute(_seed: u64, _epoch: u64, _n: usize, _index: usize) -> usize {
-    todo!()
+impl DataError {
+    fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| DataError::Io { path: path.to_owned(), source }
+    }
+    fn format(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> Self {
+        DataError::Format { path: path.to_owned(), found: found.into(), expected: expected.into() }
+    }
+}
+
+/// Training pairs and held-out pairs.
+#[derive(Clone)]
+pub struct Split {
+    /// Pairs to learn from.
+    pub train: Arc<dyn Source>,
+    /// Pairs to judge by.
+    pub test: Arc<dyn Source>,
+}
+
+/// Pairs `range` of a source, renumbered from 0.
+#[derive(Clone, Debug)]
+pub struct Subset<S> {
+    source: S,
+    range: Range<usize>,
+}
+
+/// Pairs held in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Memory {
+    u: Vec<f32>,
+    v: Vec<f32>,
+    dim_u: usize,
+    dim_v: usize,
+}
+
+/// Pairs from two float matrices on disk with equal row counts: pair i is row i of each.
+#[derive(Debug)]
+pub struct PairsSource {
+    u: Npy,
+    v: Npy,
+}
+
+impl Split {
+    /// The last `held_out` pairs of `source` to test on, those before to train on.
+    ///
+    /// # Panics
+    /// When `held_out > source.len()`.
+    pub fn at_end(source: Arc<dyn Source>, held_out: usize) -> Self {
+        let (n, train) = (source.len(), source.len() - held_out);
+        Split { train: Arc::new(Subset::new(source.clone(), 0..train)), test: Arc::new(Subset::new(source, train..n)) }
+    }
+}
+
+impl<S: Source> Subset<S> {
+    /// # Panics
+    /// When `range` does not lie within the source.
+    pub fn new(source: S, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= source.len(), "subset {range:?} of {} pairs", source.len());
+        Subset { source, range }
+    }
+}
+
+impl<S: Source> Source for Subset<S> {
+    fn len(&self) -> usize {
+        self.range.len()
+    }
+    fn dim(&self, side: Side) -> usize {
+        self.source.dim(side)
+    }
+    fn gather(&self, side: Side, index: &[usize], out: &mut [f32]) {
+        let shifted: Vec<usize> = index
+            .iter()
+            .map(|&i| {
+                assert!(i < self.range.len(), "sample {i} of {}", self.range.len());
+                self.range.start + i
+            })
+            .collect();
+        self.source.gather(side, &shifted, out);
+    }
+    fn labels(&self) -> Option<&[u8]> {
+        self.source.labels().map(|labels| &labels[self.range.clone()])
+    }
+}
+
+impl Source for Arc<dyn Source> {
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+    fn dim(&self, side: Side) -> usize {
+        (**self).dim(side)
+    }
+    fn gather(&self, side: Side, index: &[usize], out: &mut [f32]) {
+        (**self).gather(side, index, out);
+    }
+    fn labels(&self) -> Option<&[u8]> {
+        (**self).labels()
+    }
+}
+
+impl Memory {
+    /// `u` is `[n, dim_u]`, `v` is `[n, dim_v]`.
+    ///
+    /// # Panics
+    /// When the two do not hold the same number of whole samples, or a dimension is 0.
+    pub fn new(u: Vec<f32>, dim_u: usize, v: Vec<f32>, dim_v: usize) -> Self {
+        let n = u.len() / dim_u;
+        assert!(u.len() == n * dim_u && v.len() == n * dim_v, "u {}/{dim_u}, v {}/{dim_v}", u.len(), v.len());
+        Memory { u, v, dim_u, dim_v }
+    }
+    /// All samples of `side`, `[len, dim]`.
+    pub fn side(&self, side: Side) -> &[f32] {
+        match side {
+            Side::U => &self.u,
+            Side::V => &self.v,
+        }
+    }
+}
+
+impl Source for Memory {
+    fn len(&self) -> usize {
+        self.u.len() / self.dim_u
+    }
+    fn dim(&self, side: Side) -> usize {
+        match side {
+            Side::U => self.dim_u,
+            Side::V => self.dim_v,
+        }
+    }
+    fn gather(&self, side: Side, index: &[usize], out: &mut [f32]) {
+        let (data, dim) = (self.side(side), self.dim(side));
+        assert_eq!(out.len(), index.len() * dim, "output of {} samples of {dim}", index.len());
+        for (row, &i) in out.chunks_exact_mut(dim).zip(index) {
+            row.copy_from_slice(&data[i * dim..(i + 1) * dim]);
+        }
+    }
+}
+
+impl PairsSource {
+    /// Opens both files and checks that every number is finite.
+    ///
+    /// # Errors
+    /// [`DataError`] naming the file: as [`Npy::open`], a number that is not finite, or unequal row counts.
+    pub fn open(u: impl AsRef<Path>, v: impl AsRef<Path>) -> Result<Self, DataError> {
+        let (u, v) = (Npy::open(u)?, Npy::open(v)?);
+        if u.rows() != v.rows() {
+            let expected = format!("{} rows, as many as {} has", u.rows(), u.path().display());
+            return Err(DataError::format(v.path(), format!("{} rows", v.rows()), expected));
+        }
+        u.check_finite()?;
+        v.check_finite()?;
+        u.expect_random_rows();
+        v.expect_random_rows();
+        Ok(PairsSource { u, v })
+    }
+    fn npy(&self, side: Side) -> &Npy {
+        match side {
+            Side::U => &self.u,
+            Side::V => &self.v,
+        }
+    }
+}
+
+impl Source for PairsSource {
+    fn len(&self) -> usize {
+        self.u.rows()
+    }
+    fn dim(&self, side: Side) -> usize {
+        self.npy(side).dim()
+    }
+    fn gather(&self, side: Side, index: &[usize], out: &mut [f32]) {
+        self.npy(side).gather(index, out);
+    }
+}
+
+/// Creates or replaces the file `path` with what `fill` writes: readers see the old file or the whole new one,
+/// never a part, also when the machine stops half way (temporary file beside it, fsync, rename, fsync of the folder).
+///
+/// # Errors
+/// [`DataError::Io`] naming `path`; nothing is left behind then.
+pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), DataError> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let write = || {
+        let mut builder = tempfile::Builder::new();
+        // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut writer = BufWriter::new(builder.tempfile_in(folder)?);
+        fill(&mut writer)?;
+        let file = writer.into_inner()?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        // The rename itself must reach the disk; only unix lets a folder be opened and synced.
+        #[cfg(unix)]
+        File::open(folder)?.sync_all()?;
+        Ok(())
+    };
+    write().map_err(DataError::io(path))
+}
+
+/// The first row of `data` `[rows, dim]` that holds a NaN or an infinity. Runs on all cores.
+pub fn first_non_finite(data: &[f32], dim: usize) -> Option<usize> {
+    use rayon::prelude::*;
+    // No early exit within a chunk: so the test vectorises.
+    const CHUNK: usize = 1 << 14;
+    let chunk =
+        data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().fold(false, |bad, x| bad | !x.is_finite()))?;
+    let start = chunk * CHUNK;
+    data[start..].iter().position(|x| !x.is_finite()).map(|at| (start + at) / dim.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pair i is ([2i, 2i + 1], [-i]).
+    fn counting(n: usize) -> Memory {
+        Memory::new((0..2 * n).map(|x| x as f32).collect(), 2, (0..n).map(|x| -(x as f32)).collect(), 1)
+    }
+
+    #[test]
+    fn subsets_and_splits_renumber_from_zero() {
+        let split = Split::at_end(Arc::new(counting(7)), 3);
+        assert_eq!((split.train.len(), split.test.len()), (4, 3));
+        let mut u = [0.0; 4];
+        split.test.gather(Side::U, &[2, 0], &mut u);
+        assert_eq!(u, [12.0, 13.0, 8.0, 9.0]);
+        let mut v = [0.0; 1];
+        split.train.gather(Side::V, &[3], &mut v);
+        assert_eq!(v, [-3.0]);
+        let nested = Subset::new(Subset::new(counting(7), 2..6), 1..3);
+        nested.gather(Side::V, &[1], &mut v);
+        assert_eq!((nested.len(), v), (2, [-4.0]));
+    }
+
+    #[test]
+    #[should_panic(expected = "sample 4 of 4")]
+    fn a_subset_does_not_leak_its_neighbours() {
+        Subset::new(counting(7), 0..4).gather(Side::V, &[4], &mut [0.0]);
+    }
+
+    #[test]
+    fn non_finite_rows_are_found_wherever_they_are() {
+        // 3 numbers a row, spanning several of the parallel chunks; the earliest of two must win.
+        let clean = vec![f32::MAX; 3 * 20_000];
+        assert_eq!(first_non_finite(&clean, 3), None);
+        for (at, bad) in [(0, f32::NAN), (16_383, f32::INFINITY), (16_384, f32::NEG_INFINITY), (59_999, f32::NAN)] {
+            let mut data = clean.clone();
+            data[at] = bad;
+            data[59_999] = f32::NAN;
+            assert_eq!(first_non_finite(&data, 3), Some(at / 3));
+        }
+        assert_eq!(first_non_finite(&[], 0), None);
+    }
+
+    #[test]
+    fn pairs_must_match_and_be_finite() {
+        let folder = tempfile::tempdir().unwrap();
+        let (u, v) = (folder.path().join("u.npy"), folder.path().join("v.npy"));
+        write_npy_f32(&u, &[5, 2], &[1.0; 10]).unwrap();
+        write_npy_f32(&v, &[4, 1], &[1.0; 4]).unwrap();
+        let message = PairsSource::open(&u, &v).unwrap_err().to_string();
+        assert!(message.contains("v.npy: found 4 rows, expected 5 rows"), "{message}");
+        write_npy_f32(&v, &[5, 1], &[1.0, 2.0, 3.0, f32::NAN, 5.0]).unwrap();
+        let message = PairsSource::open(&u, &v).unwrap_err().to_string();
+        assert!(message.contains("v.npy: found a value that is not finite in row 3"), "{message}");
+        write_npy_f32(&v, &[5, 1], &[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        let pairs = PairsSource::open(&u, &v).unwrap();
+        let mut out = [0.0; 2];
+        pairs.gather(Side::V, &[4, 1], &mut out);
+        assert_eq!((pairs.len(), pairs.dim(Side::U), pairs.dim(Side::V), out), (5, 2, 1, [5.0, 2.0]));
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write_atomic(&path, |w| w.write_all(b"old")).unwrap();
+        let failed = write_atomic(&path, |w| {
+            w.write_all(&[0; 100_000])?;
+            Err(io::Error::other("disk full"))
+        });
+        assert!(failed.unwrap_err().to_string().contains("disk full"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let missing = folder.path().join("no/such/file");
+        assert!(write_atomic(&missing, |_| Ok(())).unwrap_err().to_string().contains("file"));
+    }
 }

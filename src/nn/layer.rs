@@ -61,14 +61,22 @@ impl Layer {
         }
     }
 
-    /// The bias, the activation and the `[rows, channels, pixels]` they work on; `None` where there is nothing to do.
-    fn bias_activation(&self, rows: usize) -> Option<([usize; 3], Activation, Option<&Range<usize>>)> {
+    /// The activation and the `[rows, channels, pixels]` it works on, with the bias; `None` where neither does anything.
+    fn activation(&self, rows: usize) -> Option<([usize; 3], Activation)> {
         match self {
             Layer::Linear { bias: None, activation: Activation::None, .. } | Layer::Pool(_) => None,
-            Layer::Linear { outputs, bias, activation, .. } => Some(([rows, *outputs, 1], *activation, bias.as_ref())),
-            Layer::Conv { conv, bias, activation, .. } => {
-                Some(([rows, conv.outputs, conv.out_height() * conv.out_width()], *activation, Some(bias)))
+            Layer::Linear { outputs, activation, .. } => Some(([rows, *outputs, 1], *activation)),
+            Layer::Conv { conv, activation, .. } => {
+                Some(([rows, conv.outputs, conv.out_height() * conv.out_width()], *activation))
             }
+        }
+    }
+
+    fn bias(&self) -> Option<Range<usize>> {
+        match self {
+            Layer::Linear { bias, .. } => bias.clone(),
+            Layer::Conv { bias, .. } => Some(bias.clone()),
+            Layer::Pool(_) => None,
         }
     }
 
@@ -100,8 +108,8 @@ impl Layer {
             }
             Layer::Pool(pooling) => device.pool(pooling, rows, x, part_mut(pre, len)),
         }
-        if let Some((shape, activation, bias)) = self.bias_activation(rows) {
-            let bias = bias.map(|bias| View { buf: params, at: bias.clone() });
+        if let Some((shape, activation)) = self.activation(rows) {
+            let bias = self.bias().map(|at| View { buf: params, at });
             device.bias_activation(shape, activation, bias, part_mut(pre, len), out);
         }
     }
@@ -121,8 +129,8 @@ impl Layer {
         scratch: &mut D::Buf,
     ) {
         let len = rows * self.output_len();
-        if let Some((shape, activation, bias)) = self.bias_activation(rows) {
-            let d_bias = bias.map(|bias| Write::Add(ViewMut { buf: &mut *grads, at: bias.clone() }));
+        if let Some((shape, activation)) = self.activation(rows) {
+            let d_bias = self.bias().map(|at| Write::Add(ViewMut { buf: &mut *grads, at }));
             device.bias_activation_backward(shape, activation, part(saved, len), part_mut(d_out, len), d_bias);
         }
         let d_out = part(d_out, len);

@@ -7,6 +7,7 @@
 //! An engine ([`crate::device`]) evaluates `(Loss, Batch)`; [`reference`] is its slow f64 twin.
 
 pub mod features;
+pub mod pairing;
 pub mod reference;
 
 pub use kernels::law::Tilting;
@@ -204,6 +205,23 @@ impl<'a> Matrix<'a> {
     /// Borrows row-major f32 data of `dim` columns; the number of rows follows.
     pub fn f32(data: &'a [f32], dim: usize) -> Self {
         Matrix { data: Storage::F32(data), rows: data.len() / dim.max(1), dim }
+    }
+}
+
+impl Gradients<'_> {
+    /// Checks that every output has the size its input has.
+    pub fn validate(&self, batch: &Batch<'_>) -> Result<(), LossError> {
+        let fits = |what, out: &Option<Write<&mut [f32]>>, expected: usize| match out {
+            Some(Write::Set(out) | Write::Add(out)) if out.len() != expected => Err(LossError::Shape {
+                what,
+                found: format!("{} elements", out.len()),
+                expected: format!("{expected} elements"),
+            }),
+            _ => Ok(()),
+        };
+        fits("gradient of u", &self.u, batch.u.rows * batch.u.dim)?;
+        fits("gradient of v", &self.v, batch.v.rows * batch.v.dim)?;
+        fits("gradient of offset_v", &self.offset_v, batch.v.rows)
     }
 }
 

@@ -1,13 +1,19 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
+mod contrast;
+mod fused;
 mod gemm;
 mod layers;
+mod mmd;
+mod shuffled;
 mod simd;
+mod sweep;
 
 pub use simd::{Isa, Lane};
 
 use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, View, ViewMut};
-use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
+use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
+use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
@@ -17,6 +23,10 @@ pub struct Cpu<T = f32> {
     isa: Isa,
     /// The packed operand of the last matrix product.
     packed: Mutex<Vec<T>>,
+    scratch: contrast::Scratch,
+    /// Embeddings of a training batch in 16-bit storage.
+    stored_bf16: Vec<bf16>,
+    stored_f16: Vec<f16>,
 }
 
 impl<T: Lane> Cpu<T> {
@@ -27,7 +37,7 @@ impl<T: Lane> Cpu<T> {
 
     /// With an instruction set of your choice from [`Isa::available`].
     pub fn with_isa(isa: Isa) -> Self {
-        Cpu { isa, packed: Mutex::default() }
+        Cpu { isa, packed: Mutex::default(), scratch: contrast::Scratch::default(), stored_bf16: Vec::new(), stored_f16: Vec::new() }
     }
 
     /// The instruction set in use.
@@ -52,20 +62,15 @@ fn write<T>(view: ViewMut<'_, Vec<T>>) -> &mut [T] {
     &mut view.buf[view.at]
 }
 
-/// [`write`] under its mode.
-fn part<T>(view: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
-    match view {
-        Write::Set(view) => Write::Set(write(view)),
-        Write::Add(view) => Write::Add(write(view)),
-    }
-}
-
 impl Engine for Cpu<f32> {
-    fn loss(&mut self, _loss: &Loss, _batch: &Batch<'_>, _gradients: Gradients<'_>) -> Result<Value, LossError> {
-        todo!()
+    fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
+        // batch.validate(loss)?;
+        gradients.validate(batch)?;
+        Ok(contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients))
     }
+
     fn scratch_bytes(&self) -> usize {
-        todo!()
+        self.scratch.bytes()
     }
 }
 
@@ -91,7 +96,7 @@ impl<T: Lane> Device for Cpu<T> {
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        gemm::gemm(self.isa, shape, read(&a), read(&b), part(c), &mut packed);
+        gemm::gemm(self.isa, shape, read(&a), read(&b), slice(c), &mut packed);
     }
 
     fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
@@ -118,7 +123,7 @@ impl<T: Lane> Device for Cpu<T> {
         d: ViewMut<'_, Vec<T>>,
         d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
     ) {
-        layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(part));
+        layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(slice));
     }
     fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
         layers::conv_scratch(conv, rows)
@@ -154,7 +159,7 @@ impl<T: Lane> Device for Cpu<T> {
         d_weight: Write<ViewMut<'_, Vec<T>>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv_backward_weight(self.isa, conv, rows, read(&x), read(&d_out), part(d_weight), scratch);
+        layers::conv_backward_weight(self.isa, conv, rows, read(&x), read(&d_out), slice(d_weight), scratch);
     }
     fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
         layers::pool(pooling, rows, read(&x), write(out));
@@ -187,15 +192,64 @@ impl<T: Lane> Device for Cpu<T> {
 impl Contrast for Cpu<f32> {
     fn contrast(
         &mut self,
-        _loss: &Loss,
-        _precision: Precision,
-        _shape: [usize; 2],
-        _u: View<'_, Vec<f32>>,
-        _v: View<'_, Vec<f32>>,
-        _moments: Option<Features<'_, Vec<f32>>>,
-        _grad_u: Write<ViewMut<'_, Vec<f32>>>,
-        _grad_v: Write<ViewMut<'_, Vec<f32>>>,
+        loss: &Loss,
+        precision: Precision,
+        shape: [usize; 2],
+        u: View<'_, Vec<f32>>,
+        v: View<'_, Vec<f32>>,
+        moments: Option<Features<'_, Vec<f32>>>,
+        grad_u: Write<ViewMut<'_, Vec<f32>>>,
+        grad_v: Write<ViewMut<'_, Vec<f32>>>,
     ) -> Result<Value, LossError> {
-        todo!()
+        let [rows, dim] = shape;
+        let (u, v) = (&u.buf[u.at], &v.buf[v.at]);
+        let mut bf16 = std::mem::take(&mut self.stored_bf16);
+        let mut f16 = std::mem::take(&mut self.stored_f16);
+        let [u, v] = match precision {
+            Precision::F32 => [Storage::F32(u), Storage::F32(v)],
+            Precision::Bf16 => stored(&mut bf16, u, v).map(Storage::Bf16),
+            Precision::F16 => stored(&mut f16, u, v).map(Storage::F16),
+        };
+        let matrix = |data| Matrix { data, rows, dim };
+        let features = moments.as_ref().map(|m| Moments::Features {
+            u: Matrix::f32(&m.u.buf[m.u.at.clone()], m.dims[0]),
+            v: Matrix::f32(&m.v.buf[m.v.at.clone()], m.dims[1]),
+        });
+        let batch =
+            Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
+        let gradients = Gradients { u: Some(slice(grad_u)), v: Some(slice(grad_v)), offset_v: None };
+        let value = self.loss(loss, &batch, gradients);
+        (self.stored_bf16, self.stored_f16) = (bf16, f16);
+        value
+    }
+}
+
+/// Both sides rounded to 16-bit storage, in one buffer.
+fn stored<'a, H: FromF32>(buffer: &'a mut Vec<H>, u: &[f32], v: &[f32]) -> [&'a [H]; 2] {
+    buffer.clear();
+    buffer.extend(u.iter().chain(v).map(|&x| H::from_f32(x)));
+    let (u, v) = buffer.split_at(u.len());
+    [u, v]
+}
+
+trait FromF32 {
+    fn from_f32(x: f32) -> Self;
+}
+impl FromF32 for bf16 {
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+impl FromF32 for f16 {
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+/// [`write`] under its mode.
+fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
+    match out {
+        Write::Set(out) => Write::Set(write(out)),
+        Write::Add(out) => Write::Add(write(out)),
     }
 }

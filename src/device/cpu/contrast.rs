@@ -1,0 +1,494 @@
+//! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
+
+use super::fused::{Law, Logits, Norms, Part, Pull, RowSums, Side, Tallies, Target, Threads, Want, grow, pack_columns};
+use super::simd::Isa;
+use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Value, Write, pairing::Pairing};
+use kernels::law::{Num, Product, decay};
+use rayon::prelude::*;
+
+/// Rows handled by one task of a pass over embeddings.
+const CHUNK: usize = 256;
+
+/// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    pub(super) pairing: Pairing,
+    pub(super) packed: Vec<f32>,
+    pub(super) shift: Vec<f32>,
+    pub(super) inverse_u: Vec<f32>,
+    pub(super) inverse_v: Vec<f32>,
+    pub(super) rows: Tallies,
+    pub(super) cols: Tallies,
+    pub(super) row_norms: Norms,
+    pub(super) col_norms: Norms,
+    pub(super) row_sums: Vec<RowSums>,
+    pub(super) col_sums: Vec<f32>,
+    /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
+    pub(super) grad_u: Vec<f32>,
+    pub(super) grad_v: Vec<f32>,
+    pub(super) threads: Threads,
+    pub(super) mmd: super::mmd::Scratch,
+    pub(super) pairings: super::shuffled::Scratch,
+}
+
+impl Scratch {
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let floats = [
+            &self.packed,
+            &self.shift,
+            &self.inverse_u,
+            &self.inverse_v,
+            &self.col_sums,
+            &self.grad_u,
+            &self.grad_v,
+        ];
+        4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
+            + size_of::<RowSums>() * self.row_sums.capacity()
+            + self.pairing.bytes()
+            + self.rows.bytes()
+            + self.cols.bytes()
+            + self.row_norms.bytes()
+            + self.col_norms.bytes()
+            + self.threads.bytes()
+            + self.mmd.bytes()
+            + self.pairings.bytes()
+    }
+}
+
+/// What a tilting does to embeddings before the product, and the products' scale.
+pub(super) struct Tilted<'a> {
+    pub(super) u: Side<'a>,
+    pub(super) v: Side<'a>,
+    pub(super) product: Product,
+    /// `dS/d product`.
+    pub(super) scale: f64,
+    pub(super) tau: f64,
+}
+
+impl<'a> Tilted<'a> {
+    /// Norms (cosine) or the common shift (l2: centred rows lose nothing to their mean) of a batch.
+    pub(super) fn new(
+        loss: &Loss,
+        batch: &Batch<'a>,
+        shift: &'a mut Vec<f32>,
+        inverse_u: &'a mut Vec<f32>,
+        inverse_v: &'a mut Vec<f32>,
+        threads: &Threads,
+    ) -> Self {
+        shift.clear();
+        inverse_u.clear();
+        inverse_v.clear();
+        if loss.tilting.product() == Product::SquaredDistance {
+            mean_row([batch.u, batch.v], shift, threads);
+        }
+        if loss.tilting.unit_rows() {
+            inverse_norms(batch.u, inverse_u, threads);
+            inverse_norms(batch.v, inverse_v, threads);
+        }
+        Tilted {
+            u: Side { rows: batch.u, shift, inverse: inverse_u },
+            v: Side { rows: batch.v, shift, inverse: inverse_v },
+            product: loss.tilting.product(),
+            scale: loss.tilting.scale() / loss.tau,
+            tau: loss.tau,
+        }
+    }
+
+    /// Turns `acc = G other` into the gradient of `side`'s rows, in place or added to `out`:
+    /// times dS/d product, through the product's other factor and the row normalisation.
+    pub(super) fn finish(
+        &self,
+        side: &Side<'_>,
+        acc: Accumulated<'_>,
+        g_sum: impl Fn(usize) -> f64 + Sync,
+        threads: &Threads,
+    ) {
+        let dim = side.rows.dim;
+        let transform = |first: usize, acc: &mut [f32]| {
+            threads.with(|ws| {
+                let rows = acc.len() / dim;
+                let x = ws.rows(rows * dim);
+                side.read(first..first + rows, x);
+                for (i, (acc, x)) in acc.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).enumerate() {
+                    self.transform_row(side, first + i, g_sum(first + i), x, acc);
+                }
+            });
+        };
+        match acc {
+            Accumulated::InPlace(out) => {
+                out.par_chunks_mut(CHUNK * dim).enumerate().for_each(|(c, out)| transform(c * CHUNK, out));
+            }
+            Accumulated::AddTo { acc, out } => {
+                acc.par_chunks_mut(CHUNK * dim).zip(out.par_chunks_mut(CHUNK * dim)).enumerate().for_each(
+                    |(c, (acc, out))| {
+                        transform(c * CHUNK, acc);
+                        out.iter_mut().zip(&*acc).for_each(|(o, a)| *o += a);
+                    },
+                );
+            }
+        }
+    }
+
+    fn transform_row(&self, side: &Side<'_>, i: usize, g_sum: f64, x: &[f32], acc: &mut [f32]) {
+        match self.product {
+            Product::Inner => {
+                let mut scale = self.scale as f32;
+                let mut along = 0.0;
+                if let Some(&inverse) = side.inverse.get(i) {
+                    // d(x/|x|): off the row's own direction, over its norm.
+                    along = acc.iter().zip(x).map(|(&a, &x)| f64::from(a) * f64::from(x)).sum::<f64>() as f32;
+                    scale *= inverse;
+                }
+                acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (*a - along * x));
+            }
+            Product::SquaredDistance => {
+                let (scale, g_sum) = (2.0 * self.scale as f32, g_sum as f32);
+                acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (g_sum * x - *a));
+            }
+        }
+    }
+}
+
+/// Where a side's `G other` was accumulated.
+pub(super) enum Accumulated<'a> {
+    /// In the caller's output, to be overwritten.
+    InPlace(&'a mut [f32]),
+    /// In scratch, to be added to the caller's output.
+    AddTo { acc: &'a mut [f32], out: &'a mut [f32] },
+}
+
+impl<'a> Accumulated<'a> {
+    pub(super) fn new(out: Option<Write<&'a mut [f32]>>, scratch: &'a mut Vec<f32>) -> Option<Self> {
+        Some(match out? {
+            Write::Set(out) => Accumulated::InPlace(out),
+            Write::Add(out) => {
+                grow(scratch, out.len());
+                Accumulated::AddTo { acc: &mut scratch[..out.len()], out }
+            }
+        })
+    }
+
+    pub(super) fn acc(&mut self) -> &mut [f32] {
+        match self {
+            Accumulated::InPlace(acc) | Accumulated::AddTo { acc, .. } => acc,
+        }
+    }
+}
+
+/// 1/|row|; 0 for a row whose norm is not a normal number.
+fn inverse_norms(rows: Matrix<'_>, out: &mut Vec<f32>, threads: &Threads) {
+    let dim = rows.dim;
+    out.resize(rows.rows, 0.0);
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(c, out)| {
+        threads.with(|ws| {
+            let x = ws.rows(out.len() * dim);
+            Side::plain(rows).read(c * CHUNK..c * CHUNK + out.len(), x);
+            for (out, x) in out.iter_mut().zip(x.chunks_exact(dim)) {
+                let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+                *out = if norm < f64::from(f32::MIN_POSITIVE) { 0.0 } else { (1.0 / norm) as f32 };
+            }
+        });
+    });
+}
+
+/// The mean of all rows of both sides.
+fn mean_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
+    let dim = sides[0].dim;
+    let mut mean = vec![0f64; dim];
+    let total = (sides[0].rows + sides[1].rows) as f64;
+    for side in sides {
+        for first in (0..side.rows).step_by(CHUNK) {
+            let rows = CHUNK.min(side.rows - first);
+            threads.with(|ws| {
+                let x = ws.rows(rows * dim);
+                Side::plain(side).read(first..first + rows, x);
+                for x in x.chunks_exact(dim) {
+                    mean.iter_mut().zip(x).for_each(|(m, &x)| *m += f64::from(x) / total);
+                }
+            });
+        }
+    }
+    out.extend(mean.iter().map(|&m| m as f32));
+}
+
+/// Evaluates a validated batch.
+pub fn evaluate(
+    isa: Isa,
+    scratch: &mut Scratch,
+    loss: &Loss,
+    batch: &Batch<'_>,
+    gradients: Gradients<'_>,
+) -> Value {
+    scratch.threads.fit();
+    scratch.pairing.prepare(batch);
+    match loss.objective {
+        Objective::Conditional { lambda_u, lambda_v } => {
+            softmax(isa, scratch, loss, batch, gradients, Form::Conditional { lambda_u, lambda_v })
+        }
+        Objective::Joint => softmax(isa, scratch, loss, batch, gradients, Form::Joint),
+        Objective::JointShuffled { pairings, seed } => {
+            super::shuffled::evaluate(scratch, loss, batch, gradients, pairings, seed)
+        }
+        Objective::Sigmoid { bias } => sigmoid(isa, scratch, loss, batch, gradients, bias),
+        Objective::Mmd { .. } | Objective::JointMmd => super::mmd::evaluate(isa, scratch, loss, batch, gradients),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Form {
+    Conditional { lambda_u: f64, lambda_v: f64 },
+    Joint,
+}
+
+fn softmax(
+    isa: Isa,
+    scratch: &mut Scratch,
+    loss: &Loss,
+    batch: &Batch<'_>,
+    gradients: Gradients<'_>,
+    form: Form,
+) -> Value {
+    let (n, m) = (batch.u.rows, batch.v.rows);
+    let Scratch { pairing, packed, shift, inverse_u, inverse_v, rows, cols, row_norms, col_norms, threads, .. } = scratch;
+    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
+    pack_columns(isa, &tilted.v, packed, threads);
+    let logits = tilted.logits(isa, batch, packed, threads);
+    let smoothing = loss.smoothing;
+    let want = match form {
+        Form::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
+        Form::Joint => Want { rows: true, cols: false },
+    };
+    logits.tally(rows, cols, want, smoothing > 0.0);
+
+    let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
+    let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
+    let value;
+    let law;
+    match form {
+        Form::Conditional { lambda_u, lambda_v } => {
+            let by_row = if want.rows { row_side.mean_loss(smoothing) - (m as f64).ln() } else { 0.0 };
+            let by_col = if want.cols { col_side.mean_loss(smoothing) - (n as f64).ln() } else { 0.0 };
+            value = 0.5 * (lambda_v * by_row + lambda_u * by_col);
+            row_side.normalise(0.5 * lambda_v, smoothing, row_norms);
+            col_side.normalise(0.5 * lambda_u, smoothing, col_norms);
+            law = Law::Softmax {
+                rows: want.rows.then_some(Part { norms: row_norms, factor: None }),
+                cols: want.cols.then_some(Part { norms: col_norms, factor: None }),
+            };
+        }
+        Form::Joint => {
+            let (max, sum) = row_side.total();
+            value = f64::from(max) + sum.ln() - ((n as f64).ln() + (m as f64).ln()) - row_side.mean_target(smoothing);
+            row_side.normalise_joint(max, sum, smoothing, row_norms);
+            law = Law::Softmax { rows: Some(Part { norms: row_norms, factor: None }), cols: None };
+        }
+    }
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, &mut scratch.row_sums, &mut scratch.col_sums,
+        &mut scratch.grad_u, &mut scratch.grad_v);
+    Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
+}
+
+fn sigmoid(
+    isa: Isa,
+    scratch: &mut Scratch,
+    loss: &Loss,
+    batch: &Batch<'_>,
+    gradients: Gradients<'_>,
+    bias: f64,
+) -> Value {
+    let Scratch { pairing, packed, shift, inverse_u, inverse_v, threads, .. } = scratch;
+    pairing.share_all_rows(batch);
+    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
+    pack_columns(isa, &tilted.v, packed, threads);
+    let logits = tilted.logits(isa, batch, packed, threads);
+    let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, &mut scratch.row_sums, &mut scratch.col_sums,
+        &mut scratch.grad_u, &mut scratch.grad_v);
+    Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
+}
+
+impl<'a> Tilted<'a> {
+    pub(super) fn logits<'b>(
+        &'b self,
+        isa: Isa,
+        batch: &'b Batch<'a>,
+        packed: &'b [f32],
+        threads: &'b Threads,
+    ) -> Logits<'b> {
+        Logits {
+            isa,
+            u: self.u,
+            packed,
+            m: batch.v.rows,
+            product: self.product,
+            scale: self.scale as f32,
+            offset: batch.offset_v,
+            pairs: &batch.pairs,
+            threads,
+        }
+    }
+}
+
+/// Scalars summed over all of G.
+pub(super) struct Sums {
+    pub(super) value: f64,
+    pub(super) g: f64,
+    pub(super) grad_tau: f64,
+}
+
+/// Pass 2 with every gradient wanted.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn pull_gradients(
+    tilted: &Tilted<'_>,
+    logits: &Logits<'_>,
+    law: &Law<'_>,
+    gradients: Gradients<'_>,
+    row_sums: &mut Vec<RowSums>,
+    col_sums: &mut Vec<f32>,
+    grad_u: &mut Vec<f32>,
+    grad_v: &mut Vec<f32>,
+) -> Sums {
+    let mut out_u = Accumulated::new(gradients.u, grad_u);
+    let mut out_v = Accumulated::new(gradients.v, grad_v);
+    let want_cols = logits.offset.is_some() || tilted.product == Product::SquaredDistance;
+    col_sums.resize(logits.m, 0.0);
+    logits.pull(
+        law,
+        Pull {
+            carry_u: tilted.u,
+            carry_v: tilted.v,
+            out_rows: out_u.as_mut().map(Accumulated::acc),
+            out_cols: out_v.as_mut().map(Accumulated::acc),
+            row_sums,
+            col_sums: want_cols.then_some(&mut col_sums[..]),
+        },
+    );
+    if let Some(out) = out_u {
+        tilted.finish(&tilted.u, out, |i| row_sums[i].g, logits.threads);
+    }
+    if let Some(out) = out_v {
+        tilted.finish(&tilted.v, out, |j| f64::from(col_sums[j]), logits.threads);
+    }
+    match gradients.offset_v {
+        Some(Write::Set(out)) => out.copy_from_slice(col_sums),
+        Some(Write::Add(out)) => out.iter_mut().zip(&*col_sums).for_each(|(o, g)| *o += g),
+        None => {}
+    }
+    let mut sums = Sums { value: 0.0, g: 0.0, grad_tau: 0.0 };
+    let mut gs = 0.0;
+    for row in &*row_sums {
+        sums.value += row.value;
+        sums.g += row.g;
+        gs += row.gs;
+    }
+    // The offset is part of S, but not of what tau divides.
+    if let Some(offset) = logits.offset {
+        gs -= offset.iter().zip(&*col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
+    }
+    sums.grad_tau = -gs / tilted.tau;
+    sums
+}
+
+/// One side's tallies with what turns them into losses and normalisers.
+struct Counted<'a> {
+    tallies: &'a Tallies,
+    positives: &'a [u32],
+    share: &'a [f32],
+    /// Length of the other side.
+    opposite: usize,
+}
+
+impl Counted<'_> {
+    /// (max, sum over negatives, sum over positives) of row i.
+    fn parts(&self, i: usize) -> (f32, f32, f32) {
+        let positives = self.tallies.rest[i].positives;
+        let max = Num::max(self.tallies.max[i], positives.max);
+        let negative = self.tallies.sum[i] * decay(self.tallies.max[i], max);
+        (if max < f32::MIN { 0.0 } else { max }, negative, positives.sum * decay(positives.max, max))
+    }
+
+    /// `r_i - <T_i, S_i>`, accurate also where it is tiny.
+    fn loss(&self, i: usize, smoothing: f64) -> f64 {
+        let tally = &self.tallies.rest[i];
+        let (max, negative, positive) = self.parts(i);
+        let mean = tally.positive_logits / f64::from(self.positives[i]);
+        let base = if positive > 0.0 {
+            (f64::from(negative) / f64::from(positive)).ln_1p()
+                + (f64::from(tally.positives.max) - mean)
+                + f64::from(tally.positives.sum).ln()
+        } else {
+            f64::from(max) + f64::from(negative).ln() - mean
+        };
+        base + smoothing * (mean - self.mean_logit(i, smoothing))
+    }
+
+    fn mean_logit(&self, i: usize, smoothing: f64) -> f64 {
+        if smoothing == 0.0 { 0.0 } else { self.tallies.rest[i].logits / self.candidates(i) }
+    }
+
+    /// Pairs of row i that are not ignored.
+    fn candidates(&self, i: usize) -> f64 {
+        self.opposite as f64 - f64::from(self.tallies.rest[i].ignored)
+    }
+
+    /// `sum_i w_i (r_i - <T_i, S_i>)`.
+    fn mean_loss(&self, smoothing: f64) -> f64 {
+        self.weighted(|i| self.loss(i, smoothing))
+    }
+
+    /// `sum_i w_i <T_i, S_i>`.
+    fn mean_target(&self, smoothing: f64) -> f64 {
+        self.weighted(|i| {
+            let mean = self.tallies.rest[i].positive_logits / f64::from(self.positives[i]);
+            mean + smoothing * (self.mean_logit(i, smoothing) - mean)
+        })
+    }
+
+    fn weighted(&self, f: impl Fn(usize) -> f64) -> f64 {
+        let terms = self.share.iter().enumerate().filter(|&(_, &w)| w > 0.0);
+        terms.map(|(i, &w)| f64::from(w) * f(i)).sum()
+    }
+
+    /// (max, sum) of the LSE over everything.
+    fn total(&self) -> (f32, f64) {
+        let max = (0..self.share.len()).map(|i| self.parts(i).0).fold(f32::NEG_INFINITY, f32::max);
+        let sum = (0..self.share.len()).map(|i| {
+            let (row_max, negative, positive) = self.parts(i);
+            f64::from(row_max - max).exp() * (f64::from(negative) + f64::from(positive))
+        });
+        (max, sum.sum())
+    }
+
+    /// Row softmaxes weighted by `lambda w_i`.
+    fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) {
+        norms.resize(self.share.len());
+        for i in 0..self.share.len() {
+            let (max, negative, positive) = self.parts(i);
+            let weight = lambda * f64::from(self.share[i]);
+            let total = f64::from(negative) + f64::from(positive);
+            norms.max[i] = max;
+            norms.weight[i] = if total > 0.0 { (weight / total) as f32 } else { 0.0 };
+            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            norms.targets[i] = if self.positives[i] == 1 {
+                let others = if total > 0.0 { weight * f64::from(negative) / total } else { 0.0 };
+                Target::Only { others: others as f32, slack: (weight * smoothing) as f32 }
+            } else {
+                Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 }
+            };
+        }
+    }
+
+    /// One softmax over everything, with each row's share of the targets.
+    fn normalise_joint(&self, max: f32, sum: f64, smoothing: f64, norms: &mut Norms) {
+        norms.resize(self.share.len());
+        for i in 0..self.share.len() {
+            let weight = f64::from(self.share[i]);
+            norms.max[i] = max;
+            norms.weight[i] = (1.0 / sum) as f32;
+            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            norms.targets[i] =
+                Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 };
+        }
+    }
+}

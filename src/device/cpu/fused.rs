@@ -1,0 +1,873 @@
+//! The fused passes over the logit matrix. A tile of S lives in cache, is reduced or turned into
+//! G = dL/dS, multiplied out, and forgotten; memory never grows with N M.
+//!
+//! ```text
+//! for every (row piece, column piece) of the sweep, in parallel
+//!   for every 64-row block, read as f32 (normalised, centred)
+//!     for every 128-column block
+//!       S    = scale * product(u, v) + offset       micro-kernel on packed v
+//!       tally: rows and columns' running (max, sum)  -- pass 1, [`Logits::tally`]
+//!       or G = law(S); out_u += G carry_v; out_v += G' carry_u   -- pass 2, [`Logits::pull`]
+//! ```
+//!
+//! Positives are taken out of the tile and put back as scalars: their probability may round to one,
+//! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
+
+use super::simd::{Inner, Isa, Left, Op, Simd, SquaredDistance, Vector, WIDEST, pack, pack_transposed, packed_len, product};
+use super::sweep::{Cut, sweep};
+use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
+use half::slice::HalfFloatSliceExt;
+use kernels::law::{self, Lse, Num, Product, Softmax};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// Rows of a tile.
+const ROWS: usize = 64;
+/// Columns of a tile.
+const COLS: usize = 128;
+
+/// A logit that stands for no pair: its exponential is 0 under every law, and it is finite, so that
+/// a product with zero stays zero.
+const HOLE: f32 = -1e30;
+
+/// One side's embeddings, read as f32 the way a tilting wants them.
+#[derive(Clone, Copy, Debug)]
+pub struct Side<'a> {
+    pub rows: Matrix<'a>,
+    /// Subtracted from every row, `[D]`, or empty.
+    pub shift: &'a [f32],
+    /// Multiplies each row, `[rows]`, or empty: 1/|row|, 0 for a zero row.
+    pub inverse: &'a [f32],
+}
+
+impl<'a> Side<'a> {
+    /// Rows as they are.
+    pub fn plain(rows: Matrix<'a>) -> Self {
+        Side { rows, shift: &[], inverse: &[] }
+    }
+
+    /// Rows `range` as f32 into `out`, `[range, D]`.
+    pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
+        let dim = self.rows.dim;
+        let at = range.start * dim..range.end * dim;
+        match self.rows.data {
+            Storage::F32(x) => out.copy_from_slice(&x[at]),
+            Storage::Bf16(x) => x[at].convert_to_f32_slice(out),
+            Storage::F16(x) => x[at].convert_to_f32_slice(out),
+        }
+        if !self.shift.is_empty() {
+            for row in out.chunks_exact_mut(dim) {
+                row.iter_mut().zip(self.shift).for_each(|(x, s)| *x -= s);
+            }
+        }
+        if !self.inverse.is_empty() {
+            for (row, &inverse) in out.chunks_exact_mut(dim).zip(&self.inverse[range]) {
+                row.iter_mut().for_each(|x| *x *= inverse);
+            }
+        }
+    }
+}
+
+/// Packs the transpose of all rows of `side` into `out`: the right operand of a product with its rows.
+pub fn pack_columns(isa: Isa, side: &Side<'_>, out: &mut Vec<f32>, threads: &Threads) {
+    let (rows, dim) = (side.rows.rows, side.rows.dim);
+    grow(out, packed_len(dim, rows));
+    out[..packed_len(dim, rows)].par_chunks_mut(COLS * dim).enumerate().for_each(|(b, out)| {
+        let range = b * COLS..rows.min((b + 1) * COLS);
+        threads.with(|ws| {
+            let natural = sized(&mut ws.natural, range.len() * dim);
+            side.read(range.clone(), natural);
+            isa.run(PackTransposed { natural, dim, n: range.len(), out });
+        });
+    });
+}
+
+struct PackTransposed<'a> {
+    natural: &'a [f32],
+    dim: usize,
+    n: usize,
+    out: &'a mut [f32],
+}
+
+impl Op for PackTransposed<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        pack_transposed::<S, f32>(self.natural, self.dim, self.dim, self.n, self.out);
+    }
+}
+
+/// Buffers of one task at a time.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    /// A row block of u, `[ROWS, D]`.
+    u: Vec<f32>,
+    /// Rows on their way into `packed`, or to be packed.
+    natural: Vec<f32>,
+    /// The right operand of a gradient product.
+    packed: Vec<f32>,
+    /// Results whose width is not a whole number of registers.
+    spill: Vec<f32>,
+    /// The tile of S.
+    s: Vec<f32>,
+    /// The tile of G.
+    g: Vec<f32>,
+    /// The tile of a law's factor.
+    q: Vec<f32>,
+    /// Special pairs of the tile with their logit and their G.
+    specials: Vec<(usize, usize, f32, f32)>,
+}
+
+impl Workspace {
+    /// Room for rows on their way through.
+    pub fn rows(&mut self, len: usize) -> &mut [f32] {
+        sized(&mut self.natural, len)
+    }
+}
+
+/// One workspace a thread.
+#[derive(Debug, Default)]
+pub struct Threads(Vec<Mutex<Workspace>>);
+
+impl Threads {
+    /// Makes room for every thread of the current pool.
+    pub fn fit(&mut self) {
+        let threads = rayon::current_num_threads();
+        if self.0.len() < threads {
+            self.0.resize_with(threads, Mutex::default);
+        }
+    }
+
+    /// Runs `f` on this thread's workspace.
+    pub fn with<R>(&self, f: impl FnOnce(&mut Workspace) -> R) -> R {
+        let index = rayon::current_thread_index().unwrap_or(0) % self.0.len();
+        f(&mut self.0[index].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let floats = |w: &Workspace| [&w.u, &w.natural, &w.packed, &w.spill, &w.s, &w.g, &w.q].map(Vec::capacity);
+        self.0
+            .iter()
+            .map(|w| {
+                let w = w.lock().unwrap_or_else(PoisonError::into_inner);
+                4 * floats(&w).iter().sum::<usize>() + 24 * w.specials.capacity()
+            })
+            .sum()
+    }
+}
+
+/// Grows `buffer` to at least `len`.
+pub fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+}
+
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    grow(buffer, len);
+    &mut buffer[..len]
+}
+
+/// The logit matrix, never formed: `S = scale * product(u, v) + offset`.
+#[derive(Clone, Copy)]
+pub struct Logits<'a> {
+    pub isa: Isa,
+    pub u: Side<'a>,
+    /// v packed by [`pack_columns`].
+    pub packed: &'a [f32],
+    /// Number of columns.
+    pub m: usize,
+    pub product: Product,
+    pub scale: f32,
+    /// Added to column j, `[M]`.
+    pub offset: Option<&'a [f32]>,
+    pub pairs: &'a Pairs<'a>,
+    pub threads: &'a Threads,
+}
+
+/// Which softmaxes an objective is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Want {
+    /// Over each row (v|u).
+    pub rows: bool,
+    /// Over each column (u|v).
+    pub cols: bool,
+}
+
+/// What pass 1 knows of a row or a column apart from its negatives' LSE.
+#[derive(Clone, Copy, Debug)]
+pub struct Tally {
+    /// LSE over the positives.
+    pub positives: Lse,
+    /// Sum of the positives' logits.
+    pub positive_logits: f64,
+    /// Sum of all logits not ignored; only with label smoothing.
+    pub logits: f64,
+    /// Pairs ignored.
+    pub ignored: u32,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Tally { positives: Lse::EMPTY, positive_logits: 0.0, logits: 0.0, ignored: 0 }
+    }
+}
+
+impl Tally {
+    fn add(&mut self, s: f32, special: Special) {
+        match special {
+            Special::Positive => {
+                self.positives = self.positives.merge(Lse::of(s));
+                self.positive_logits += f64::from(s);
+            }
+            Special::Ignored => {
+                self.ignored += 1;
+                self.logits -= f64::from(s);
+            }
+        }
+    }
+}
+
+/// Pass 1's result for one side.
+#[derive(Debug, Default)]
+pub struct Tallies {
+    /// Largest logit over negatives.
+    pub max: Vec<f32>,
+    /// Sum of `exp(s - max)` over negatives.
+    pub sum: Vec<f32>,
+    pub rest: Vec<Tally>,
+}
+
+impl Tallies {
+    fn clear(&mut self, len: usize) {
+        self.max.clear();
+        self.max.resize(len, f32::NEG_INFINITY);
+        self.sum.clear();
+        self.sum.resize(len, 0.0);
+        self.rest.clear();
+        self.rest.resize(len, Tally::default());
+    }
+
+    fn pieces(&mut self, length: usize) -> impl Iterator<Item = TallyPiece<'_>> {
+        let max = self.max.chunks_mut(length);
+        let sum = self.sum.chunks_mut(length);
+        let rest = self.rest.chunks_mut(length);
+        max.zip(sum).zip(rest).enumerate().map(move |(i, ((max, sum), rest))| TallyPiece {
+            first: i * length,
+            max,
+            sum,
+            rest,
+        })
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * (self.max.capacity() + self.sum.capacity()) + size_of::<Tally>() * self.rest.capacity()
+    }
+}
+
+struct TallyPiece<'a> {
+    first: usize,
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    rest: &'a mut [Tally],
+}
+
+/// Blocks of `length` that cover `range`.
+fn blocks(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(length).map(move |start| start..range.end.min(start + length))
+}
+
+impl Logits<'_> {
+    fn cut(&self) -> Cut {
+        Cut::new(self.u.rows.rows, self.m)
+    }
+
+    /// Pass 1: the LSE of every row and of every column, as `want` says. `logit_sums` fills [`Tally::logits`].
+    pub fn tally(&self, rows: &mut Tallies, cols: &mut Tallies, want: Want, logit_sums: bool) {
+        rows.clear(self.u.rows.rows);
+        cols.clear(self.m);
+        let cut = self.cut();
+        sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |row, col| {
+            self.threads.with(|ws| self.isa.run(TallyBlock { logits: self, row, col, want, logit_sums, ws }));
+        });
+    }
+
+    /// Pass 2: `out_rows += G carry_v`, `out_cols += G' carry_u`, and the sums of [`RowSums`] and `col_sums`
+    /// (`[M]`, column sums of G). Outputs are overwritten.
+    pub fn pull(&self, law: &Law<'_>, pull: Pull<'_>) {
+        let Pull { carry_u, carry_v, out_rows, out_cols, row_sums, col_sums } = pull;
+        let (n, m, cut) = (self.u.rows.rows, self.m, self.cut());
+        row_sums.clear();
+        row_sums.resize(n, RowSums::default());
+        let mut out_rows = Pieces::new(out_rows, cut.rows * carry_v.rows.dim);
+        let mut out_cols = Pieces::new(out_cols, cut.cols * carry_u.rows.dim);
+        let mut col_sums = Pieces::new(col_sums, cut.cols);
+        let rows = Cut::pieces(n, cut.rows)
+            .zip(row_sums.chunks_mut(cut.rows))
+            .map(|(range, sums)| PullRows { range, out: out_rows.next(), sums });
+        let cols =
+            Cut::pieces(m, cut.cols).map(|range| PullCols { range, out: out_cols.next(), sums: col_sums.next() });
+        sweep(rows, cols, |row, col| {
+            self.threads
+                .with(|ws| self.isa.run(PullBlock { logits: self, law, carry_u: &carry_u, carry_v: &carry_v, row, col, ws }));
+        });
+    }
+
+    /// The tile of S at `rows` x `cols`; columns beyond are [`HOLE`]s.
+    #[inline(always)]
+    fn tile<S: Simd>(&self, u: &[f32], s: &mut [f32], rows: usize, cols: &Range<usize>) {
+        let dim = self.u.rows.dim;
+        let left = Left { data: u, row: dim, col: 1, rows, depth: dim };
+        let packed = &self.packed[cols.start * dim..];
+        match self.product {
+            Product::Inner => product::<S, f32, Inner>(left, packed, cols.len(), s, COLS, false),
+            Product::SquaredDistance => {
+                product::<S, f32, SquaredDistance>(left, packed, cols.len(), s, COLS, false)
+            }
+        }
+        let scale = S::F32::splat(self.scale);
+        let mut offset = [0.0; COLS];
+        if let Some(of) = self.offset {
+            offset[..cols.len()].copy_from_slice(&of[cols.clone()]);
+        }
+        for row in s.chunks_exact_mut(COLS).take(rows) {
+            for (s, offset) in lanes_mut::<S>(row).zip(lanes::<S>(&offset)) {
+                S::F32::load(s).mul_add(scale, S::F32::load(offset)).store(s);
+            }
+            row[cols.len()..].fill(HOLE);
+        }
+    }
+}
+
+/// `x` a register at a time.
+#[inline(always)]
+fn lanes<S: Simd>(x: &[f32]) -> std::slice::ChunksExact<'_, f32> {
+    x.chunks_exact(<S::F32 as Vector<f32>>::LANES)
+}
+
+#[inline(always)]
+fn lanes_mut<S: Simd>(x: &mut [f32]) -> std::slice::ChunksExactMut<'_, f32> {
+    x.chunks_exact_mut(<S::F32 as Vector<f32>>::LANES)
+}
+
+/// All lanes folded by `f`, in order.
+#[inline(always)]
+fn fold<S: Simd>(x: S::F32, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; WIDEST];
+    x.store(&mut lanes);
+    let lanes = &lanes[..<S::F32 as Vector<f32>>::LANES];
+    lanes[1..].iter().fold(lanes[0], |a, &b| f(a, b))
+}
+
+struct TallyBlock<'a, 'p, 'w> {
+    logits: &'a Logits<'a>,
+    row: &'w mut TallyPiece<'p>,
+    col: &'w mut TallyPiece<'p>,
+    want: Want,
+    logit_sums: bool,
+    ws: &'w mut Workspace,
+}
+
+impl Op for TallyBlock<'_, '_, '_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let TallyBlock { logits, row, col, want, logit_sums, ws } = self;
+        let dim = logits.u.rows.dim;
+        let s = sized(&mut ws.s, ROWS * COLS);
+        for rows in blocks(row.first..row.first + row.max.len(), ROWS) {
+            let u = sized(&mut ws.u, rows.len() * dim);
+            logits.u.read(rows.clone(), u);
+            for cols in blocks(col.first..col.first + col.max.len(), COLS) {
+                logits.tile::<S>(u, s, rows.len(), &cols);
+                if logit_sums {
+                    for (i, s) in rows.clone().zip(s.chunks_exact(COLS)) {
+                        for (j, &s) in cols.clone().zip(s) {
+                            row.rest[i - row.first].logits += f64::from(s);
+                            col.rest[j - col.first].logits += f64::from(s);
+                        }
+                    }
+                }
+                logits.pairs.visit(rows.clone(), cols.clone(), |i, j, special| {
+                    let s = &mut s[(i - rows.start) * COLS + j - cols.start];
+                    row.rest[i - row.first].add(*s, special);
+                    col.rest[j - col.first].add(*s, special);
+                    *s = f32::NEG_INFINITY;
+                });
+                for row in s.chunks_exact_mut(COLS).take(rows.len()) {
+                    row[cols.len()..].fill(f32::NEG_INFINITY);
+                }
+                if want.rows {
+                    let at = rows.start - row.first..rows.end - row.first;
+                    tally_rows::<S>(s, &mut row.max[at.clone()], &mut row.sum[at]);
+                }
+                if want.cols {
+                    let at = cols.start - col.first..cols.end - col.first;
+                    tally_cols::<S>(&s[..rows.len() * COLS], &mut col.max[at.clone()], &mut col.sum[at]);
+                }
+            }
+        }
+    }
+}
+
+/// Merges each row of the tile into its running (max, sum).
+#[inline(always)]
+fn tally_rows<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
+    for ((row, max), sum) in s.chunks_exact(COLS).zip(max).zip(sum) {
+        let mut top = S::F32::splat(f32::NEG_INFINITY);
+        for s in lanes::<S>(row) {
+            top = top.max(S::F32::load(s));
+        }
+        // The floor keeps -inf - -inf, a NaN, out of an empty row.
+        let new = Num::max(fold::<S>(top, Num::max), *max);
+        let anchor = S::F32::splat(Num::max(new, f32::MIN));
+        let mut part = S::F32::splat(0.0);
+        for s in lanes::<S>(row) {
+            part = part.add(law::exp(S::F32::load(s).sub(anchor)));
+        }
+        *sum = *sum * law::decay(*max, new) + fold::<S>(part, |a, b| a + b);
+        *max = new;
+    }
+}
+
+/// Merges each column of the tile into its running (max, sum).
+#[inline(always)]
+fn tally_cols<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
+    let (mut old_max, mut old_sum) = ([f32::NEG_INFINITY; COLS], [0.0; COLS]);
+    let w = max.len();
+    old_max[..w].copy_from_slice(max);
+    old_sum[..w].copy_from_slice(sum);
+    let lanes_count = <S::F32 as Vector<f32>>::LANES;
+    for (g, (old_max, old_sum)) in lanes_mut::<S>(&mut old_max).zip(lanes_mut::<S>(&mut old_sum)).enumerate() {
+        let at = g * lanes_count;
+        if at >= w {
+            break;
+        }
+        let old = S::F32::load(old_max);
+        let mut new = old;
+        for row in s.chunks_exact(COLS) {
+            new = new.max(S::F32::load(&row[at..]));
+        }
+        let anchor = new.max(S::F32::splat(f32::MIN));
+        let mut part = S::F32::splat(0.0);
+        for row in s.chunks_exact(COLS) {
+            part = part.add(law::exp(S::F32::load(&row[at..]).sub(anchor)));
+        }
+        S::F32::load(old_sum).mul_add(law::decay(old, anchor), part).store(old_sum);
+        new.store(old_max);
+    }
+    max.copy_from_slice(&old_max[..w]);
+    sum.copy_from_slice(&old_sum[..w]);
+}
+
+/// How G follows from S.
+pub enum Law<'a> {
+    /// `G_ij = R_ij + C_ij - T_ij` of a weighted row softmax R, a weighted column softmax C and the targets T of [`Norm`].
+    Softmax { rows: Option<Part<'a>>, cols: Option<Part<'a>> },
+    /// `G_ij = w_i (sigmoid(S_ij + bias) - t)`: `t` is `smoothing`/2 for negatives, 1 - `smoothing`/2 for positives.
+    Sigmoid { bias: f32, smoothing: f32, share: &'a [f32] },
+}
+
+/// The row (or column) part of a softmax law.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    pub norms: &'a Norms,
+    /// Multiplies the probabilities: `P_ij (Q_ij - mean)`, as MMD wants.
+    pub factor: Option<Factor<'a>>,
+}
+
+/// `Q = left right'`, less a mean for each row (or column).
+#[derive(Clone, Copy)]
+pub struct Factor<'a> {
+    /// `[N, f]`.
+    pub left: &'a [f32],
+    /// `[M, f]` packed by [`pack_columns`].
+    pub right: &'a [f32],
+    /// f.
+    pub dim: usize,
+    /// `[N]` in a row part, `[M]` in a column part.
+    pub mean: &'a [f32],
+}
+
+/// The normalisers of one side's softmaxes.
+#[derive(Debug, Default)]
+pub struct Norms {
+    pub max: Vec<f32>,
+    /// Loss weight over the sum of `exp(s - max)`.
+    pub weight: Vec<f32>,
+    /// Target of every pair not ignored, times the loss weight.
+    pub smooth: Vec<f32>,
+    /// What positives are pulled to.
+    pub targets: Vec<Target>,
+}
+
+/// A positive's part of the law, for one row or column.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Target {
+    /// Positives are not special: the law is a plain probability.
+    #[default]
+    None,
+    /// Target `pull` (times the loss weight) for each positive.
+    Shared { pull: f32 },
+    /// The only positive: its weighted `P - 1` is `-others`, plus `slack` that smoothing takes off the target.
+    Only { others: f32, slack: f32 },
+}
+
+impl Norms {
+    pub fn resize(&mut self, len: usize) {
+        self.max.resize(len, 0.0);
+        self.weight.resize(len, 0.0);
+        self.smooth.resize(len, 0.0);
+        self.targets.resize(len, Target::None);
+    }
+
+    /// This side's part of G at a positive of logit `s`.
+    fn at_positive(&self, i: usize, s: f32) -> f32 {
+        let plain = Softmax { max: self.max[i], weight: self.weight[i] };
+        match self.targets[i] {
+            Target::None => plain.of(s),
+            Target::Shared { pull } => plain.of(s) - pull - self.smooth[i],
+            Target::Only { others, slack } => slack - others - self.smooth[i],
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * (self.max.capacity() + self.weight.capacity() + self.smooth.capacity())
+            + size_of::<Target>() * self.targets.capacity()
+    }
+}
+
+/// Sums along a row, in f64.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RowSums {
+    /// `sum_j G_ij S_ij`.
+    pub gs: f64,
+    /// `sum_j G_ij`.
+    pub g: f64,
+    /// The row's loss times its weight, for laws whose value is a sum over pairs.
+    pub value: f64,
+}
+
+/// Operands and outputs of [`Logits::pull`].
+pub struct Pull<'a> {
+    /// `[N, e]`.
+    pub carry_u: Side<'a>,
+    /// `[M, f]`.
+    pub carry_v: Side<'a>,
+    /// `[N, f]`.
+    pub out_rows: Option<&'a mut [f32]>,
+    /// `[M, e]`.
+    pub out_cols: Option<&'a mut [f32]>,
+    pub row_sums: &'a mut Vec<RowSums>,
+    /// `[M]`.
+    pub col_sums: Option<&'a mut [f32]>,
+}
+
+/// An optional output handed out piece by piece, zeroed.
+struct Pieces<'a>(Option<std::slice::ChunksMut<'a, f32>>);
+
+impl<'a> Pieces<'a> {
+    fn new(all: Option<&'a mut [f32]>, length: usize) -> Self {
+        Pieces(all.map(|all| {
+            all.par_chunks_mut(1 << 16).for_each(|part| part.fill(0.0));
+            all.chunks_mut(length)
+        }))
+    }
+    fn next(&mut self) -> Option<&'a mut [f32]> {
+        self.0.as_mut().and_then(Iterator::next)
+    }
+}
+
+struct PullRows<'a> {
+    range: Range<usize>,
+    out: Option<&'a mut [f32]>,
+    sums: &'a mut [RowSums],
+}
+
+struct PullCols<'a> {
+    range: Range<usize>,
+    out: Option<&'a mut [f32]>,
+    sums: Option<&'a mut [f32]>,
+}
+
+struct PullBlock<'a, 'r, 'c, 'w> {
+    logits: &'a Logits<'a>,
+    law: &'a Law<'a>,
+    carry_u: &'a Side<'a>,
+    carry_v: &'a Side<'a>,
+    row: &'w mut PullRows<'r>,
+    col: &'w mut PullCols<'c>,
+    ws: &'w mut Workspace,
+}
+
+impl Op for PullBlock<'_, '_, '_, '_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let PullBlock { logits, law, carry_u, carry_v, row, col, ws } = self;
+        let dim = logits.u.rows.dim;
+        grow(&mut ws.s, ROWS * COLS);
+        grow(&mut ws.g, ROWS * COLS);
+        grow(&mut ws.q, ROWS * COLS);
+        for rows in blocks(row.range.clone(), ROWS) {
+            logits.u.read(rows.clone(), sized(&mut ws.u, rows.len() * dim));
+            let at_rows = rows.start - row.range.start..rows.end - row.range.start;
+            for cols in blocks(col.range.clone(), COLS) {
+                let s = &mut ws.s[..rows.len() * COLS];
+                let g = &mut ws.g[..rows.len() * COLS];
+                logits.tile::<S>(&ws.u, s, rows.len(), &cols);
+                let sums = &mut row.sums[at_rows.clone()];
+                take_specials(logits, law, &rows, &cols, s, sums, &mut ws.specials);
+                law.apply::<S>(&rows, &cols, s, g, &mut ws.q, sums);
+                for &(i, j, logit, gradient) in &ws.specials {
+                    let at = (i - rows.start) * COLS + j - cols.start;
+                    s[at] = logit;
+                    g[at] = gradient;
+                }
+                law.subtract_linear(&rows, s, cols.len(), sums);
+                let at_cols = cols.start - col.range.start..cols.end - col.range.start;
+                add_sums::<S>(s, g, cols.len(), sums, col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]));
+                if let Some(out) = &mut row.out {
+                    let left = Left { data: g, row: COLS, col: 1, rows: rows.len(), depth: cols.len() };
+                    let out = &mut out[at_rows.start * carry_v.rows.dim..at_rows.end * carry_v.rows.dim];
+                    carry::<S>(left, carry_v, cols.clone(), out, &mut ws.natural, &mut ws.packed, &mut ws.spill);
+                }
+                if let Some(out) = &mut col.out {
+                    let left = Left { data: g, row: 1, col: COLS, rows: cols.len(), depth: rows.len() };
+                    let out = &mut out[at_cols.start * carry_u.rows.dim..at_cols.end * carry_u.rows.dim];
+                    carry::<S>(left, carry_u, rows.clone(), out, &mut ws.natural, &mut ws.packed, &mut ws.spill);
+                }
+            }
+        }
+    }
+}
+
+/// Notes every special pair with its logit and its G, and leaves a [`HOLE`] in the tile.
+fn take_specials(
+    logits: &Logits<'_>,
+    law: &Law<'_>,
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+    s: &mut [f32],
+    sums: &mut [RowSums],
+    specials: &mut Vec<(usize, usize, f32, f32)>,
+) {
+    specials.clear();
+    logits.pairs.visit(rows.clone(), cols.clone(), |i, j, special| {
+        let at = (i - rows.start) * COLS + j - cols.start;
+        let gradient = match special {
+            Special::Ignored => {
+                law.drop_ignored(i, s[at], &mut sums[i - rows.start]);
+                0.0
+            }
+            Special::Positive if law.positives_are_plain() => return,
+            Special::Positive => law.at_positive(i, j, s[at], &mut sums[i - rows.start]),
+        };
+        specials.push((i, j, s[at], gradient));
+        s[at] = HOLE;
+    });
+}
+
+impl Law<'_> {
+    /// Whether positives follow the same law as negatives.
+    fn positives_are_plain(&self) -> bool {
+        match self {
+            Law::Softmax { rows, cols } => [rows, cols]
+                .into_iter()
+                .flatten()
+                .all(|part| matches!(part.norms.targets.first(), None | Some(Target::None))),
+            Law::Sigmoid { .. } => false,
+        }
+    }
+
+    /// G at a positive; adds its part of the value.
+    fn at_positive(&self, i: usize, j: usize, s: f32, sums: &mut RowSums) -> f32 {
+        match self {
+            Law::Softmax { rows, cols } => {
+                rows.map_or(0.0, |part| part.norms.at_positive(i, s)) + cols.map_or(0.0, |part| part.norms.at_positive(j, s))
+            }
+            Law::Sigmoid { bias, smoothing, share } => {
+                // softplus(x) - (1 - e/2) x = softplus(-x) + e/2 x, and 1 - e/2 - sigmoid(x) = sigmoid(-x) - e/2.
+                let x = s + bias;
+                let (value, sigma) = law::softplus_sigmoid(-x);
+                // `apply` takes off e/2 x for every pair of the row, this one included.
+                sums.value += f64::from(share[i]) * (f64::from(value) + f64::from(*smoothing) * f64::from(x));
+                share[i] * (0.5 * smoothing - sigma)
+            }
+        }
+    }
+
+    /// Takes an ignored pair out of what [`Law::apply`] sums over whole rows.
+    fn drop_ignored(&self, i: usize, s: f32, sums: &mut RowSums) {
+        if let Law::Sigmoid { bias, smoothing, share } = self {
+            sums.value += 0.5 * f64::from(*smoothing) * f64::from(share[i]) * f64::from(s + bias);
+        }
+    }
+
+    /// The tile of G from the tile of S, and the value's sums where the law has any.
+    #[inline(always)]
+    fn apply<S: Simd>(
+        &self,
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+        s: &[f32],
+        g: &mut [f32],
+        q: &mut [f32],
+        sums: &mut [RowSums],
+    ) {
+        match self {
+            Law::Softmax { rows: by_row, cols: by_col } => {
+                if let Some(part) = by_row {
+                    let q = part.factor.map(|f| f.tile::<S>(rows, cols, &mut *q));
+                    for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
+                        let i = rows.start + r;
+                        let norm = Softmax {
+                            max: S::F32::splat(part.norms.max[i]),
+                            weight: S::F32::splat(part.norms.weight[i]),
+                        };
+                        let smooth = S::F32::splat(part.norms.smooth[i]);
+                        if let (Some(q), Some(factor)) = (&q, &part.factor) {
+                            let mean = S::F32::splat(factor.mean[i]);
+                            let q = &q[r * COLS..][..COLS];
+                            for ((s, q), g) in lanes::<S>(s).zip(lanes::<S>(q)).zip(lanes_mut::<S>(g)) {
+                                norm.of(S::F32::load(s)).mul(S::F32::load(q).sub(mean)).store(g);
+                            }
+                        } else {
+                            for (s, g) in lanes::<S>(s).zip(lanes_mut::<S>(g)) {
+                                norm.of(S::F32::load(s)).sub(smooth).store(g);
+                            }
+                        }
+                    }
+                } else {
+                    g.fill(0.0);
+                }
+                if let Some(part) = by_col {
+                    let q = part.factor.map(|f| f.tile::<S>(rows, cols, &mut *q));
+                    let pad = |from: &[f32]| {
+                        let mut to = [0.0; COLS];
+                        to[..cols.len()].copy_from_slice(&from[cols.clone()]);
+                        to
+                    };
+                    let (max, weight, smooth) = (pad(&part.norms.max), pad(&part.norms.weight), pad(&part.norms.smooth));
+                    let mean = part.factor.map(|f| pad(f.mean));
+                    for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
+                        let norms = lanes::<S>(&max).zip(lanes::<S>(&weight)).map(|(max, weight)| Softmax {
+                            max: S::F32::load(max),
+                            weight: S::F32::load(weight),
+                        });
+                        if let (Some(q), Some(mean)) = (&q, &mean) {
+                            let q = &q[r * COLS..][..COLS];
+                            let factors = lanes::<S>(q).zip(lanes::<S>(mean));
+                            for (((s, g), norm), (q, mean)) in lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(factors) {
+                                let factor = S::F32::load(q).sub(S::F32::load(mean));
+                                norm.of(S::F32::load(s)).mul_add(factor, S::F32::load(g)).store(g);
+                            }
+                        } else {
+                            for (((s, g), norm), smooth) in
+                                lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(lanes::<S>(&smooth))
+                            {
+                                let p = norm.of(S::F32::load(s));
+                                S::F32::load(g).add(p.sub(S::F32::load(smooth))).store(g);
+                            }
+                        }
+                    }
+                }
+            }
+            Law::Sigmoid { bias, smoothing, share } => {
+                let half = 0.5 * smoothing;
+                for ((i, s), (g, sums)) in
+                    rows.clone().zip(s.chunks_exact(COLS)).zip(g.chunks_exact_mut(COLS).zip(sums.iter_mut()))
+                {
+                    let (w, b, t) = (S::F32::splat(share[i]), S::F32::splat(*bias), S::F32::splat(half));
+                    let mut value = S::F32::splat(0.0);
+                    for (s, g) in lanes::<S>(s).zip(lanes_mut::<S>(g)) {
+                        let (softplus, sigma) = law::softplus_sigmoid(S::F32::load(s).add(b));
+                        value = value.add(softplus);
+                        sigma.sub(t).mul(w).store(g);
+                    }
+                    sums.value += f64::from(share[i]) * f64::from(fold::<S>(value, |a, b| a + b));
+                }
+            }
+        }
+    }
+
+    /// Takes `e/2 x` off the value for every pair of the tile's first `w` columns.
+    fn subtract_linear(&self, rows: &Range<usize>, s: &[f32], w: usize, sums: &mut [RowSums]) {
+        if let Law::Sigmoid { bias, smoothing, share } = self
+            && *smoothing > 0.0
+        {
+            for ((i, s), sums) in rows.clone().zip(s.chunks_exact(COLS)).zip(sums) {
+                let x: f64 = s[..w].iter().map(|&s| f64::from(s + bias)).sum();
+                sums.value -= 0.5 * f64::from(*smoothing) * f64::from(share[i]) * x;
+            }
+        }
+    }
+}
+
+impl Factor<'_> {
+    #[inline(always)]
+    fn tile<'q, S: Simd>(&self, rows: &Range<usize>, cols: &Range<usize>, q: &'q mut [f32]) -> &'q [f32] {
+        let left = Left {
+            data: &self.left[rows.start * self.dim..],
+            row: self.dim,
+            col: 1,
+            rows: rows.len(),
+            depth: self.dim,
+        };
+        product::<S, f32, Inner>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
+        q
+    }
+}
+
+/// Adds the tile's `sum_j G S`, `sum_j G` to its rows and `sum_i G` to its columns.
+#[inline(always)]
+fn add_sums<S: Simd>(s: &[f32], g: &mut [f32], w: usize, rows: &mut [RowSums], cols: Option<&mut [f32]>) {
+    let mut by_col = [0.0; COLS];
+    for ((s, g), row) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).zip(rows) {
+        g[w..].fill(0.0);
+        let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
+        for ((s, g), col) in lanes::<S>(s).zip(lanes::<S>(g)).zip(lanes_mut::<S>(&mut by_col)) {
+            let g = S::F32::load(g);
+            gs = g.mul_add(S::F32::load(s), gs);
+            sum = sum.add(g);
+            S::F32::load(col).add(g).store(col);
+        }
+        row.gs += f64::from(fold::<S>(gs, |a, b| a + b));
+        row.g += f64::from(fold::<S>(sum, |a, b| a + b));
+    }
+    if let Some(cols) = cols {
+        cols.iter_mut().zip(&by_col).for_each(|(c, x)| *c += x);
+    }
+}
+
+/// `out += left side[range]`.
+#[inline(always)]
+fn carry<S: Simd>(
+    left: Left<'_, f32>,
+    side: &Side<'_>,
+    range: Range<usize>,
+    out: &mut [f32],
+    natural: &mut Vec<f32>,
+    packed: &mut Vec<f32>,
+    spill: &mut Vec<f32>,
+) {
+    let (depth, dim) = (range.len(), side.rows.dim);
+    let natural = sized(natural, depth * dim);
+    side.read(range, natural);
+    let packed = sized(packed, packed_len(depth, dim));
+    pack::<S, f32>(natural, dim, depth, dim, packed);
+    if dim.is_multiple_of(<S::F32 as Vector<f32>>::LANES) {
+        product::<S, f32, Inner>(left, packed, dim, out, dim, true);
+    } else {
+        let wide = dim.next_multiple_of(WIDEST);
+        let spill = sized(spill, left.rows * wide);
+        product::<S, f32, Inner>(left, packed, dim, spill, wide, false);
+        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
+            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Positives, ignored pairs and weights, resolved for an engine: counts, shares of the loss, and the
+//! special entries of any block of the logit matrix.
+
+use super::{Batch, Pairs, Positives};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// What a pair is when it is not an ordinary negative.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// Pulled together.
+    Positive,
+    /// Out of the loss.
+    Ignored,
+}
+
+/// [`Pairs`] with its counts; keeps its buffers between calls.
+#[derive(Debug, Default)]
+pub struct Pairing {
+    /// Positives of each row `[N]`.
+    pub row_positives: Vec<u32>,
+    /// Positives of each column `[M]`.
+    pub col_positives: Vec<u32>,
+    /// `w_i` `[N]`: sums to one over rows with a positive, 0 on the others.
+    pub row_share: Vec<f32>,
+    /// `x_j` `[M]`: sums to one over columns with a positive, 0 on the others.
+    pub col_share: Vec<f32>,
+    /// For each id of `Positives::Groups`: rows and columns that carry it.
+    groups: HashMap<i64, (u32, u32)>,
+}
+
+impl Pairing {
+    /// Counts for a validated batch.
+    pub fn prepare(&mut self, batch: &Batch<'_>) {
+        let (n, m) = (batch.u.rows, batch.v.rows);
+        let (rows, cols) = (&mut self.row_positives, &mut self.col_positives);
+        rows.clear();
+        cols.clear();
+        match batch.pairs.positives {
+            Positives::Diagonal => {
+                rows.extend((0..n).map(|i| u32::from(i < m)));
+                cols.extend((0..m).map(|j| u32::from(j < n)));
+            }
+            Positives::Index(index) => {
+                rows.resize(n, 1);
+                cols.resize(m, 0);
+                for &j in index {
+                    cols[j as usize] += 1;
+                }
+            }
+            Positives::Groups { u, v } => {
+                self.groups.clear();
+                for id in u {
+                    self.groups.entry(*id).or_default().0 += 1;
+                }
+                for id in v {
+                    self.groups.entry(*id).or_default().1 += 1;
+                }
+                rows.extend(u.iter().map(|id| self.groups[id].1));
+                cols.extend(v.iter().map(|id| self.groups[id].0));
+            }
+        }
+        shares(&mut self.row_share, &self.row_positives, batch.pairs.weights_u, true);
+        shares(&mut self.col_share, &self.col_positives, batch.pairs.weights_v, true);
+    }
+
+    /// Row weights over *all* rows, summing to one: what the sigmoid loss wants.
+    pub fn share_all_rows(&mut self, batch: &Batch<'_>) {
+        shares(&mut self.row_share, &self.row_positives, batch.pairs.weights_u, false);
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * (self.row_positives.capacity()
+            + self.col_positives.capacity()
+            + self.row_share.capacity()
+            + self.col_share.capacity())
+            + self.groups.capacity() * (size_of::<(i64, (u32, u32))>() + 1)
+    }
+}
+
+fn shares(out: &mut Vec<f32>, positives: &[u32], weights: Option<&[f32]>, only_positive: bool) {
+    let weight = |i: usize| {
+        if only_positive && positives[i] == 0 { 0.0 } else { weights.map_or(1.0, |w| f64::from(w[i])) }
+    };
+    let total: f64 = (0..positives.len()).map(weight).sum();
+    let scale = if total > 0.0 { 1.0 / total } else { 0.0 };
+    out.clear();
+    out.extend((0..positives.len()).map(|i| (weight(i) * scale) as f32));
+}
+
+impl Pairs<'_> {
+    /// Calls `f(i, j, special)` for every pair of the block that is not an ordinary negative, rows in order.
+    #[inline]
+    pub fn visit(&self, rows: Range<usize>, cols: Range<usize>, mut f: impl FnMut(usize, usize, Special)) {
+        match self.positives {
+            Positives::Diagonal => {
+                for i in rows.start.max(cols.start)..rows.end.min(cols.end) {
+                    f(i, i, Special::Positive);
+                }
+            }
+            Positives::Index(index) => {
+                for i in rows.clone() {
+                    let j = index[i] as usize;
+                    if cols.contains(&j) {
+                        f(i, j, Special::Positive);
+                    }
+                }
+            }
+            Positives::Groups { u, v } => {
+                equal_ids(u, v, &rows, &cols, |i, j| f(i, j, Special::Positive));
+            }
+        }
+        if let Some((u, v)) = self.ignore {
+            equal_ids(u, v, &rows, &cols, |i, j| {
+                if !self.is_positive(i, j) {
+                    f(i, j, Special::Ignored);
+                }
+            });
+        }
+    }
+
+    /// Whether (i, j) is a positive.
+    #[inline]
+    pub fn is_positive(&self, i: usize, j: usize) -> bool {
+        match self.positives {
+            Positives::Diagonal => i == j,
+            Positives::Index(index) => index[i] as usize == j,
+            Positives::Groups { u, v } => u[i] == v[j],
+        }
+    }
+}
+
+#[inline]
+fn equal_ids(u: &[i64], v: &[i64], rows: &Range<usize>, cols: &Range<usize>, mut f: impl FnMut(usize, usize)) {
+    for i in rows.clone() {
+        let id = u[i];
+        // Most rows of most blocks hold no match: ask the whole row at once, without branches.
+        if v[cols.clone()].iter().fold(false, |any, &other| any | (other == id)) {
+            for j in cols.clone() {
+                if v[j] == id {
+                    f(i, j);
+                }
+            }
+        }
+    }
+}
