@@ -7,8 +7,11 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamConfig {
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment, after its bias correction.
     pub eps: f64,
     /// Decoupled (AdamW); 0 is plain Adam. Applies to tensors of two and more dimensions only.
     pub weight_decay: f64,
@@ -18,6 +21,7 @@ pub struct AdamConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Schedule {
+    /// The peak throughout.
     Constant,
     /// Half a cosine from the peak down to zero.
     Cosine,
@@ -49,8 +53,11 @@ impl Schedule {
 /// Adam's moments, `[arena]` each.
 #[derive(Debug)]
 pub struct Adam<D: Device> {
+    /// As given to [`Self::new`].
     pub config: AdamConfig,
+    /// Mean of the gradients, by `beta1`.
     pub m: D::Buf,
+    /// Mean of their squares, by `beta2`.
     pub v: D::Buf,
     /// Parts of the arena, each with its weight decay; together all of it.
     parts: Vec<(Range<usize>, f64)>,

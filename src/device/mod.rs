@@ -20,14 +20,18 @@ pub trait Engine {
 /// A part of a device buffer, read.
 #[derive(Debug)]
 pub struct View<'a, B> {
+    /// The whole buffer.
     pub buf: &'a B,
+    /// The part of it that is meant.
     pub at: Range<usize>,
 }
 
 /// A part of a device buffer, written.
 #[derive(Debug)]
 pub struct ViewMut<'a, B> {
+    /// The whole buffer.
     pub buf: &'a mut B,
+    /// The part of it that is meant.
     pub at: Range<usize>,
 }
 
@@ -46,11 +50,17 @@ pub trait Real:
     + std::ops::Neg<Output = Self>
     + std::ops::AddAssign
 {
+    /// 0.
     const ZERO: Self;
+    /// 1.
     const ONE: Self;
+    /// The nearest number to `x`.
     fn from_f64(x: f64) -> Self;
+    /// The same number.
     fn to_f64(self) -> f64;
+    /// The square root.
     fn sqrt(self) -> Self;
+    /// `e^self`, finite for every finite argument in f32 (see [`kernels::law::exp`]).
     fn exp(self) -> Self;
 }
 
@@ -69,11 +79,13 @@ pub struct Gemm {
     pub transpose_b: bool,
 }
 
-/// A pooling window moves by its own size.
+/// What becomes of a pooling window, which moves by its own size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pool {
+    /// Its largest number.
     Max,
+    /// Its mean.
     Average,
 }
 
@@ -81,7 +93,9 @@ pub enum Pool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activation {
+    /// The identity.
     None,
+    /// `max(x, 0)`.
     Relu,
     /// The exact GELU, `x Phi(x)`.
     Gelu,
@@ -94,10 +108,13 @@ pub enum Activation {
 pub struct Conv {
     /// Channels in.
     pub inputs: usize,
+    /// Rows of an input image.
     pub height: usize,
+    /// Columns of an input image.
     pub width: usize,
     /// Channels out.
     pub outputs: usize,
+    /// Side of the square kernel.
     pub kernel: usize,
     /// Zeros around the image, on every side; the padded image must hold a kernel.
     pub padding: usize,
@@ -130,10 +147,15 @@ impl Conv {
 /// rows and columns that fill no window are dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pooling {
+    /// Maximum or mean.
     pub kind: Pool,
+    /// Channels, each pooled by itself.
     pub channels: usize,
+    /// Rows of an input image.
     pub height: usize,
+    /// Columns of an input image.
     pub width: usize,
+    /// Side of the square window.
     pub size: usize,
 }
 
@@ -161,8 +183,11 @@ impl Pooling {
 pub struct AdamStep {
     /// Learning rate of this update.
     pub lr: f64,
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub eps: f64,
     /// Weight decay, not yet times `lr`.
     pub decay: f64,
@@ -176,6 +201,7 @@ pub struct AdamStep {
 /// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
 /// A device never allocates inside a verb after its first call at a shape.
 pub trait Device: Sync {
+    /// The numbers of buffers and arithmetic.
     type Real: Real;
     /// A flat array of [`Self::Real`] in device memory.
     type Buf: Send + Sync;
@@ -299,8 +325,11 @@ pub trait Contrast: Device<Real = f32> {
 /// Feature maps of a batch of data, on the device: `u` `[rows, dims[0]]`, `v` `[rows, dims[1]]`.
 #[derive(Debug)]
 pub struct Features<'a, B> {
+    /// Of the row side.
     pub u: View<'a, B>,
+    /// Of the column side.
     pub v: View<'a, B>,
+    /// Features of `u` and of `v`.
     pub dims: [usize; 2],
 }
 

@@ -17,13 +17,16 @@ use std::ops::Range;
 pub struct Span {
     /// e.g. `u.0.weight`.
     pub name: String,
+    /// Row-major; empty for a single number.
     pub shape: Vec<usize>,
+    /// Its numbers in the arena.
     pub at: Range<usize>,
 }
 
 /// The layout of all parameters in one flat array: one optimiser pass, one checkpoint tensor each.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {
+    /// In the order of the arena, without gaps.
     pub spans: Vec<Span>,
 }
 
@@ -39,6 +42,7 @@ impl Layout {
     pub fn len(&self) -> usize {
         self.spans.last().map_or(0, |s| s.at.end)
     }
+    /// Whether there are no parameters.
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
     }
@@ -52,26 +56,44 @@ pub enum EncoderSpec {
     Identity,
     /// `g(x) = W x (+ b)`.
     Linear {
+        /// Whether to add a bias; off by default.
         #[serde(default)]
         bias: bool,
     },
     /// Hidden layers with an activation between, linear at the end; biases everywhere.
-    Mlp { hidden: Vec<usize>, activation: Activation },
+    Mlp {
+        /// Widths of the hidden layers, from the input on; may be empty.
+        hidden: Vec<usize>,
+        /// Behind every hidden layer.
+        activation: Activation,
+    },
     /// LeNet-5 on 28x28 images: conv 6@5x5 (padding 2), pool 2, conv 16@5x5, pool 2, 120, 84, output; ReLU, max pooling.
     Lenet,
     /// Convolutions on `[channels, height, width]` images, each with an activation and a pooling, then a linear layer.
-    Cnn { image: [usize; 3], conv: Vec<ConvSpec>, activation: Activation },
+    Cnn {
+        /// Channels, height and width of the input.
+        image: [usize; 3],
+        /// The convolutions, from the input on; may be empty.
+        conv: Vec<ConvSpec>,
+        /// Between every convolution and its pooling.
+        activation: Activation,
+    },
 }
 
 /// One convolution (stride 1) and the pooling behind it.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConvSpec {
+    /// Channels out.
     pub channels: usize,
+    /// Side of the square kernel.
     pub kernel: usize,
+    /// Zeros on every side of the image; none by default.
     #[serde(default)]
     pub padding: usize,
+    /// Maximum or mean.
     pub pool: Pool,
+    /// Side of the pooling window; 1 pools nothing.
     pub pool_size: usize,
 }
 
@@ -79,14 +101,24 @@ pub struct ConvSpec {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NnError {
+    /// Layers that do not fit each other or the data.
     #[error("encoder {encoder}: found {found}, expected {expected}")]
-    Shape { encoder: String, found: String, expected: String },
+    Shape {
+        /// The encoder's prefix in the layout.
+        encoder: String,
+        /// What the specification says.
+        found: String,
+        /// What would fit.
+        expected: String,
+    },
 }
 
 /// A stack of layers from `input` numbers a sample to `output`.
 #[derive(Clone, Debug)]
 pub struct Encoder {
+    /// Numbers a sample.
     pub input: usize,
+    /// Numbers an embedding.
     pub output: usize,
     layers: Vec<Layer>,
     tensors: Vec<Tensor>,
