@@ -225,6 +225,19 @@ impl Gradients<'_> {
     }
 }
 
+impl<'a> Matrix<'a> {
+    /// Rows `range` alone.
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Matrix<'a> {
+        let at = range.start * self.dim..range.end * self.dim;
+        let data = match self.data {
+            Storage::F32(x) => Storage::F32(&x[at]),
+            Storage::Bf16(x) => Storage::Bf16(&x[at]),
+            Storage::F16(x) => Storage::F16(&x[at]),
+        };
+        Matrix { data, rows: range.len(), dim: self.dim }
+    }
+}
+
 /// The permutation `pi_k` of 0..n that [`Objective::JointShuffled`] draws from `(seed, k)`.
 pub fn pairing(n: usize, seed: u64, k: u32) -> Vec<u32> {
     use rand::{SeedableRng, seq::SliceRandom};

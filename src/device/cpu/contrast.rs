@@ -1,6 +1,6 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
-use super::fused::{Law, Logits, Norms, Part, Pull, RowSums, Side, Tallies, Target, Threads, Want, grow, pack_columns};
+use super::fused::{Law, Logits, Norms, Pull, RowSums, Side, Tallies, Target, Threads, Want, grow, pack_columns};
 use super::simd::Isa;
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Value, Write, pairing::Pairing};
 use kernels::law::{Num, Product, decay};
@@ -34,15 +34,8 @@ pub struct Scratch {
 impl Scratch {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = [
-            &self.packed,
-            &self.shift,
-            &self.inverse_u,
-            &self.inverse_v,
-            &self.col_sums,
-            &self.grad_u,
-            &self.grad_v,
-        ];
+        let floats =
+            [&self.packed, &self.shift, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + size_of::<RowSums>() * self.row_sums.capacity()
             + self.pairing.bytes()
@@ -213,13 +206,7 @@ fn mean_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
 }
 
 /// Evaluates a validated batch.
-pub fn evaluate(
-    isa: Isa,
-    scratch: &mut Scratch,
-    loss: &Loss,
-    batch: &Batch<'_>,
-    gradients: Gradients<'_>,
-) -> Value {
+pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Value {
     scratch.threads.fit();
     scratch.pairing.prepare(batch);
     match loss.objective {
@@ -250,7 +237,8 @@ fn softmax(
     form: Form,
 ) -> Value {
     let (n, m) = (batch.u.rows, batch.v.rows);
-    let Scratch { pairing, packed, shift, inverse_u, inverse_v, rows, cols, row_norms, col_norms, threads, .. } = scratch;
+    let Scratch { pairing, packed, shift, inverse_u, inverse_v, rows, cols, row_norms, col_norms, threads, .. } =
+        scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
     pack_columns(isa, &tilted.v, packed, threads);
     let logits = tilted.logits(isa, batch, packed, threads);
@@ -273,19 +261,27 @@ fn softmax(
             row_side.normalise(0.5 * lambda_v, smoothing, row_norms);
             col_side.normalise(0.5 * lambda_u, smoothing, col_norms);
             law = Law::Softmax {
-                rows: want.rows.then_some(Part { norms: row_norms, factor: None }),
-                cols: want.cols.then_some(Part { norms: col_norms, factor: None }),
+                rows: want.rows.then(|| row_norms.part(0..n)),
+                cols: want.cols.then(|| col_norms.part(0..m)),
             };
         }
         Form::Joint => {
             let (max, sum) = row_side.total();
             value = f64::from(max) + sum.ln() - ((n as f64).ln() + (m as f64).ln()) - row_side.mean_target(smoothing);
             row_side.normalise_joint(max, sum, smoothing, row_norms);
-            law = Law::Softmax { rows: Some(Part { norms: row_norms, factor: None }), cols: None };
+            law = Law::Softmax { rows: Some(row_norms.part(0..n)), cols: None };
         }
     }
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, &mut scratch.row_sums, &mut scratch.col_sums,
-        &mut scratch.grad_u, &mut scratch.grad_v);
+    let sums = pull_gradients(
+        &tilted,
+        &logits,
+        &law,
+        gradients,
+        &mut scratch.row_sums,
+        &mut scratch.col_sums,
+        &mut scratch.grad_u,
+        &mut scratch.grad_v,
+    );
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
@@ -303,8 +299,16 @@ fn sigmoid(
     pack_columns(isa, &tilted.v, packed, threads);
     let logits = tilted.logits(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, &mut scratch.row_sums, &mut scratch.col_sums,
-        &mut scratch.grad_u, &mut scratch.grad_v);
+    let sums = pull_gradients(
+        &tilted,
+        &logits,
+        &law,
+        gradients,
+        &mut scratch.row_sums,
+        &mut scratch.col_sums,
+        &mut scratch.grad_u,
+        &mut scratch.grad_v,
+    );
     Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
 }
 
@@ -325,6 +329,7 @@ impl<'a> Tilted<'a> {
             scale: self.scale as f32,
             offset: batch.offset_v,
             pairs: &batch.pairs,
+            origin: [0, 0],
             threads,
         }
     }
@@ -351,7 +356,9 @@ pub(super) fn pull_gradients(
 ) -> Sums {
     let mut out_u = Accumulated::new(gradients.u, grad_u);
     let mut out_v = Accumulated::new(gradients.v, grad_v);
-    let want_cols = logits.offset.is_some() || tilted.product == Product::SquaredDistance;
+    let want_cols =
+        gradients.offset_v.is_some() || logits.offset.is_some() || tilted.product == Product::SquaredDistance;
+    col_sums.clear();
     col_sums.resize(logits.m, 0.0);
     logits.pull(
         law,
@@ -364,39 +371,51 @@ pub(super) fn pull_gradients(
             col_sums: want_cols.then_some(&mut col_sums[..]),
         },
     );
+    conclude(tilted, logits, [out_u, out_v], gradients.offset_v, row_sums, col_sums)
+}
+
+/// Takes accumulated gradients through the tilting, and sums the scalars.
+pub(super) fn conclude(
+    tilted: &Tilted<'_>,
+    logits: &Logits<'_>,
+    [out_u, out_v]: [Option<Accumulated<'_>>; 2],
+    out_offset: Option<Write<&mut [f32]>>,
+    row_sums: &[RowSums],
+    col_sums: &[f32],
+) -> Sums {
     if let Some(out) = out_u {
         tilted.finish(&tilted.u, out, |i| row_sums[i].g, logits.threads);
     }
     if let Some(out) = out_v {
         tilted.finish(&tilted.v, out, |j| f64::from(col_sums[j]), logits.threads);
     }
-    match gradients.offset_v {
+    match out_offset {
         Some(Write::Set(out)) => out.copy_from_slice(col_sums),
-        Some(Write::Add(out)) => out.iter_mut().zip(&*col_sums).for_each(|(o, g)| *o += g),
+        Some(Write::Add(out)) => out.iter_mut().zip(col_sums).for_each(|(o, g)| *o += g),
         None => {}
     }
     let mut sums = Sums { value: 0.0, g: 0.0, grad_tau: 0.0 };
     let mut gs = 0.0;
-    for row in &*row_sums {
+    for row in row_sums {
         sums.value += row.value;
         sums.g += row.g;
         gs += row.gs;
     }
     // The offset is part of S, but not of what tau divides.
     if let Some(offset) = logits.offset {
-        gs -= offset.iter().zip(&*col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
+        gs -= offset.iter().zip(col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
     }
     sums.grad_tau = -gs / tilted.tau;
     sums
 }
 
 /// One side's tallies with what turns them into losses and normalisers.
-struct Counted<'a> {
-    tallies: &'a Tallies,
-    positives: &'a [u32],
-    share: &'a [f32],
+pub(super) struct Counted<'a> {
+    pub(super) tallies: &'a Tallies,
+    pub(super) positives: &'a [u32],
+    pub(super) share: &'a [f32],
     /// Length of the other side.
-    opposite: usize,
+    pub(super) opposite: usize,
 }
 
 impl Counted<'_> {
@@ -451,7 +470,7 @@ impl Counted<'_> {
     }
 
     /// (max, sum) of the LSE over everything.
-    fn total(&self) -> (f32, f64) {
+    pub(super) fn total(&self) -> (f32, f64) {
         let max = (0..self.share.len()).map(|i| self.parts(i).0).fold(f32::NEG_INFINITY, f32::max);
         let sum = (0..self.share.len()).map(|i| {
             let (row_max, negative, positive) = self.parts(i);
@@ -476,6 +495,16 @@ impl Counted<'_> {
             } else {
                 Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 }
             };
+        }
+    }
+
+    /// Plain row probabilities: no weights, no targets.
+    pub(super) fn probabilities(&self, norms: &mut Norms) {
+        norms.resize(self.share.len());
+        for i in 0..self.share.len() {
+            let (max, negative, positive) = self.parts(i);
+            let total = f64::from(negative) + f64::from(positive);
+            norms.set_plain(i, max, if total > 0.0 { (1.0 / total) as f32 } else { 0.0 });
         }
     }
 

@@ -13,7 +13,10 @@
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
-use super::simd::{Inner, Isa, Left, Op, Simd, SquaredDistance, Vector, WIDEST, pack, pack_transposed, packed_len, product};
+use super::simd::{
+    Inner, Isa, LONG, Left, Op, SHORT, Simd, SquaredDistance, Vector, WIDEST, pack, pack_transposed, packed_len,
+    product,
+};
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
 use half::slice::HalfFloatSliceExt;
@@ -45,6 +48,12 @@ impl<'a> Side<'a> {
     /// Rows as they are.
     pub fn plain(rows: Matrix<'a>) -> Self {
         Side { rows, shift: &[], inverse: &[] }
+    }
+
+    /// Rows `range` as a side of their own.
+    pub fn slice(&self, range: Range<usize>) -> Side<'a> {
+        let inverse = if self.inverse.is_empty() { self.inverse } else { &self.inverse[range.clone()] };
+        Side { rows: self.rows.slice(range), shift: self.shift, inverse }
     }
 
     /// Rows `range` as f32 into `out`, `[range, D]`.
@@ -184,6 +193,8 @@ pub struct Logits<'a> {
     /// Added to column j, `[M]`.
     pub offset: Option<&'a [f32]>,
     pub pairs: &'a Pairs<'a>,
+    /// Where this block lies in the matrix that `pairs` speaks of.
+    pub origin: [usize; 2],
     pub threads: &'a Threads,
 }
 
@@ -305,15 +316,25 @@ impl Logits<'_> {
         let mut out_rows = Pieces::new(out_rows, cut.rows * carry_v.rows.dim);
         let mut out_cols = Pieces::new(out_cols, cut.cols * carry_u.rows.dim);
         let mut col_sums = Pieces::new(col_sums, cut.cols);
-        let rows = Cut::pieces(n, cut.rows)
-            .zip(row_sums.chunks_mut(cut.rows))
-            .map(|(range, sums)| PullRows { range, out: out_rows.next(), sums });
+        let rows = Cut::pieces(n, cut.rows).zip(row_sums.chunks_mut(cut.rows)).map(|(range, sums)| PullRows {
+            range,
+            out: out_rows.next(),
+            sums,
+        });
         let cols =
             Cut::pieces(m, cut.cols).map(|range| PullCols { range, out: out_cols.next(), sums: col_sums.next() });
         sweep(rows, cols, |row, col| {
-            self.threads
-                .with(|ws| self.isa.run(PullBlock { logits: self, law, carry_u: &carry_u, carry_v: &carry_v, row, col, ws }));
+            self.threads.with(|ws| {
+                self.isa.run(PullBlock { logits: self, law, carry_u: &carry_u, carry_v: &carry_v, row, col, ws })
+            });
         });
+    }
+
+    /// The special pairs of a block, in this matrix's own indices.
+    fn visit(&self, rows: &Range<usize>, cols: &Range<usize>, mut f: impl FnMut(usize, usize, Special)) {
+        let [i0, j0] = self.origin;
+        let (rows, cols) = (rows.start + i0..rows.end + i0, cols.start + j0..cols.end + j0);
+        self.pairs.visit(rows, cols, |i, j, special| f(i - i0, j - j0, special));
     }
 
     /// The tile of S at `rows` x `cols`; columns beyond are [`HOLE`]s.
@@ -323,9 +344,9 @@ impl Logits<'_> {
         let left = Left { data: u, row: dim, col: 1, rows, depth: dim };
         let packed = &self.packed[cols.start * dim..];
         match self.product {
-            Product::Inner => product::<S, f32, Inner>(left, packed, cols.len(), s, COLS, false),
+            Product::Inner => product::<S, f32, Inner, SHORT>(left, packed, cols.len(), s, COLS, false),
             Product::SquaredDistance => {
-                product::<S, f32, SquaredDistance>(left, packed, cols.len(), s, COLS, false)
+                product::<S, f32, SquaredDistance, SHORT>(left, packed, cols.len(), s, COLS, false)
             }
         }
         let scale = S::F32::splat(self.scale);
@@ -391,7 +412,7 @@ impl Op for TallyBlock<'_, '_, '_> {
                         }
                     }
                 }
-                logits.pairs.visit(rows.clone(), cols.clone(), |i, j, special| {
+                logits.visit(&rows, &cols, |i, j, special| {
                     let s = &mut s[(i - rows.start) * COLS + j - cols.start];
                     row.rest[i - row.first].add(*s, special);
                     col.rest[j - col.first].add(*s, special);
@@ -471,12 +492,32 @@ pub enum Law<'a> {
     Sigmoid { bias: f32, smoothing: f32, share: &'a [f32] },
 }
 
-/// The row (or column) part of a softmax law.
+/// The row (or column) part of a softmax law: a view of [`Norms`], see there.
 #[derive(Clone, Copy)]
 pub struct Part<'a> {
-    pub norms: &'a Norms,
+    pub max: &'a [f32],
+    pub weight: &'a [f32],
+    pub smooth: &'a [f32],
+    pub targets: &'a [Target],
     /// Multiplies the probabilities: `P_ij (Q_ij - mean)`, as MMD wants.
     pub factor: Option<Factor<'a>>,
+}
+
+impl<'a> Part<'a> {
+    /// The same with its probabilities multiplied by `factor`.
+    pub fn times(self, factor: Factor<'a>) -> Self {
+        Part { factor: Some(factor), ..self }
+    }
+
+    /// This side's part of G at a positive of logit `s`.
+    fn at_positive(&self, i: usize, s: f32) -> f32 {
+        let plain = Softmax { max: self.max[i], weight: self.weight[i] };
+        match self.targets[i] {
+            Target::None => plain.of(s),
+            Target::Shared { pull } => plain.of(s) - pull - self.smooth[i],
+            Target::Only { others, slack } => slack - others - self.smooth[i],
+        }
+    }
 }
 
 /// `Q = left right'`, less a mean for each row (or column).
@@ -524,13 +565,19 @@ impl Norms {
         self.targets.resize(len, Target::None);
     }
 
-    /// This side's part of G at a positive of logit `s`.
-    fn at_positive(&self, i: usize, s: f32) -> f32 {
-        let plain = Softmax { max: self.max[i], weight: self.weight[i] };
-        match self.targets[i] {
-            Target::None => plain.of(s),
-            Target::Shared { pull } => plain.of(s) - pull - self.smooth[i],
-            Target::Only { others, slack } => slack - others - self.smooth[i],
+    /// A plain probability for row (column) i.
+    pub fn set_plain(&mut self, i: usize, max: f32, weight: f32) {
+        (self.max[i], self.weight[i], self.smooth[i], self.targets[i]) = (max, weight, 0.0, Target::None);
+    }
+
+    /// The law of rows (columns) `range`.
+    pub fn part(&self, range: Range<usize>) -> Part<'_> {
+        Part {
+            max: &self.max[range.clone()],
+            weight: &self.weight[range.clone()],
+            smooth: &self.smooth[range.clone()],
+            targets: &self.targets[range],
+            factor: None,
         }
     }
 
@@ -657,7 +704,7 @@ fn take_specials(
     specials: &mut Vec<(usize, usize, f32, f32)>,
 ) {
     specials.clear();
-    logits.pairs.visit(rows.clone(), cols.clone(), |i, j, special| {
+    logits.visit(rows, cols, |i, j, special| {
         let at = (i - rows.start) * COLS + j - cols.start;
         let gradient = match special {
             Special::Ignored => {
@@ -676,10 +723,9 @@ impl Law<'_> {
     /// Whether positives follow the same law as negatives.
     fn positives_are_plain(&self) -> bool {
         match self {
-            Law::Softmax { rows, cols } => [rows, cols]
-                .into_iter()
-                .flatten()
-                .all(|part| matches!(part.norms.targets.first(), None | Some(Target::None))),
+            Law::Softmax { rows, cols } => {
+                [rows, cols].into_iter().flatten().all(|part| matches!(part.targets.first(), None | Some(Target::None)))
+            }
             Law::Sigmoid { .. } => false,
         }
     }
@@ -688,7 +734,7 @@ impl Law<'_> {
     fn at_positive(&self, i: usize, j: usize, s: f32, sums: &mut RowSums) -> f32 {
         match self {
             Law::Softmax { rows, cols } => {
-                rows.map_or(0.0, |part| part.norms.at_positive(i, s)) + cols.map_or(0.0, |part| part.norms.at_positive(j, s))
+                rows.map_or(0.0, |part| part.at_positive(i, s)) + cols.map_or(0.0, |part| part.at_positive(j, s))
             }
             Law::Sigmoid { bias, smoothing, share } => {
                 // softplus(x) - (1 - e/2) x = softplus(-x) + e/2 x, and 1 - e/2 - sigmoid(x) = sigmoid(-x) - e/2.
@@ -725,11 +771,8 @@ impl Law<'_> {
                     let q = part.factor.map(|f| f.tile::<S>(rows, cols, &mut *q));
                     for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
                         let i = rows.start + r;
-                        let norm = Softmax {
-                            max: S::F32::splat(part.norms.max[i]),
-                            weight: S::F32::splat(part.norms.weight[i]),
-                        };
-                        let smooth = S::F32::splat(part.norms.smooth[i]);
+                        let norm = Softmax { max: S::F32::splat(part.max[i]), weight: S::F32::splat(part.weight[i]) };
+                        let smooth = S::F32::splat(part.smooth[i]);
                         if let (Some(q), Some(factor)) = (&q, &part.factor) {
                             let mean = S::F32::splat(factor.mean[i]);
                             let q = &q[r * COLS..][..COLS];
@@ -752,17 +795,18 @@ impl Law<'_> {
                         to[..cols.len()].copy_from_slice(&from[cols.clone()]);
                         to
                     };
-                    let (max, weight, smooth) = (pad(&part.norms.max), pad(&part.norms.weight), pad(&part.norms.smooth));
+                    let (max, weight, smooth) = (pad(&part.max), pad(&part.weight), pad(&part.smooth));
                     let mean = part.factor.map(|f| pad(f.mean));
                     for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
-                        let norms = lanes::<S>(&max).zip(lanes::<S>(&weight)).map(|(max, weight)| Softmax {
-                            max: S::F32::load(max),
-                            weight: S::F32::load(weight),
-                        });
+                        let norms = lanes::<S>(&max)
+                            .zip(lanes::<S>(&weight))
+                            .map(|(max, weight)| Softmax { max: S::F32::load(max), weight: S::F32::load(weight) });
                         if let (Some(q), Some(mean)) = (&q, &mean) {
                             let q = &q[r * COLS..][..COLS];
                             let factors = lanes::<S>(q).zip(lanes::<S>(mean));
-                            for (((s, g), norm), (q, mean)) in lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(factors) {
+                            for (((s, g), norm), (q, mean)) in
+                                lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(factors)
+                            {
                                 let factor = S::F32::load(q).sub(S::F32::load(mean));
                                 norm.of(S::F32::load(s)).mul_add(factor, S::F32::load(g)).store(g);
                             }
@@ -818,7 +862,7 @@ impl Factor<'_> {
             rows: rows.len(),
             depth: self.dim,
         };
-        product::<S, f32, Inner>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
+        product::<S, f32, Inner, LONG>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
         q
     }
 }
@@ -861,11 +905,11 @@ fn carry<S: Simd>(
     let packed = sized(packed, packed_len(depth, dim));
     pack::<S, f32>(natural, dim, depth, dim, packed);
     if dim.is_multiple_of(<S::F32 as Vector<f32>>::LANES) {
-        product::<S, f32, Inner>(left, packed, dim, out, dim, true);
+        product::<S, f32, Inner, LONG>(left, packed, dim, out, dim, true);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
         let spill = sized(spill, left.rows * wide);
-        product::<S, f32, Inner>(left, packed, dim, spill, wide, false);
+        product::<S, f32, Inner, LONG>(left, packed, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }

@@ -3,7 +3,7 @@
 //! Each element of C is one sum in an order that depends on shapes alone, so the result has the same
 //! bits for any number of threads.
 
-use super::simd::{Inner, Isa, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
+use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
 use crate::device::Gemm;
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -85,7 +85,7 @@ impl<T: Lane> Op for Block<'_, T> {
             let a = Left { data: a.data.get(i * ROWS * a.row..).unwrap_or(&[]), rows, ..a };
             for j in (0..n).step_by(COLUMNS) {
                 let w = COLUMNS.min(n - j);
-                product::<S, T, Inner>(a, &packed[j * a.depth..], w, &mut tile, COLUMNS, false);
+                product::<S, T, Inner, LONG>(a, &packed[j * a.depth..], w, &mut tile, COLUMNS, false);
                 for (c, tile) in c.chunks_mut(n).zip(tile.chunks(COLUMNS)) {
                     let (c, tile) = (&mut c[j..j + w], &tile[..w]);
                     if add {

@@ -1,13 +1,707 @@
-//! stub
+//! Maximum mean discrepancy of the conditionals (or of the joint) of the learned law.
+//!
+//! With feature maps the fused passes do all of it: a pass whose carried rows are features instead of
+//! embeddings is attention, `m_j = sum_i P_ij f_i`, and
+//!
+//! ```text
+//! conditional  L = sum_j x_j (|m_j|^2/2 - <m_j, t_j>),  W_j = x_j (m_j - t_j),  G_ij = P_ij (<f_i, W_j> - <m_j, W_j>)
+//! joint        C = F_u' W F_v, E = F_u' T F_v,  L = |C - E|^2 - |E|^2,  G = W o (F_u D F_v' - <C, D>),  D = 2 (C - E)
+//! ```
+//!
+//! with t_j the mean feature of column j's positives. With a kernel instead, products with K take the
+//! place of features, [`PANEL`] columns (or rows) at a time: O(N^2 M) work, O((N + M) PANEL) memory. K
+//! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
+
+use super::contrast::{Accumulated, Counted, Sums, Tilted, conclude, pull_gradients};
+use super::fused::{Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, Want, grow, pack_columns};
+use super::gemm::gemm;
 use super::simd::Isa;
-use crate::objective::{Batch, Gradients, Loss, Value};
+use crate::device::Gemm;
+use crate::objective::{
+    Batch, DataKernel, Gradients, Loss, Matrix, Moments, Objective, Pairs, Positives, Storage, Value, Write,
+    pairing::{Pairing, Special},
+};
+use kernels::law::Product;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Columns (rows) of a Gram panel.
+const PANEL: usize = 128;
+
+/// Buffers of these objectives.
 #[derive(Debug, Default)]
-pub struct Scratch {}
+pub struct Scratch {
+    /// Features in f32, `[N, f_u]` and `[M, f_v]`, where storage is narrower.
+    features_u: Vec<f32>,
+    features_v: Vec<f32>,
+    /// Mean features, then residuals W, `[M, f_u]` and `[N, f_v]`.
+    residual_u: Vec<f32>,
+    residual_v: Vec<f32>,
+    /// Mean features of the positives.
+    targets: Vec<f32>,
+    /// What a factor subtracts.
+    mean_u: Vec<f32>,
+    mean_v: Vec<f32>,
+    /// Right operands of factors, packed.
+    packed_u: Vec<f32>,
+    packed_v: Vec<f32>,
+    /// Packed operand of small products.
+    packed: Vec<f32>,
+    gram: Gram,
+}
+
+/// Buffers of the Gram form.
+#[derive(Debug, Default)]
+struct Gram {
+    identity: Vec<f32>,
+    packed_identity: Vec<f32>,
+    packed_data_u: Vec<f32>,
+    packed_data_v: Vec<f32>,
+    ones: Norms,
+    p: Vec<f32>,
+    x: Vec<f32>,
+    y: Vec<f32>,
+    mean: Vec<f32>,
+    packed: Vec<f32>,
+    part_u: Vec<f32>,
+    part_v: Vec<f32>,
+    all_u: Vec<f32>,
+    all_v: Vec<f32>,
+    sums: Vec<RowSums>,
+}
+
 impl Scratch {
+    /// Bytes held.
     pub fn bytes(&self) -> usize {
-        0
+        let g = &self.gram;
+        let floats = [
+            &self.features_u,
+            &self.features_v,
+            &self.residual_u,
+            &self.residual_v,
+            &self.targets,
+            &self.mean_u,
+            &self.mean_v,
+            &self.packed_u,
+            &self.packed_v,
+            &self.packed,
+            &g.identity,
+            &g.packed_identity,
+            &g.packed_data_u,
+            &g.packed_data_v,
+            &g.p,
+            &g.x,
+            &g.y,
+            &g.mean,
+            &g.packed,
+            &g.part_u,
+            &g.part_v,
+            &g.all_u,
+            &g.all_v,
+        ];
+        4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
+            + g.ones.bytes()
+            + size_of::<RowSums>() * g.sums.capacity()
     }
 }
-pub fn evaluate(_: Isa, _: &mut super::contrast::Scratch, _: &Loss, _: &Batch<'_>, _: Gradients<'_>) -> Value {
-    todo!()
+
+/// Evaluates a validated batch.
+pub fn evaluate(
+    isa: Isa,
+    scratch: &mut super::contrast::Scratch,
+    loss: &Loss,
+    batch: &Batch<'_>,
+    gradients: Gradients<'_>,
+) -> Value {
+    let (n, m) = (batch.u.rows, batch.v.rows);
+    let super::contrast::Scratch {
+        pairing,
+        packed,
+        shift,
+        inverse_u,
+        inverse_v,
+        rows,
+        cols,
+        row_norms,
+        col_norms,
+        row_sums,
+        col_sums,
+        grad_u,
+        grad_v,
+        threads,
+        mmd: own,
+        ..
+    } = scratch;
+    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
+    pack_columns(isa, &tilted.v, packed, threads);
+    let logits = tilted.logits(isa, batch, packed, threads);
+    let weights = match loss.objective {
+        Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
+        _ => Weights::Joint,
+    };
+    let want = match weights {
+        Weights::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
+        Weights::Joint => Want { rows: true, cols: false },
+    };
+    logits.tally(rows, cols, want, false);
+    let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
+    let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
+    if let Weights::Joint = weights {
+        let (max, sum) = row_side.total();
+        row_norms.resize(n);
+        (0..n).for_each(|i| row_norms.set_plain(i, max, (1.0 / sum) as f32));
+    } else {
+        row_side.probabilities(row_norms);
+        col_side.probabilities(col_norms);
+    }
+    let context = Context { isa, batch, pairing, tilted: &tilted, logits: &logits, row_norms, col_norms, threads };
+    let moments = batch.moments.expect("validated: MMD has moments");
+    let (value, sums) = match moments {
+        Moments::Features { u, v } | Moments::Gram { kernel: DataKernel::Linear, u, v } => {
+            let mut features = Features::new(own, u, v);
+            let (value, law) = match weights {
+                Weights::Conditional { lambda_u, lambda_v } => {
+                    features.conditional(&context, lambda_u, lambda_v, row_sums)
+                }
+                Weights::Joint => features.joint(&context, row_sums),
+            };
+            (value, pull_gradients(&tilted, &logits, &law, gradients, row_sums, col_sums, grad_u, grad_v))
+        }
+        Moments::Gram { kernel: DataKernel::Gaussian { width }, u, v } => {
+            let gram = &mut own.gram;
+            let mut total = Total::new(&context, gradients, [grad_u, grad_v], row_sums, col_sums);
+            let value = match weights {
+                Weights::Conditional { lambda_u, lambda_v } => {
+                    gram.conditional(&context, width, u, Axis::Cols, lambda_u, &mut total)
+                        + gram.conditional(&context, width, v, Axis::Rows, lambda_v, &mut total)
+                }
+                Weights::Joint => gram.joint(&context, width, u, v, &mut total),
+            };
+            (value, total.conclude(&context))
+        }
+    };
+    Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
+}
+
+#[derive(Clone, Copy)]
+enum Weights {
+    Conditional { lambda_u: f64, lambda_v: f64 },
+    Joint,
+}
+
+struct Context<'a> {
+    isa: Isa,
+    batch: &'a Batch<'a>,
+    pairing: &'a Pairing,
+    tilted: &'a Tilted<'a>,
+    logits: &'a Logits<'a>,
+    row_norms: &'a Norms,
+    col_norms: &'a Norms,
+    threads: &'a Threads,
+}
+
+/// The rows of `matrix` in f32.
+fn natural<'a>(matrix: Matrix<'a>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    if let Storage::F32(data) = matrix.data {
+        return data;
+    }
+    grow(buffer, matrix.rows * matrix.dim);
+    let out = &mut buffer[..matrix.rows * matrix.dim];
+    Side::plain(matrix).read(0..matrix.rows, out);
+    out
+}
+
+/// Mean of the positives' features for each row (`of_rows`: features of columns) or each column (features of rows).
+fn target_means(batch: &Batch<'_>, pairing: &Pairing, of_rows: bool, from: &[f32], dim: usize, out: &mut [f32]) {
+    out.fill(0.0);
+    let add = |out: &mut [f32], x: &[f32], share: f32| out.iter_mut().zip(x).for_each(|(o, x)| *o += share * x);
+    let row = |i: usize| i * dim..(i + 1) * dim;
+    match batch.pairs.positives {
+        Positives::Diagonal => {
+            let both = batch.u.rows.min(batch.v.rows) * dim;
+            out[..both].copy_from_slice(&from[..both]);
+        }
+        Positives::Index(index) => {
+            for (i, &j) in index.iter().enumerate() {
+                if of_rows {
+                    add(&mut out[row(i)], &from[row(j as usize)], 1.0);
+                } else {
+                    let share = 1.0 / pairing.col_positives[j as usize] as f32;
+                    add(&mut out[row(j as usize)], &from[row(i)], share);
+                }
+            }
+        }
+        Positives::Groups { u, v } => {
+            let (to_ids, from_ids, counts) =
+                if of_rows { (u, v, &pairing.row_positives) } else { (v, u, &pairing.col_positives) };
+            let mut sums: HashMap<i64, Vec<f32>> = HashMap::new();
+            for (id, x) in from_ids.iter().zip(from.chunks_exact(dim)) {
+                add(sums.entry(*id).or_insert_with(|| vec![0.0; dim]), x, 1.0);
+            }
+            for ((id, out), &count) in to_ids.iter().zip(out.chunks_exact_mut(dim)).zip(counts) {
+                if count > 0 {
+                    add(out, &sums[id], 1.0 / count as f32);
+                }
+            }
+        }
+    }
+}
+
+/// The feature form.
+struct Features<'a> {
+    u: &'a [f32],
+    v: &'a [f32],
+    dims: [usize; 2],
+    residual_u: &'a mut Vec<f32>,
+    residual_v: &'a mut Vec<f32>,
+    targets: &'a mut Vec<f32>,
+    mean_u: &'a mut Vec<f32>,
+    mean_v: &'a mut Vec<f32>,
+    packed_u: &'a mut Vec<f32>,
+    packed_v: &'a mut Vec<f32>,
+    packed: &'a mut Vec<f32>,
+}
+
+impl<'a> Features<'a> {
+    fn new(own: &'a mut Scratch, u: Matrix<'a>, v: Matrix<'a>) -> Self {
+        Features {
+            u: natural(u, &mut own.features_u),
+            v: natural(v, &mut own.features_v),
+            dims: [u.dim, v.dim],
+            residual_u: &mut own.residual_u,
+            residual_v: &mut own.residual_v,
+            targets: &mut own.targets,
+            mean_u: &mut own.mean_u,
+            mean_v: &mut own.mean_v,
+            packed_u: &mut own.packed_u,
+            packed_v: &mut own.packed_v,
+            packed: &mut own.packed,
+        }
+    }
+
+    fn sides(&self) -> [Side<'a>; 2] {
+        [Side::plain(Matrix::f32(self.u, self.dims[0])), Side::plain(Matrix::f32(self.v, self.dims[1]))]
+    }
+
+    fn conditional(
+        &mut self,
+        context: &Context<'a>,
+        lambda_u: f64,
+        lambda_v: f64,
+        row_sums: &mut Vec<RowSums>,
+    ) -> (f64, Law<'_>) {
+        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let (n, m) = (batch.u.rows, batch.v.rows);
+        let [carry_u, carry_v] = self.sides();
+        let [f_u, f_v] = self.dims;
+        let mut value = 0.0;
+        let mut law = [None, None];
+        if lambda_u > 0.0 {
+            let part = context.col_norms.part(0..m);
+            grow(self.residual_u, m * f_u);
+            grow(self.targets, m * f_u);
+            let (means, targets) = (&mut self.residual_u[..m * f_u], &mut self.targets[..m * f_u]);
+            let means_only = Pull { carry_u, carry_v, out_rows: None, out_cols: Some(means), row_sums, col_sums: None };
+            logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
+            let means = &mut self.residual_u[..m * f_u];
+            target_means(batch, pairing, false, self.u, f_u, targets);
+            value += residuals(means, targets, f_u, &pairing.col_share, lambda_u, self.mean_u);
+            pack_columns(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
+            law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
+        }
+        if lambda_v > 0.0 {
+            let part = context.row_norms.part(0..n);
+            grow(self.residual_v, n * f_v);
+            grow(self.targets, n * f_v);
+            let (means, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
+            let means_only = Pull { carry_u, carry_v, out_rows: Some(means), out_cols: None, row_sums, col_sums: None };
+            logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
+            let means = &mut self.residual_v[..n * f_v];
+            target_means(batch, pairing, true, self.v, f_v, targets);
+            value += residuals(means, targets, f_v, &pairing.row_share, lambda_v, self.mean_v);
+            pack_columns(isa, &carry_v, self.packed_v, threads);
+            law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
+        }
+        let [rows, cols] = law;
+        (value, Law::Softmax { rows, cols })
+    }
+
+    fn joint(&mut self, context: &Context<'a>, row_sums: &mut Vec<RowSums>) -> (f64, Law<'_>) {
+        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let n = batch.u.rows;
+        let [carry_u, carry_v] = self.sides();
+        let [f_u, f_v] = self.dims;
+        let part = context.row_norms.part(0..n);
+        // H = W F_v, less T F_v: small when the law is learned, so subtract before summing over rows.
+        grow(self.residual_v, n * f_v);
+        grow(self.targets, n * f_v);
+        let (h, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
+        let means_only = Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None };
+        logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
+        target_means(batch, pairing, true, self.v, f_v, targets);
+        for ((h, t), &w) in h.chunks_exact_mut(f_v).zip(targets.chunks_exact_mut(f_v)).zip(&pairing.row_share) {
+            for (h, t) in h.iter_mut().zip(t) {
+                *t *= w;
+                *h -= *t;
+            }
+        }
+        let mut moment = |right: &[f32]| {
+            let mut out = vec![0.0; f_u * f_v];
+            let shape = Gemm { m: f_u, n: f_v, k: n, transpose_a: true, transpose_b: false };
+            gemm(isa, shape, self.u, right, Write::Set(&mut out), self.packed);
+            out
+        };
+        let (gap, target) = (moment(h), moment(targets));
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+        let value = dot(&gap, &gap) - dot(&target, &target);
+        let mean = 2.0 * (dot(&gap, &gap) + dot(&target, &gap));
+        let d: Vec<f32> = gap.iter().map(|&x| 2.0 * x).collect();
+        let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
+        gemm(isa, shape, self.u, &d, Write::Set(h), self.packed);
+        pack_columns(isa, &carry_v, self.packed_v, threads);
+        self.mean_v.clear();
+        self.mean_v.resize(n, mean as f32);
+        let factor = Factor { left: &self.residual_v[..n * f_v], right: self.packed_v, dim: f_v, mean: self.mean_v };
+        (value, Law::Softmax { rows: Some(part.times(factor)), cols: None })
+    }
+}
+
+/// Turns means into residuals `lambda x_j (m_j - t_j)`, writes `<m_j, residual_j>`, and returns
+/// `lambda sum_j x_j (|m_j|^2/2 - <m_j, t_j>)`.
+fn residuals(means: &mut [f32], targets: &[f32], dim: usize, share: &[f32], lambda: f64, dots: &mut Vec<f32>) -> f64 {
+    dots.clear();
+    let mut value = 0.0;
+    for ((means, targets), &share) in means.chunks_exact_mut(dim).zip(targets.chunks_exact(dim)).zip(share) {
+        let weight = lambda * f64::from(share);
+        let mut dot = 0.0;
+        for (m, &t) in means.iter_mut().zip(targets) {
+            let (mean, target) = (f64::from(*m), f64::from(t));
+            value += weight * mean * (0.5 * mean - target);
+            dot += mean * (mean - target);
+            *m = (weight * (mean - target)) as f32;
+        }
+        dots.push((weight * dot) as f32);
+    }
+    value
+}
+
+/// Which softmax a Gram panel cuts.
+#[derive(Clone, Copy, PartialEq)]
+enum Axis {
+    /// Column softmaxes, a panel of columns.
+    Cols,
+    /// Row softmaxes, a panel of rows.
+    Rows,
+}
+
+/// Gradients summed over panels.
+struct Total<'a> {
+    out: [Option<Accumulated<'a>>; 2],
+    offset_v: Option<Write<&'a mut [f32]>>,
+    row_sums: &'a mut Vec<RowSums>,
+    col_sums: &'a mut Vec<f32>,
+}
+
+impl<'a> Total<'a> {
+    fn new(
+        context: &Context<'_>,
+        gradients: Gradients<'a>,
+        [grad_u, grad_v]: [&'a mut Vec<f32>; 2],
+        row_sums: &'a mut Vec<RowSums>,
+        col_sums: &'a mut Vec<f32>,
+    ) -> Self {
+        let mut out = [Accumulated::new(gradients.u, grad_u), Accumulated::new(gradients.v, grad_v)];
+        out.iter_mut().flatten().for_each(|out| out.acc().fill(0.0));
+        row_sums.clear();
+        row_sums.resize(context.batch.u.rows, RowSums::default());
+        col_sums.clear();
+        col_sums.resize(context.batch.v.rows, 0.0);
+        Total { out, offset_v: gradients.offset_v, row_sums, col_sums }
+    }
+
+    /// Adds `scale` times the gradients that `law` pulls from the block of logits at `rows` x `cols`; returns sum G.
+    fn pull(
+        &mut self,
+        context: &Context<'_>,
+        logits: &Logits<'_>,
+        law: &Law<'_>,
+        [rows, cols]: [Range<usize>; 2],
+        scale: f64,
+        buffers: [&mut Vec<f32>; 2],
+        sums: &mut Vec<RowSums>,
+    ) -> f64 {
+        let dim = context.batch.u.dim;
+        let [part_u, part_v] = buffers;
+        grow(part_u, rows.len() * dim);
+        grow(part_v, cols.len() * (dim + 1));
+        let (part_u, part_v) = (&mut part_u[..rows.len() * dim], &mut part_v[..cols.len() * (dim + 1)]);
+        let (part_v, part_cols) = part_v.split_at_mut(cols.len() * dim);
+        let pull = Pull {
+            carry_u: context.tilted.u.slice(rows.clone()),
+            carry_v: context.tilted.v.slice(cols.clone()),
+            out_rows: Some(&mut *part_u),
+            out_cols: Some(&mut *part_v),
+            row_sums: sums,
+            col_sums: Some(&mut *part_cols),
+        };
+        logits.pull(law, pull);
+        let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, f)| *t += scale as f32 * f);
+        if let Some(out) = &mut self.out[0] {
+            add(&mut out.acc()[rows.start * dim..rows.end * dim], part_u);
+        }
+        if let Some(out) = &mut self.out[1] {
+            add(&mut out.acc()[cols.start * dim..cols.end * dim], part_v);
+        }
+        add(&mut self.col_sums[cols], part_cols);
+        let mut g = 0.0;
+        for (to, from) in self.row_sums[rows].iter_mut().zip(&*sums) {
+            to.gs += scale * from.gs;
+            to.g += scale * from.g;
+            g += from.g;
+        }
+        g
+    }
+
+    fn conclude(self, context: &Context<'_>) -> Sums {
+        conclude(context.tilted, context.logits, self.out, self.offset_v, self.row_sums, self.col_sums)
+    }
+}
+
+impl Gram {
+    /// `out = K x` for the Gaussian kernel on `data` (packed), `x` `[rows, b]`, `out` `[cut, b]`, with K's rows or
+    /// columns cut to those given.
+    #[allow(clippy::too_many_arguments)]
+    fn apply(
+        context: &Context<'_>,
+        width: f64,
+        data: Matrix<'_>,
+        packed: &[f32],
+        ones: &mut Norms,
+        x: &[f32],
+        b: usize,
+        out: &mut [f32],
+        sums: &mut Vec<RowSums>,
+    ) {
+        ones.resize(data.rows);
+        (0..data.rows).for_each(|i| ones.set_plain(i, 0.0, 1.0));
+        let cols = x.len() / b;
+        let nothing = Pairs { positives: Positives::Diagonal, ..Pairs::default() };
+        let logits = Logits {
+            isa: context.isa,
+            u: Side::plain(data),
+            packed,
+            m: cols,
+            product: Product::SquaredDistance,
+            scale: (-0.5 / (width * width)) as f32,
+            offset: None,
+            pairs: &nothing,
+            origin: [0, 0],
+            threads: context.threads,
+        };
+        let carry = Side::plain(Matrix::f32(x, b));
+        let law = Law::Softmax { rows: Some(ones.part(0..data.rows)), cols: None };
+        let pull = Pull {
+            carry_u: carry,
+            carry_v: carry,
+            out_rows: Some(out),
+            out_cols: None,
+            row_sums: sums,
+            col_sums: None,
+        };
+        logits.pull(&law, pull);
+    }
+
+    /// An identity of `b` rows, plain and packed.
+    fn identity(&mut self, context: &Context<'_>, b: usize) {
+        self.identity.clear();
+        self.identity.resize(b * b, 0.0);
+        (0..b).for_each(|i| self.identity[i * (b + 1)] = 1.0);
+        let side = Side::plain(Matrix::f32(&self.identity, b));
+        pack_columns(context.isa, &side, &mut self.packed_identity, context.threads);
+    }
+
+    /// One side's conditional MMD: `data` is what the softmaxes' long side is made of.
+    fn conditional(
+        &mut self,
+        context: &Context<'_>,
+        width: f64,
+        data: Matrix<'_>,
+        axis: Axis,
+        lambda: f64,
+        total: &mut Total<'_>,
+    ) -> f64 {
+        if lambda == 0.0 {
+            return 0.0;
+        }
+        let Context { isa, batch, pairing, tilted, logits, threads, .. } = *context;
+        let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
+        let (long, short, share, counts) = match axis {
+            Axis::Cols => (n, m, &pairing.col_share, &pairing.col_positives),
+            Axis::Rows => (m, n, &pairing.row_share, &pairing.row_positives),
+        };
+        pack_columns(isa, &Side::plain(data), &mut self.packed_data_u, threads);
+        let mut value = 0.0;
+        for start in (0..short).step_by(PANEL) {
+            let panel = start..short.min(start + PANEL);
+            let b = panel.len();
+            self.identity(context, b);
+            let eye = Side::plain(Matrix::f32(&self.identity, b));
+            for (buffer, len) in [(&mut self.p, long * b), (&mut self.x, 2 * long * b), (&mut self.y, 2 * long * b)] {
+                grow(buffer, len);
+            }
+            let p = &mut self.p[..long * b];
+            // The panel of P, one row for each of the long side.
+            let (block, at, part) = match axis {
+                Axis::Cols => (
+                    Logits {
+                        packed: &logits.packed[start * dim..],
+                        m: b,
+                        offset: logits.offset.map(|o| &o[panel.clone()]),
+                        origin: [0, start],
+                        ..*logits
+                    },
+                    [0..n, panel.clone()],
+                    context.col_norms.part(panel.clone()),
+                ),
+                Axis::Rows => (
+                    Logits { u: tilted.u.slice(panel.clone()), origin: [start, 0], ..*logits },
+                    [panel.clone(), 0..m],
+                    context.row_norms.part(panel.clone()),
+                ),
+            };
+            let (out_rows, out_cols) = if axis == Axis::Cols { (Some(&mut *p), None) } else { (None, Some(&mut *p)) };
+            let pull =
+                Pull { carry_u: eye, carry_v: eye, out_rows, out_cols, row_sums: &mut self.sums, col_sums: None };
+            block.pull(&law_of(axis, part), pull);
+            // X = [P - T | T], Y = K X.
+            let (x, y) = (&mut self.x[..2 * long * b], &mut self.y[..2 * long * b]);
+            for (x, p) in x.chunks_exact_mut(2 * b).zip(p.chunks_exact(b)) {
+                x[..b].copy_from_slice(p);
+                x[b..].fill(0.0);
+            }
+            let [rows, cols] = at.clone();
+            batch.pairs.visit(rows, cols, |i, j, special| {
+                if special == Special::Positive {
+                    let (row, col) = if axis == Axis::Cols { (i, j) } else { (j, i) };
+                    let t = 1.0 / counts[col] as f32;
+                    x[row * 2 * b + col - start] -= t;
+                    x[row * 2 * b + b + col - start] = t;
+                }
+            });
+            Gram::apply(context, width, data, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.sums);
+            // Gamma = lambda x_j K (P - T) over P's panel, and <P_j, Gamma_j>.
+            let mut mean = vec![0f64; b];
+            for ((x, y), p) in x.chunks_exact(2 * b).zip(y.chunks_exact(2 * b)).zip(p.chunks_exact_mut(b)) {
+                for (k, p) in p.iter_mut().enumerate() {
+                    let weight = lambda * f64::from(share[start + k]);
+                    let product = |k: usize| f64::from(x[k]) * f64::from(y[k]);
+                    value += 0.5 * weight * (product(k) - product(b + k));
+                    let gamma = weight * f64::from(y[k]);
+                    mean[k] += f64::from(*p) * gamma;
+                    *p = gamma as f32;
+                }
+            }
+            self.mean.clear();
+            self.mean.extend(mean.iter().map(|&x| x as f32));
+            let factor = match axis {
+                Axis::Cols => Factor { left: p, right: &self.packed_identity, dim: b, mean: &self.mean },
+                Axis::Rows => {
+                    pack_columns(isa, &Side::plain(Matrix::f32(p, b)), &mut self.packed, threads);
+                    Factor { left: &self.identity, right: &self.packed, dim: b, mean: &self.mean }
+                }
+            };
+            let buffers = [&mut self.part_u, &mut self.part_v];
+            total.pull(context, &block, &law_of(axis, part.times(factor)), at, 1.0, buffers, &mut self.sums);
+        }
+        value
+    }
+
+    /// The joint MMD, panels of columns.
+    fn joint(
+        &mut self,
+        context: &Context<'_>,
+        width: f64,
+        data_u: Matrix<'_>,
+        data_v: Matrix<'_>,
+        total: &mut Total<'_>,
+    ) -> f64 {
+        let Context { isa, batch, pairing, tilted, logits, threads, .. } = *context;
+        let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
+        pack_columns(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
+        pack_columns(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
+        let law = Law::Softmax { rows: Some(context.row_norms.part(0..n)), cols: None };
+        let (mut value, mut mean) = (0.0, 0.0);
+        for start in (0..m).step_by(PANEL) {
+            let panel = start..m.min(start + PANEL);
+            let b = panel.len();
+            self.identity(context, b);
+            for (buffer, len) in [(&mut self.p, n.max(m) * b), (&mut self.x, 2 * n * b), (&mut self.y, 2 * n * b)] {
+                grow(buffer, len);
+            }
+            // A panel of K_v, [M, b].
+            grow(&mut self.all_v, m * b);
+            let kernel = &mut self.all_v[..m * b];
+            let packed = &self.packed_data_v[start * data_v.dim..];
+            Gram::apply(context, width, data_v, packed, &mut self.ones, &self.identity, b, kernel, &mut self.sums);
+            // W K_v and T K_v, [N, b].
+            grow(&mut self.all_u, n * b);
+            let (wk, tk) = (&mut self.p[..n * b], &mut self.all_u[..n * b]);
+            let carry = Side::plain(Matrix::f32(kernel, b));
+            let pull = Pull {
+                carry_u: carry,
+                carry_v: carry,
+                out_rows: Some(&mut *wk),
+                out_cols: None,
+                row_sums: &mut self.sums,
+                col_sums: None,
+            };
+            logits.pull(&law, pull);
+            target_means(batch, pairing, true, kernel, b, tk);
+            let (x, y) = (&mut self.x[..2 * n * b], &mut self.y[..2 * n * b]);
+            for (i, x) in x.chunks_exact_mut(2 * b).enumerate() {
+                for k in 0..b {
+                    let t = pairing.row_share[i] * tk[i * b + k];
+                    x[k] = wk[i * b + k] - t;
+                    x[b + k] = t;
+                }
+            }
+            // Y = K_u [(W - T) K_v | T K_v]; Gamma = 2 K_u (W - T) K_v.
+            Gram::apply(context, width, data_u, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.sums);
+            batch.pairs.visit(0..n, panel.clone(), |i, j, special| {
+                if special == Special::Positive {
+                    let t = f64::from(pairing.row_share[i]) / f64::from(pairing.row_positives[i]);
+                    let y = &y[i * 2 * b..][..2 * b];
+                    value -= t * (f64::from(y[j - start]) + f64::from(y[b + j - start]));
+                }
+            });
+            let gamma = &mut self.p[..n * b];
+            for (gamma, y) in gamma.chunks_exact_mut(b).zip(y.chunks_exact(2 * b)) {
+                gamma.iter_mut().zip(y).for_each(|(g, y)| *g = 2.0 * y);
+            }
+            self.mean.clear();
+            self.mean.resize(n, 0.0);
+            let factor = Factor { left: gamma, right: &self.packed_identity, dim: b, mean: &self.mean };
+            let block = Logits {
+                packed: &logits.packed[start * dim..],
+                m: b,
+                offset: logits.offset.map(|o| &o[panel.clone()]),
+                origin: [0, start],
+                ..*logits
+            };
+            let part = context.row_norms.part(0..n).times(factor);
+            let buffers = [&mut self.part_u, &mut self.part_v];
+            mean += total.pull(context, &block, &law_of(Axis::Rows, part), [0..n, panel], 1.0, buffers, &mut self.sums);
+        }
+        // G = W o Gamma - <W, Gamma> W.
+        let buffers = [&mut self.part_u, &mut self.part_v];
+        total.pull(context, logits, &law, [0..n, 0..m], -mean, buffers, &mut self.sums);
+        value + 0.5 * mean
+    }
+}
+
+fn law_of(axis: Axis, part: Part<'_>) -> Law<'_> {
+    match axis {
+        Axis::Cols => Law::Softmax { rows: None, cols: Some(part) },
+        Axis::Rows => Law::Softmax { rows: Some(part), cols: None },
+    }
 }

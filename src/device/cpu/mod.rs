@@ -37,7 +37,13 @@ impl<T: Lane> Cpu<T> {
 
     /// With an instruction set of your choice from [`Isa::available`].
     pub fn with_isa(isa: Isa) -> Self {
-        Cpu { isa, packed: Mutex::default(), scratch: contrast::Scratch::default(), stored_bf16: Vec::new(), stored_f16: Vec::new() }
+        Cpu {
+            isa,
+            packed: Mutex::default(),
+            scratch: contrast::Scratch::default(),
+            stored_bf16: Vec::new(),
+            stored_f16: Vec::new(),
+        }
     }
 
     /// The instruction set in use.
@@ -215,8 +221,7 @@ impl Contrast for Cpu<f32> {
             u: Matrix::f32(&m.u.buf[m.u.at.clone()], m.dims[0]),
             v: Matrix::f32(&m.v.buf[m.v.at.clone()], m.dims[1]),
         });
-        let batch =
-            Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
+        let batch = Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
         let gradients = Gradients { u: Some(slice(grad_u)), v: Some(slice(grad_v)), offset_v: None };
         let value = self.loss(loss, &batch, gradients);
         (self.stored_bf16, self.stored_f16) = (bf16, f16);

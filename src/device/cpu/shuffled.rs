@@ -41,7 +41,8 @@ pub fn evaluate(
     seed: u64,
 ) -> Value {
     let (n, dim) = (batch.u.rows, batch.u.dim);
-    let super::contrast::Scratch { pairing: prepared, shift, inverse_u, inverse_v, threads, pairings: own, .. } = scratch;
+    let super::contrast::Scratch { pairing: prepared, shift, inverse_u, inverse_v, threads, pairings: own, .. } =
+        scratch;
     let share = &prepared.row_share;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
     let total = (pairings as usize + 1) * n;

@@ -179,14 +179,17 @@ pub struct Tile<'a, T> {
     ldc: usize,
 }
 
-/// Summed this many at a time, so that a panel's part stays in the first-level cache. The partial sums
-/// also shorten f32's error growth.
-const DEPTH: usize = 256;
+/// Terms summed in a register before they are added to C. Encoders and gradients: a panel's part stays in the
+/// first-level cache.
+pub const LONG: usize = 256;
+/// Logits: short partial sums, because a logit's rounding error enters an exponential. Against one sum over
+/// D = 128 this takes the gradient's error from 3.4e-6 to 1.5e-6 at tau = 0.01.
+pub const SHORT: usize = 32;
 
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
 /// `n` rounded up to whole registers in each row (the surplus columns receive products with zeros).
 #[inline(always)]
-pub fn product<S: Simd, T: Lane, P: Multiply>(
+pub fn product<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
     a: Left<'_, T>,
     packed: &[T],
     n: usize,
@@ -207,7 +210,7 @@ pub fn product<S: Simd, T: Lane, P: Multiply>(
     let total = a.depth;
     let mut k0 = 0;
     while k0 < total {
-        let depth = DEPTH.min(total - k0);
+        let depth = STEP.min(total - k0);
         let a = Left { data: &a.data[k0 * a.col..], depth, ..a };
         let add = add || k0 > 0;
         let mut j = 0;
@@ -608,9 +611,9 @@ mod tests {
             let mut c = vec![T::from_f64(f64::NAN); self.a.rows * ldc];
             for add in [false, true] {
                 if self.squared {
-                    product::<S, T, SquaredDistance>(self.a, &packed, self.n, &mut c, ldc, add);
+                    product::<S, T, SquaredDistance, SHORT>(self.a, &packed, self.n, &mut c, ldc, add);
                 } else {
-                    product::<S, T, Inner>(self.a, &packed, self.n, &mut c, ldc, add);
+                    product::<S, T, Inner, LONG>(self.a, &packed, self.n, &mut c, ldc, add);
                 }
             }
             c.chunks(ldc).flat_map(|row| row[..self.n].to_vec()).collect()
