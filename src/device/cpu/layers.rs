@@ -13,7 +13,7 @@
 //! d_weight' [patch, outputs]  += col d_out'
 //! ```
 
-use super::simd::{Inner, Isa, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
+use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
 use crate::device::{Activation, AdamStep, Conv, Pool, Pooling, Real};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -189,7 +189,7 @@ impl<T: Lane> Op for Forward<'_, T> {
                 let (at, n) = (block.start * width, block.len() * width);
                 gather(conv, block, x, strip, col, blocks.stride);
                 let col = Left { data: col, row: 1, col: blocks.stride, rows: n, depth };
-                product::<S, T, Inner>(col, packed, conv.outputs, result, blocks.outputs, false);
+                product::<S, T, Inner, LONG>(col, packed, conv.outputs, result, blocks.outputs, false);
                 for (o, out) in out.chunks_mut(pixels).enumerate() {
                     for (out, result) in out[at..at + n].iter_mut().zip(result.chunks(blocks.outputs)) {
                         *out = result[o];
@@ -239,7 +239,7 @@ impl<T: Lane> Op for BackwardData<'_, T> {
                 let n = block.len() * width;
                 pack::<S, T>(&d_out[block.start * width..], pixels, depth, n, packed);
                 let weight = Left { data: weight, row: 1, col: conv.patch(), rows: conv.patch(), depth };
-                product::<S, T, Inner>(weight, packed, n, d_col, blocks.stride, false);
+                product::<S, T, Inner, LONG>(weight, packed, n, d_col, blocks.stride, false);
                 scatter(conv, block, d_col, strip, dx, blocks.stride);
             }
         }
@@ -306,7 +306,7 @@ impl<T: Lane> Op for BackwardWeight<'_, T> {
                 gather(conv, block, x, strip, col, blocks.stride);
                 pack_transposed::<S, T>(&d_out[at..], pixels, n, conv.outputs, packed);
                 let col = Left { data: col, row: blocks.stride, col: 1, rows: conv.patch(), depth: n };
-                product::<S, T, Inner>(col, packed, conv.outputs, sum, blocks.outputs, true);
+                product::<S, T, Inner, LONG>(col, packed, conv.outputs, sum, blocks.outputs, true);
             }
         }
     }
