@@ -20,14 +20,18 @@ pub trait Engine {
 /// A part of a device buffer, read.
 #[derive(Debug)]
 pub struct View<'a, B> {
+    /// The whole buffer.
     pub buf: &'a B,
+    /// The part of it that is meant.
     pub at: Range<usize>,
 }
 
 /// A part of a device buffer, written.
 #[derive(Debug)]
 pub struct ViewMut<'a, B> {
+    /// The whole buffer.
     pub buf: &'a mut B,
+    /// The part of it that is meant.
     pub at: Range<usize>,
 }
 
@@ -46,11 +50,17 @@ pub trait Real:
     + std::ops::Neg<Output = Self>
     + std::ops::AddAssign
 {
+    /// 0.
     const ZERO: Self;
+    /// 1.
     const ONE: Self;
+    /// The nearest number to `x`.
     fn from_f64(x: f64) -> Self;
+    /// The same number.
     fn to_f64(self) -> f64;
+    /// The square root.
     fn sqrt(self) -> Self;
+    /// `e^self`, finite for every finite argument in f32 (see [`kernels::law::exp`]).
     fn exp(self) -> Self;
 }
 
@@ -69,11 +79,13 @@ pub struct Gemm {
     pub transpose_b: bool,
 }
 
-/// A pooling window moves by its own size.
+/// What becomes of a pooling window, which moves by its own size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pool {
+    /// Its largest number.
     Max,
+    /// Its mean.
     Average,
 }
 
@@ -81,27 +93,216 @@ pub enum Pool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activation {
+    /// The identity.
     None,
+    /// `max(x, 0)`.
     Relu,
     /// The exact GELU, `x Phi(x)`.
     Gelu,
 }
 
-/// The verbs encoders and optimisers are made of. Shapes are row-major; outputs say whether they
-/// overwrite or add. A device never allocates inside a verb after its first call at a shape.
+/// A two-dimensional convolution (cross-correlation, as everywhere in this field) with stride 1 and zero padding:
+/// `x` `[rows, inputs, height, width]`, weight `[outputs, inputs, kernel, kernel]`,
+/// out `[rows, outputs, out_height, out_width]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv {
+    /// Channels in.
+    pub inputs: usize,
+    /// Rows of an input image.
+    pub height: usize,
+    /// Columns of an input image.
+    pub width: usize,
+    /// Channels out.
+    pub outputs: usize,
+    /// Side of the square kernel.
+    pub kernel: usize,
+    /// Zeros around the image, on every side; the padded image must hold a kernel.
+    pub padding: usize,
+}
+
+impl Conv {
+    /// Rows of an output image.
+    pub fn out_height(&self) -> usize {
+        self.height + 2 * self.padding + 1 - self.kernel
+    }
+    /// Columns of an output image.
+    pub fn out_width(&self) -> usize {
+        self.width + 2 * self.padding + 1 - self.kernel
+    }
+    /// Numbers a weight row multiplies: `inputs * kernel^2`.
+    pub fn patch(&self) -> usize {
+        self.inputs * self.kernel * self.kernel
+    }
+    /// Numbers in a sample of `x`.
+    pub fn input_len(&self) -> usize {
+        self.inputs * self.height * self.width
+    }
+    /// Numbers in a sample of the output.
+    pub fn output_len(&self) -> usize {
+        self.outputs * self.out_height() * self.out_width()
+    }
+}
+
+/// Pooling of `[rows, channels, height, width]` by windows of `size x size` that do not overlap;
+/// rows and columns that fill no window are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pooling {
+    /// Maximum or mean.
+    pub kind: Pool,
+    /// Channels, each pooled by itself.
+    pub channels: usize,
+    /// Rows of an input image.
+    pub height: usize,
+    /// Columns of an input image.
+    pub width: usize,
+    /// Side of the square window.
+    pub size: usize,
+}
+
+impl Pooling {
+    /// Rows of an output image.
+    pub fn out_height(&self) -> usize {
+        self.height / self.size
+    }
+    /// Columns of an output image.
+    pub fn out_width(&self) -> usize {
+        self.width / self.size
+    }
+    /// Numbers in a sample of `x`.
+    pub fn input_len(&self) -> usize {
+        self.channels * self.height * self.width
+    }
+    /// Numbers in a sample of the output.
+    pub fn output_len(&self) -> usize {
+        self.channels * self.out_height() * self.out_width()
+    }
+}
+
+/// One update of Adam with decoupled weight decay; see [`Device::adam`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamStep {
+    /// Learning rate of this update.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Weight decay, not yet times `lr`.
+    pub decay: f64,
+    /// `1 - beta1^t` and `1 - beta2^t` at the t-th update, t from 1.
+    pub bias: [f64; 2],
+    /// Factor on the gradients.
+    pub grad_scale: f64,
+}
+
+/// The verbs encoders and optimisers are made of. Shapes are row-major. An output is a [`Write`] where a caller
+/// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
+/// A device never allocates inside a verb after its first call at a shape.
 pub trait Device: Sync {
+    /// The numbers of buffers and arithmetic.
     type Real: Real;
     /// A flat array of [`Self::Real`] in device memory.
     type Buf: Send + Sync;
 
     /// `len` zeros.
     fn alloc(&self, len: usize) -> Self::Buf;
+    /// How many numbers `buf` holds.
+    fn len(&self, buf: &Self::Buf) -> usize;
     /// Copies host numbers in; lengths must be equal.
     fn upload(&self, from: &[f32], to: ViewMut<'_, Self::Buf>);
     /// Copies device numbers out, as f32.
     fn download(&self, from: View<'_, Self::Buf>, to: &mut [f32]);
     /// `c = op(a) op(b)`, see [`Gemm`].
     fn gemm(&self, shape: Gemm, a: View<'_, Self::Buf>, b: View<'_, Self::Buf>, c: Write<ViewMut<'_, Self::Buf>>);
+
+    /// `to = from`; lengths must be equal.
+    fn copy(&self, from: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);
+    /// Every number of `to` becomes `value`.
+    fn fill(&self, value: f64, to: ViewMut<'_, Self::Buf>);
+
+    /// With `shape` = `[rows, channels, pixels]`: `pre[r, c, p] += bias[c]` in place, then `out = activation(pre)`.
+    /// Without `out` the activation overwrites `pre`.
+    fn bias_activation(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        bias: Option<View<'_, Self::Buf>>,
+        pre: ViewMut<'_, Self::Buf>,
+        out: Option<ViewMut<'_, Self::Buf>>,
+    );
+    /// Backward of [`Self::bias_activation`]: `d *= activation'(pre)` in place, then `d_bias[c]` is the sum of `d`
+    /// over rows and pixels. `saved` is `pre` as forward left it; what overwrote it serves as well where the
+    /// derivative can be read from it (`None` and `Relu`). The derivative of ReLU at 0 is 0.
+    fn bias_activation_backward(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        saved: View<'_, Self::Buf>,
+        d: ViewMut<'_, Self::Buf>,
+        d_bias: Option<Write<ViewMut<'_, Self::Buf>>>,
+    );
+
+    /// Numbers of scratch that the three convolution verbs need for up to `rows` samples.
+    fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize;
+    /// `out = x * weight`, a [`Conv`] without bias.
+    fn conv(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        weight: View<'_, Self::Buf>,
+        out: ViewMut<'_, Self::Buf>,
+        scratch: &mut Self::Buf,
+    );
+    /// `dx = dL/dx` from `d_out = dL/d out`.
+    fn conv_backward_data(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        weight: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: ViewMut<'_, Self::Buf>,
+        scratch: &mut Self::Buf,
+    );
+    /// `d_weight = dL/d weight` from `d_out = dL/d out`.
+    fn conv_backward_weight(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        d_weight: Write<ViewMut<'_, Self::Buf>>,
+        scratch: &mut Self::Buf,
+    );
+
+    /// `out` = the maximum or the mean of every window of `x`, see [`Pooling`].
+    fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Self::Buf>, out: ViewMut<'_, Self::Buf>);
+    /// `dx = dL/dx` from `d_out = dL/d out`. A maximum reached more than once sends its gradient to the first place
+    /// in reading order; `x` is what forward read.
+    fn pool_backward(
+        &self,
+        pooling: &Pooling,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: ViewMut<'_, Self::Buf>,
+    );
+
+    /// AdamW in place on `params` and the moments `m`, `v`, all of one length, with `g = grad_scale * grads`:
+    /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
+    /// `params = (1 - lr decay) params - lr (m / bias[0]) / (sqrt(v / bias[1]) + eps)`.
+    fn adam(
+        &self,
+        step: &AdamStep,
+        grads: View<'_, Self::Buf>,
+        params: ViewMut<'_, Self::Buf>,
+        m: ViewMut<'_, Self::Buf>,
+        v: ViewMut<'_, Self::Buf>,
+    );
+    /// The sum of squares of `x`, accumulated in f64.
+    fn sum_squares(&self, x: View<'_, Self::Buf>) -> f64;
 }
 
 /// The fused loss on embeddings that live on the device; the trainer's one call.
@@ -124,8 +325,11 @@ pub trait Contrast: Device<Real = f32> {
 /// Feature maps of a batch of data, on the device: `u` `[rows, dims[0]]`, `v` `[rows, dims[1]]`.
 #[derive(Debug)]
 pub struct Features<'a, B> {
+    /// Of the row side.
     pub u: View<'a, B>,
+    /// Of the column side.
     pub v: View<'a, B>,
+    /// Features of `u` and of `v`.
     pub dims: [usize; 2],
 }
 
@@ -137,7 +341,7 @@ impl<B> View<'_, B> {
 }
 
 macro_rules! real {
-    ($t:ty) => {
+    ($t:ty, $exp:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -151,10 +355,11 @@ macro_rules! real {
                 self.sqrt()
             }
             fn exp(self) -> Self {
-                self.exp()
+                $exp(self)
             }
         }
     };
 }
-real!(f32);
-real!(f64);
+// The law's exponential vectorises, where the library's is a call.
+real!(f32, kernels::law::exp);
+real!(f64, f64::exp);

@@ -1,6 +1,15 @@
 //! Encoders without autograd: flat parameters, and layers as forward/backward pairs.
+//!
+//! An [`Encoder`] is a list of layers, each a forward and a backward made of [`Device`] verbs. Its tensors are spans
+//! of one flat arena whose [`Layout`] all encoders of a model share, so an optimiser step is one pass and a checkpoint
+//! one array. What forward saves for backward are fields of [`Acts`], allocated once; a training step allocates
+//! nothing.
 
-use crate::device::{Activation, Device, Pool, View, ViewMut};
+mod layer;
+
+use crate::device::{Activation, Conv, Device, Pool, Pooling, View, ViewMut};
+use layer::Layer;
+use rand::{RngExt, SeedableRng};
 use std::ops::Range;
 
 /// One named tensor of the parameter arena.
@@ -8,13 +17,16 @@ use std::ops::Range;
 pub struct Span {
     /// e.g. `u.0.weight`.
     pub name: String,
+    /// Row-major; empty for a single number.
     pub shape: Vec<usize>,
+    /// Its numbers in the arena.
     pub at: Range<usize>,
 }
 
 /// The layout of all parameters in one flat array: one optimiser pass, one checkpoint tensor each.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {
+    /// In the order of the arena, without gaps.
     pub spans: Vec<Span>,
 }
 
@@ -30,6 +42,7 @@ impl Layout {
     pub fn len(&self) -> usize {
         self.spans.last().map_or(0, |s| s.at.end)
     }
+    /// Whether there are no parameters.
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
     }
@@ -43,26 +56,44 @@ pub enum EncoderSpec {
     Identity,
     /// `g(x) = W x (+ b)`.
     Linear {
+        /// Whether to add a bias; off by default.
         #[serde(default)]
         bias: bool,
     },
     /// Hidden layers with an activation between, linear at the end; biases everywhere.
-    Mlp { hidden: Vec<usize>, activation: Activation },
+    Mlp {
+        /// Widths of the hidden layers, from the input on; may be empty.
+        hidden: Vec<usize>,
+        /// Behind every hidden layer.
+        activation: Activation,
+    },
     /// LeNet-5 on 28x28 images: conv 6@5x5 (padding 2), pool 2, conv 16@5x5, pool 2, 120, 84, output; ReLU, max pooling.
     Lenet,
     /// Convolutions on `[channels, height, width]` images, each with an activation and a pooling, then a linear layer.
-    Cnn { image: [usize; 3], conv: Vec<ConvSpec>, activation: Activation },
+    Cnn {
+        /// Channels, height and width of the input.
+        image: [usize; 3],
+        /// The convolutions, from the input on; may be empty.
+        conv: Vec<ConvSpec>,
+        /// Between every convolution and its pooling.
+        activation: Activation,
+    },
 }
 
 /// One convolution (stride 1) and the pooling behind it.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConvSpec {
+    /// Channels out.
     pub channels: usize,
+    /// Side of the square kernel.
     pub kernel: usize,
+    /// Zeros on every side of the image; none by default.
     #[serde(default)]
     pub padding: usize,
+    /// Maximum or mean.
     pub pool: Pool,
+    /// Side of the pooling window; 1 pools nothing.
     pub pool_size: usize,
 }
 
@@ -70,15 +101,37 @@ pub struct ConvSpec {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NnError {
+    /// Layers that do not fit each other or the data.
     #[error("encoder {encoder}: found {found}, expected {expected}")]
-    Shape { encoder: String, found: String, expected: String },
+    Shape {
+        /// The encoder's prefix in the layout.
+        encoder: String,
+        /// What the specification says.
+        found: String,
+        /// What would fit.
+        expected: String,
+    },
 }
 
 /// A stack of layers from `input` numbers a sample to `output`.
 #[derive(Clone, Debug)]
 pub struct Encoder {
+    /// Numbers a sample.
     pub input: usize,
+    /// Numbers an embedding.
     pub output: usize,
+    layers: Vec<Layer>,
+    tensors: Vec<Tensor>,
+}
+
+/// What initialisation knows of a tensor.
+#[derive(Clone, Debug)]
+struct Tensor {
+    /// Its place in the layout's list of spans.
+    span: usize,
+    at: Range<usize>,
+    /// How many inputs a unit of its layer has.
+    fan_in: usize,
 }
 
 /// What forward keeps for backward, and the gradients on their way down; sized once for `rows` samples.
@@ -86,56 +139,315 @@ pub struct Encoder {
 pub struct Acts<D: Device> {
     /// The embedding `[rows, output]` after forward.
     pub output: D::Buf,
-    /// dL/d output `[rows, output]`, filled by the caller before backward.
+    /// dL/d output `[rows, output]`, filled by the caller before backward, which leaves it as it is.
     pub d_output: D::Buf,
+    /// What lies between layers: one less than there are layers.
+    hidden: Vec<Hidden<D>>,
+    /// For convolutions.
+    scratch: D::Buf,
 }
 
+/// The output of a layer that is not the last, `[rows, width]` each.
+#[derive(Debug)]
+struct Hidden<D: Device> {
+    out: D::Buf,
+    /// dL/d out, which backward turns into dL/d pre in place.
+    d_out: D::Buf,
+    /// The input of the activation, where its derivative cannot be read from its output.
+    pre: Option<D::Buf>,
+}
+
+/// The first stream of a seed's generator that initial parameters are drawn from: span i takes the i-th.
+const STREAM: u64 = 1 << 40;
+
 impl Encoder {
-    /// Appends this encoder's tensors, named `prefix.0.weight` ..., to `layout`.
+    /// Appends this encoder's tensors, named `prefix.0.weight` ..., to `layout`. Weights are `[outputs, inputs]` and
+    /// `[outputs, inputs, kernel, kernel]`, each followed by its bias `[outputs]`.
     ///
     /// # Errors
     /// [`NnError::Shape`] when the layers do not fit `input` or `output`.
     pub fn build(
-        _spec: &EncoderSpec,
-        _prefix: &str,
-        _input: usize,
-        _output: usize,
-        _layout: &mut Layout,
+        spec: &EncoderSpec,
+        prefix: &str,
+        input: usize,
+        output: usize,
+        layout: &mut Layout,
     ) -> Result<Self, NnError> {
-        todo!()
+        let shape = |found: String, expected: String| NnError::Shape { encoder: prefix.to_owned(), found, expected };
+        if input == 0 || output == 0 {
+            return Err(shape(format!("{input} inputs and {output} outputs"), "at least 1 of each".to_owned()));
+        }
+        let encoder = Encoder { input, output, layers: Vec::new(), tensors: Vec::new() };
+        let mut builder = Builder { encoder, prefix, layout, width: input };
+        match spec {
+            EncoderSpec::Identity => {
+                if input != output {
+                    return Err(shape(format!("{output} outputs"), format!("{input}, the inputs of an identity")));
+                }
+            }
+            EncoderSpec::Linear { bias } => builder.linear(output, *bias, Activation::None),
+            EncoderSpec::Mlp { hidden, activation } => {
+                for &width in hidden {
+                    if width == 0 {
+                        return Err(shape("a hidden layer of width 0".to_owned(), "at least 1".to_owned()));
+                    }
+                    builder.linear(width, true, *activation);
+                }
+                builder.linear(output, true, Activation::None);
+            }
+            EncoderSpec::Lenet => {
+                let conv = |channels, padding| ConvSpec { channels, kernel: 5, padding, pool: Pool::Max, pool_size: 2 };
+                builder.convolutions([1, 28, 28], &[conv(6, 2), conv(16, 0)], Activation::Relu)?;
+                builder.linear(120, true, Activation::Relu);
+                builder.linear(84, true, Activation::Relu);
+                builder.linear(output, true, Activation::None);
+            }
+            EncoderSpec::Cnn { image, conv, activation } => {
+                builder.convolutions(*image, conv, *activation)?;
+                builder.linear(output, true, Activation::None);
+            }
+        }
+        Ok(builder.encoder)
     }
-    /// Fills this encoder's spans of the arena with PyTorch's default initial law (uniform in +-1/sqrt(fan_in)).
-    pub fn init(&self, _seed: u64, _params: &mut [f32]) {
-        todo!()
+
+    /// Fills this encoder's spans of the arena with PyTorch's default initial law: weights and biases uniform in
+    /// +-1/sqrt(fan_in). A tensor's numbers depend on the seed and its place in the layout only.
+    pub fn init(&self, seed: u64, params: &mut [f32]) {
+        for tensor in &self.tensors {
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(STREAM + tensor.span as u64);
+            let bound = (tensor.fan_in as f32).sqrt().recip();
+            for p in &mut params[tensor.at.clone()] {
+                *p = bound * (2.0 * rng.random::<f32>() - 1.0);
+            }
+        }
     }
+
     /// Buffers for up to `rows` samples.
-    pub fn acts<D: Device>(&self, _device: &D, _rows: usize) -> Acts<D> {
-        todo!()
+    pub fn acts<D: Device>(&self, device: &D, rows: usize) -> Acts<D> {
+        let between = self.layers.len().saturating_sub(1);
+        let hidden = |layer: &Layer| {
+            let len = rows * layer.output_len();
+            Hidden {
+                out: device.alloc(len),
+                d_out: device.alloc(len),
+                pre: layer.saves_pre().then(|| device.alloc(len)),
+            }
+        };
+        let scratch = self.layers.iter().map(|layer| layer.scratch(device, rows)).max().unwrap_or(0);
+        Acts {
+            output: device.alloc(rows * self.output),
+            d_output: device.alloc(rows * self.output),
+            hidden: self.layers[..between].iter().map(hidden).collect(),
+            scratch: device.alloc(scratch),
+        }
     }
+
     /// Embeds `x` `[rows, input]` into `acts.output[..rows * output]`.
+    ///
+    /// # Panics
+    /// When `x` is not `rows` samples, or `acts` was made for fewer.
     pub fn forward<D: Device>(
         &self,
-        _device: &D,
-        _params: &D::Buf,
-        _x: View<'_, D::Buf>,
-        _rows: usize,
-        _acts: &mut Acts<D>,
+        device: &D,
+        params: &D::Buf,
+        x: View<'_, D::Buf>,
+        rows: usize,
+        acts: &mut Acts<D>,
     ) {
-        todo!()
+        assert_eq!(x.at.len(), rows * self.input, "x is not {rows} samples of {} numbers", self.input);
+        if self.layers.is_empty() {
+            device.copy(x, part_mut(&mut acts.output, rows * self.output));
+        } else {
+            for (i, layer) in self.layers.iter().enumerate() {
+                let (before, after) = acts.hidden.split_at_mut(i);
+                let x = before.last().map_or(x.again(), |before| part(&before.out, rows * layer.input_len()));
+                let (pre, out) = match after.first_mut() {
+                    Some(hidden) => (hidden.pre.as_mut(), &mut hidden.out),
+                    None => (None, &mut acts.output),
+                };
+                layer.forward(device, params, rows, x, pre, out, &mut acts.scratch);
+            }
+        }
     }
+
     /// From `acts.d_output`, adds dL/dparams to `grads` (laid out as the arena). `x`, `rows` as in the forward before.
     pub fn backward<D: Device>(
         &self,
-        _device: &D,
-        _params: &D::Buf,
-        _x: View<'_, D::Buf>,
-        _rows: usize,
-        _acts: &mut Acts<D>,
-        _grads: &mut D::Buf,
+        device: &D,
+        params: &D::Buf,
+        x: View<'_, D::Buf>,
+        rows: usize,
+        acts: &mut Acts<D>,
+        grads: &mut D::Buf,
     ) {
-        todo!()
+        for (i, layer) in self.layers.iter().enumerate().rev() {
+            let (before, after) = acts.hidden.split_at_mut(i);
+            let (x, dx) = match before.last_mut() {
+                Some(before) => (part(&before.out, rows * layer.input_len()), Some(&mut before.d_out)),
+                None => (x.again(), None),
+            };
+            let (saved, d_out) = match after.first_mut() {
+                Some(hidden) => (hidden.pre.as_ref().unwrap_or(&hidden.out), &mut hidden.d_out),
+                None => (&acts.output, &mut acts.d_output),
+            };
+            layer.backward(device, params, rows, x, saved, d_out, dx, grads, &mut acts.scratch);
+        }
     }
 }
 
-#[allow(unused)]
-fn placeholder<D: Device>(_: ViewMut<'_, D::Buf>) {}
+/// An encoder under construction.
+struct Builder<'a> {
+    encoder: Encoder,
+    prefix: &'a str,
+    layout: &'a mut Layout,
+    /// Numbers a sample that the next layer reads.
+    width: usize,
+}
+
+impl Builder<'_> {
+    /// Appends `kind` ("weight", "bias") of the layer under construction.
+    fn tensor(&mut self, kind: &str, shape: &[usize], fan_in: usize) -> Range<usize> {
+        let layer = self.encoder.layers.iter().filter(|layer| !matches!(layer, Layer::Pool(_))).count();
+        let span = self.layout.spans.len();
+        let at = self.layout.push(&format!("{}.{layer}.{kind}", self.prefix), shape);
+        self.encoder.tensors.push(Tensor { span, at: at.clone(), fan_in });
+        at
+    }
+
+    fn linear(&mut self, outputs: usize, bias: bool, activation: Activation) {
+        let inputs = std::mem::replace(&mut self.width, outputs);
+        let weight = self.tensor("weight", &[outputs, inputs], inputs);
+        let bias = bias.then(|| self.tensor("bias", &[outputs], inputs));
+        self.encoder.layers.push(Layer::Linear { inputs, outputs, weight, bias, activation });
+    }
+
+    fn convolutions(&mut self, image: [usize; 3], specs: &[ConvSpec], activation: Activation) -> Result<(), NnError> {
+        let shape =
+            |found: String, expected: String| Err(NnError::Shape { encoder: self.prefix.to_owned(), found, expected });
+        let [mut channels, mut height, mut width] = image;
+        if [height, width].iter().try_fold(channels, |n, &m| n.checked_mul(m)) != Some(self.width) {
+            let found = format!("{} inputs", self.width);
+            return shape(found, format!("{channels} x {height} x {width}, an image"));
+        }
+        for (i, &ConvSpec { channels: outputs, kernel, padding, pool, pool_size: size }) in specs.iter().enumerate() {
+            if outputs == 0 || kernel == 0 || size == 0 {
+                let found = format!("conv {i} of {outputs} channels, kernel {kernel} and pool_size {size}");
+                return shape(found, "at least 1 of each".to_owned());
+            }
+            if height.min(width) + 2 * padding < kernel {
+                let found = format!("conv {i} of kernel {kernel}");
+                return shape(found, format!("at most its image, {height} x {width} with padding {padding}"));
+            }
+            let conv = Conv { inputs: channels, height, width, outputs, kernel, padding };
+            (channels, height, width) = (outputs, conv.out_height(), conv.out_width());
+            if height.min(width) < size {
+                let found = format!("conv {i} with pool_size {size}");
+                return shape(found, format!("at most its image, {height} x {width}"));
+            }
+            let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], conv.patch());
+            let bias = self.tensor("bias", &[outputs], conv.patch());
+            self.encoder.layers.push(Layer::Conv { conv, weight, bias, activation });
+            if size > 1 {
+                let pooling = Pooling { kind: pool, channels, height, width, size };
+                (height, width) = (pooling.out_height(), pooling.out_width());
+                self.encoder.layers.push(Layer::Pool(pooling));
+            }
+        }
+        self.width = channels * height * width;
+        Ok(())
+    }
+}
+
+/// The first `len` numbers of a buffer.
+fn part<B>(buf: &B, len: usize) -> View<'_, B> {
+    View { buf, at: 0..len }
+}
+
+/// [`part`], to be written.
+fn part_mut<B>(buf: &mut B, len: usize) -> ViewMut<'_, B> {
+    ViewMut { buf, at: 0..len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mlp(hidden: &[usize]) -> EncoderSpec {
+        EncoderSpec::Mlp { hidden: hidden.to_vec(), activation: Activation::Gelu }
+    }
+
+    #[test]
+    fn lenet_has_the_tensors_of_the_paper() {
+        let mut layout = Layout::default();
+        Encoder::build(&EncoderSpec::Lenet, "u", 784, 10, &mut layout).unwrap();
+        let spans: Vec<_> = layout.spans.iter().map(|s| (s.name.as_str(), s.shape.as_slice())).collect();
+        let want: [(&str, &[usize]); 10] = [
+            ("u.0.weight", &[6, 1, 5, 5]),
+            ("u.0.bias", &[6]),
+            ("u.1.weight", &[16, 6, 5, 5]),
+            ("u.1.bias", &[16]),
+            ("u.2.weight", &[120, 400]),
+            ("u.2.bias", &[120]),
+            ("u.3.weight", &[84, 120]),
+            ("u.3.bias", &[84]),
+            ("u.4.weight", &[10, 84]),
+            ("u.4.bias", &[10]),
+        ];
+        assert_eq!(spans, want);
+        assert_eq!(layout.len(), 61_706);
+    }
+
+    // Uniform in +-1/sqrt(fan_in): the bound is reached but not passed, the mean is near 0, and a tensor's numbers are
+    // its own: no two tensors share them, and building another encoder behind changes none.
+    #[test]
+    fn initial_parameters_are_uniform_and_belong_to_their_place() {
+        let mut layout = Layout::default();
+        let u = Encoder::build(&mlp(&[200]), "u", 100, 100, &mut layout).unwrap();
+        let mut alone = vec![9.0; layout.len()];
+        u.init(1, &mut alone);
+        let v = Encoder::build(&mlp(&[200]), "v", 100, 100, &mut layout).unwrap();
+        let mut params = vec![9.0; layout.len()];
+        v.init(1, &mut params);
+        assert!(params[..alone.len()].iter().all(|&p| p == 9.0));
+        u.init(1, &mut params);
+        assert_eq!(params[..alone.len()], alone);
+        assert_ne!(params[alone.len()..], alone);
+        for (span, fan_in) in layout.spans.iter().zip([100.0f32, 100.0, 200.0, 200.0].repeat(2)) {
+            let part = &params[span.at.clone()];
+            let largest = part.iter().fold(0.0f32, |a, p| a.max(p.abs())) * fan_in.sqrt();
+            let mean = part.iter().sum::<f32>() / part.len() as f32 * fan_in.sqrt();
+            assert!((0.9..=1.0).contains(&largest), "{}: largest {largest}", span.name);
+            // Three standard deviations, 1/sqrt(3) each over the root of the count.
+            assert!(mean.abs() < 3.0 / (3.0 * part.len() as f32).sqrt(), "{}: mean {mean}", span.name);
+        }
+        let mut other = vec![0.0; layout.len()];
+        u.init(2, &mut other);
+        assert_ne!(other[..alone.len()], alone);
+    }
+
+    #[test]
+    fn layers_that_do_not_fit_are_errors() {
+        let conv =
+            |channels, kernel, padding, pool_size| ConvSpec { channels, kernel, padding, pool: Pool::Max, pool_size };
+        let cnn = |image, conv| EncoderSpec::Cnn { image, conv, activation: Activation::Relu };
+        for (spec, input, output, part) in [
+            (EncoderSpec::Identity, 3, 4, "4 outputs"),
+            (EncoderSpec::Linear { bias: true }, 0, 4, "0 inputs"),
+            (EncoderSpec::Linear { bias: true }, 4, 0, "0 outputs"),
+            (mlp(&[3, 0]), 3, 4, "width 0"),
+            (EncoderSpec::Lenet, 783, 10, "783 inputs"),
+            (cnn([2, 4, 4], vec![]), 31, 1, "31 inputs"),
+            (cnn([2, usize::MAX, 4], vec![]), 31, 1, "31 inputs"),
+            (cnn([2, 4, 4], vec![conv(0, 3, 0, 1)]), 32, 1, "0 channels"),
+            (cnn([2, 4, 4], vec![conv(1, 0, 0, 1)]), 32, 1, "kernel 0"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 0)]), 32, 1, "pool_size 0"),
+            (cnn([2, 4, 4], vec![conv(1, 5, 0, 1)]), 32, 1, "kernel 5"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 2), conv(1, 2, 0, 1)]), 32, 1, "kernel 2"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 0, 3)]), 32, 1, "pool_size 3"),
+        ] {
+            let error = Encoder::build(&spec, "u", input, output, &mut Layout::default()).unwrap_err().to_string();
+            assert!(error.starts_with("encoder u: found ") && error.contains(part), "{error}");
+        }
+    }
+}

@@ -3,6 +3,7 @@
 mod contrast;
 mod fused;
 mod gemm;
+mod layers;
 mod mmd;
 mod shuffled;
 mod simd;
@@ -10,7 +11,7 @@ mod sweep;
 
 pub use simd::{Isa, Lane};
 
-use super::{Contrast, Device, Engine, Features, Gemm, View, ViewMut};
+use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, View, ViewMut};
 use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
@@ -57,6 +58,16 @@ impl<T: Lane> Default for Cpu<T> {
     }
 }
 
+/// The numbers a view shows.
+fn read<'a, T>(view: &View<'a, Vec<T>>) -> &'a [T] {
+    &view.buf[view.at.clone()]
+}
+
+/// The numbers a view lets be written.
+fn write<T>(view: ViewMut<'_, Vec<T>>) -> &mut [T] {
+    &mut view.buf[view.at]
+}
+
 impl Engine for Cpu<f32> {
     fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
         // batch.validate(loss)?;
@@ -76,6 +87,9 @@ impl<T: Lane> Device for Cpu<T> {
     fn alloc(&self, len: usize) -> Vec<T> {
         vec![T::ZERO; len]
     }
+    fn len(&self, buf: &Vec<T>) -> usize {
+        buf.len()
+    }
     fn upload(&self, from: &[f32], to: ViewMut<'_, Vec<T>>) {
         for (t, &f) in to.buf[to.at].iter_mut().zip(from) {
             *t = T::from_f64(f64::from(f));
@@ -88,7 +102,96 @@ impl<T: Lane> Device for Cpu<T> {
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        gemm::gemm(self.isa, shape, &a.buf[a.at], &b.buf[b.at], slice(c), &mut packed);
+        gemm::gemm(self.isa, shape, read(&a), read(&b), slice(c), &mut packed);
+    }
+
+    fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
+        write(to).copy_from_slice(read(&from));
+    }
+    fn fill(&self, value: f64, to: ViewMut<'_, Vec<T>>) {
+        write(to).fill(T::from_f64(value));
+    }
+    fn bias_activation(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        bias: Option<View<'_, Vec<T>>>,
+        pre: ViewMut<'_, Vec<T>>,
+        out: Option<ViewMut<'_, Vec<T>>>,
+    ) {
+        layers::bias_activation(self.isa, shape, activation, bias.as_ref().map(read), write(pre), out.map(write));
+    }
+    fn bias_activation_backward(
+        &self,
+        shape: [usize; 3],
+        activation: Activation,
+        saved: View<'_, Vec<T>>,
+        d: ViewMut<'_, Vec<T>>,
+        d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
+    ) {
+        layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(slice));
+    }
+    fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
+        layers::conv_scratch(conv, rows)
+    }
+    fn conv(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        weight: View<'_, Vec<T>>,
+        out: ViewMut<'_, Vec<T>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv(self.isa, conv, rows, read(&x), read(&weight), write(out), scratch);
+    }
+    fn conv_backward_data(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        weight: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: ViewMut<'_, Vec<T>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv_backward_data(self.isa, conv, rows, read(&weight), read(&d_out), write(dx), scratch);
+    }
+    fn conv_backward_weight(
+        &self,
+        conv: &Conv,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        d_weight: Write<ViewMut<'_, Vec<T>>>,
+        scratch: &mut Vec<T>,
+    ) {
+        layers::conv_backward_weight(self.isa, conv, rows, read(&x), read(&d_out), slice(d_weight), scratch);
+    }
+    fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
+        layers::pool(pooling, rows, read(&x), write(out));
+    }
+    fn pool_backward(
+        &self,
+        pooling: &Pooling,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: ViewMut<'_, Vec<T>>,
+    ) {
+        layers::pool_backward(pooling, rows, read(&x), read(&d_out), write(dx));
+    }
+    fn adam(
+        &self,
+        step: &AdamStep,
+        grads: View<'_, Vec<T>>,
+        params: ViewMut<'_, Vec<T>>,
+        m: ViewMut<'_, Vec<T>>,
+        v: ViewMut<'_, Vec<T>>,
+    ) {
+        layers::adam(self.isa, step, read(&grads), write(params), write(m), write(v));
+    }
+    fn sum_squares(&self, x: View<'_, Vec<T>>) -> f64 {
+        layers::sum_squares(read(&x))
     }
 }
 
@@ -148,9 +251,10 @@ impl FromF32 for f16 {
     }
 }
 
+/// [`write`] under its mode.
 fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
     match out {
-        Write::Set(out) => Write::Set(&mut out.buf[out.at]),
-        Write::Add(out) => Write::Add(&mut out.buf[out.at]),
+        Write::Set(out) => Write::Set(write(out)),
+        Write::Add(out) => Write::Add(write(out)),
     }
 }

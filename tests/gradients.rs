@@ -1,0 +1,245 @@
+//! Every encoder's backward against central differences of its forward, in f64.
+//!
+//! The loss is `<R, output>` with a random `R`, so dL/d output is `R`. Forward's own truth is tested beside the
+//! verbs, in `device/cpu/layers.rs`: differences alone would accept a wrong forward with its matching backward.
+
+use contrastive::device::cpu::{Cpu, Isa, Lane};
+use contrastive::device::{Activation, Device, Pool, Real, View, ViewMut};
+use contrastive::nn::{Acts, ConvSpec, Encoder, EncoderSpec, Layout};
+use contrastive::optim::{Adam, AdamConfig};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn random<T: Real>(n: usize, rng: &mut ChaCha8Rng) -> Vec<T> {
+    (0..n).map(|_| T::from_f64(rng.random_range(-1.0..1.0))).collect()
+}
+
+/// An encoder behind two foreign numbers of the arena, so that a wrong offset shows.
+fn build(spec: &EncoderSpec, input: usize, output: usize) -> (Encoder, Layout) {
+    let mut layout = Layout::default();
+    layout.push("other", &[2]);
+    let encoder = Encoder::build(spec, "u", input, output, &mut layout).unwrap();
+    (encoder, layout)
+}
+
+/// Initial parameters, in the device's numbers.
+fn initial<T: Lane>(device: &Cpu<T>, encoder: &Encoder, layout: &Layout) -> Vec<T> {
+    let mut host = vec![0.0; layout.len()];
+    encoder.init(5, &mut host);
+    let mut params = device.alloc(layout.len());
+    device.upload(&host, ViewMut { buf: &mut params, at: 0..host.len() });
+    params
+}
+
+/// dL/dparams added to `grads`, after a forward, of `x` `[rows, input]` and `r` `[rows, output]`.
+fn add_gradient<T: Lane>(
+    device: &Cpu<T>,
+    encoder: &Encoder,
+    params: &Vec<T>,
+    x: &Vec<T>,
+    r: &[T],
+    acts: &mut Acts<Cpu<T>>,
+    grads: &mut Vec<T>,
+) {
+    let rows = x.len() / encoder.input;
+    encoder.forward(device, params, View { buf: x, at: 0..x.len() }, rows, acts);
+    acts.d_output[..r.len()].copy_from_slice(r);
+    encoder.backward(device, params, View { buf: x, at: 0..x.len() }, rows, acts, grads);
+}
+
+fn conv(channels: usize, kernel: usize, padding: usize, pool: Pool, pool_size: usize) -> ConvSpec {
+    ConvSpec { channels, kernel, padding, pool, pool_size }
+}
+
+/// Every kind x activation x pooling, at sizes that divide nothing.
+fn cases() -> Vec<(EncoderSpec, usize, usize)> {
+    let mut cases = vec![
+        (EncoderSpec::Linear { bias: false }, 5, 3),
+        (EncoderSpec::Linear { bias: true }, 7, 1),
+        (EncoderSpec::Lenet, 784, 10),
+    ];
+    for activation in [Activation::None, Activation::Relu, Activation::Gelu] {
+        cases.push((EncoderSpec::Mlp { hidden: vec![], activation }, 3, 2));
+        cases.push((EncoderSpec::Mlp { hidden: vec![13, 1, 6], activation }, 11, 5));
+        for pool in [Pool::Max, Pool::Average] {
+            // Odd images: pooling drops rows and columns; padding wider than the kernel; a kernel as wide as its image.
+            let spec = vec![conv(3, 3, 1, pool, 2), conv(5, 2, 3, pool, 3), conv(2, 2, 0, pool, 1)];
+            cases.push((EncoderSpec::Cnn { image: [2, 9, 7], conv: spec, activation }, 126, 3));
+            cases.push((EncoderSpec::Cnn { image: [1, 1, 1], conv: vec![conv(1, 1, 0, pool, 1)], activation }, 1, 1));
+            cases.push((EncoderSpec::Cnn { image: [3, 5, 11], conv: vec![], activation }, 165, 2));
+        }
+    }
+    cases
+}
+
+// A step of 1e-7 leaves a truncation error near 1e-14 and a rounding error near 1e-9 of numbers of size 1 here, so 1e-6
+// is small beside any real mistake. The seed is fixed, and none of its ReLUs and maxima sits within a step of its
+// kink.
+#[test]
+fn backward_is_the_derivative_of_forward_and_adds() {
+    const STEP: f64 = 1e-7;
+    let device = Cpu::<f64>::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for (spec, input, output) in cases() {
+        let (encoder, layout) = build(&spec, input, output);
+        let mut params = initial(&device, &encoder, &layout);
+        for rows in [1, 3, 7] {
+            let mut acts = encoder.acts(&device, rows);
+            let (x, r) = (random(rows * input, &mut rng), random(rows * output, &mut rng));
+            let before: Vec<f64> = random(layout.len(), &mut rng);
+            let mut grads = before.clone();
+            add_gradient(&device, &encoder, &params, &x, &r, &mut acts, &mut grads);
+            assert_eq!(grads[..2], before[..2], "another's gradient was touched");
+
+            let mut loss = |params: &Vec<f64>| -> f64 {
+                encoder.forward(&device, params, View { buf: &x, at: 0..x.len() }, rows, &mut acts);
+                acts.output.iter().zip(&r).map(|(o, r)| o * r).sum()
+            };
+            let mut largest = 0.0f64;
+            for span in &layout.spans[1..] {
+                for _ in 0..span.at.len().min(12) {
+                    let i = rng.random_range(span.at.clone());
+                    let at = params[i];
+                    params[i] = at + STEP;
+                    let up = loss(&params);
+                    params[i] = at - STEP;
+                    let down = loss(&params);
+                    params[i] = at;
+                    let (want, got) = ((up - down) / (2.0 * STEP), grads[i] - before[i]);
+                    assert!(
+                        (want - got).abs() <= 1e-6 * (1.0 + want.abs()),
+                        "{spec:?} rows {rows} {} [{}]: {got}, differences say {want}",
+                        span.name,
+                        i - span.at.start
+                    );
+                    largest = largest.max(want.abs());
+                }
+            }
+            assert!(largest > 1e-3, "{spec:?}: nothing was tested, every derivative vanished");
+        }
+    }
+}
+
+// Fails if a verb reads beyond the rows it was given, or leaves something of an earlier, larger batch in its sums.
+#[test]
+fn what_an_earlier_batch_left_does_not_matter() {
+    let device = Cpu::<f64>::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for (spec, input, output) in cases() {
+        let (encoder, layout) = build(&spec, input, output);
+        let params = initial(&device, &encoder, &layout);
+        let (x, r) = (random(3 * input, &mut rng), random(3 * output, &mut rng));
+        let run = |acts: &mut Acts<_>| {
+            let mut grads = device.alloc(layout.len());
+            add_gradient(&device, &encoder, &params, &x, &r, acts, &mut grads);
+            (acts.output[..r.len()].to_vec(), grads)
+        };
+        let fresh = run(&mut encoder.acts(&device, 3));
+
+        let mut acts = encoder.acts(&device, 71);
+        let loud: Vec<f64> = random::<f64>(71 * input, &mut rng).iter().map(|x| 1e6 * x).collect();
+        let mut unused = device.alloc(layout.len());
+        add_gradient(&device, &encoder, &params, &loud, &random(71 * output, &mut rng), &mut acts, &mut unused);
+        assert!(run(&mut acts) == fresh, "{spec:?}");
+    }
+}
+
+// Gradient caching rests on it. Sums are grouped otherwise, hence rounding and no more.
+#[test]
+fn microbatches_add_up_to_the_batch_on_every_instruction_set() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for (spec, input, output) in cases() {
+        let (encoder, layout) = build(&spec, input, output);
+        // More rows than a sum over samples has shards.
+        let rows = 67;
+        let (x, r): (Vec<f64>, Vec<f64>) = (random(rows * input, &mut rng), random(rows * output, &mut rng));
+        let mut first = None;
+        for isa in Isa::available() {
+            let device = Cpu::with_isa(isa);
+            let params = initial(&device, &encoder, &layout);
+            let mut acts = encoder.acts(&device, rows);
+            for microbatch in [rows, 30] {
+                let mut grads = device.alloc(layout.len());
+                for (x, r) in x.chunks(microbatch * input).zip(r.chunks(microbatch * output)) {
+                    add_gradient(&device, &encoder, &params, &x.to_vec(), r, &mut acts, &mut grads);
+                }
+                let want = first.get_or_insert_with(|| grads.clone());
+                let norm = want.iter().map(|g| g * g).sum::<f64>().sqrt();
+                let off = grads.iter().zip(&*want).map(|(g, w)| (g - w).powi(2)).sum::<f64>().sqrt();
+                assert!(norm > 0.0 && off <= 1e-13 * norm, "{spec:?} {} by {microbatch}: {off:e}", isa.name());
+            }
+        }
+    }
+}
+
+// f32 has registers of its own. Rounding of some 1e5 terms of mixed signs, relative to the norm: 5e-6 is
+// ten times what was seen and more. The data are numbers that f32 holds exactly.
+#[test]
+fn single_precision_agrees_with_double_on_every_instruction_set() {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    for (spec, input, output) in cases() {
+        let (encoder, layout) = build(&spec, input, output);
+        let rows = 67;
+        let (x, r): (Vec<f32>, Vec<f32>) = (random(rows * input, &mut rng), random(rows * output, &mut rng));
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let off = |got: &[f32], want: &[f64]| {
+            let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
+            got.iter().zip(want).map(|(&g, w)| (f64::from(g) - w).powi(2)).sum::<f64>().sqrt() / norm
+        };
+        let device = Cpu::<f64>::new();
+        let params = initial(&device, &encoder, &layout);
+        let (mut acts, mut grads) = (encoder.acts(&device, rows), device.alloc(layout.len()));
+        add_gradient(&device, &encoder, &params, &wide(&x), &wide(&r), &mut acts, &mut grads);
+        for isa in Isa::available() {
+            let device = Cpu::<f32>::with_isa(isa);
+            let params = initial(&device, &encoder, &layout);
+            let (mut single, mut got) = (encoder.acts(&device, rows), device.alloc(layout.len()));
+            add_gradient(&device, &encoder, &params, &x, &r, &mut single, &mut got);
+            let (output, gradient) = (off(&single.output, &acts.output), off(&got, &grads));
+            assert!(output < 5e-6 && gradient < 5e-6, "{spec:?} {}: {output:e} {gradient:e}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn identity_returns_its_input_and_has_no_parameters() {
+    let device = Cpu::<f32>::new();
+    let (encoder, layout) = build(&EncoderSpec::Identity, 5, 5);
+    assert_eq!(layout.spans.len(), 1);
+    let x: Vec<f32> = random(3 * 5, &mut ChaCha8Rng::seed_from_u64(4));
+    let mut acts = encoder.acts(&device, 7);
+    let params = device.alloc(2);
+    encoder.forward(&device, &params, View { buf: &x, at: 0..15 }, 3, &mut acts);
+    assert_eq!(acts.output[..15], x);
+    let mut grads = vec![1.0; 2];
+    encoder.backward(&device, &params, View { buf: &x, at: 0..15 }, 3, &mut acts, &mut grads);
+    assert_eq!(grads, [1.0; 2]);
+}
+
+// Fails if any sum's grouping depends on how many threads there are.
+#[test]
+fn a_step_has_the_same_bits_for_any_number_of_threads() {
+    let step = |threads: usize| {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+            let device = Cpu::<f32>::new();
+            let (encoder, layout) = build(&EncoderSpec::Lenet, 784, 10);
+            let mut params = initial(&device, &encoder, &layout);
+            let mut rng = ChaCha8Rng::seed_from_u64(6);
+            let rows = 131;
+            let (x, r) = (random(rows * 784, &mut rng), random(rows * 10, &mut rng));
+            let mut acts = encoder.acts(&device, rows);
+            let mut adam = Adam::new(&device, AdamConfig::default(), &layout);
+            for at in 0..2 {
+                let mut grads = device.alloc(layout.len());
+                add_gradient(&device, &encoder, &params, &x, &r, &mut acts, &mut grads);
+                let norm = contrastive::optim::grad_norm(&device, &grads);
+                adam.step(&device, at, 1e-3, 1.0 / norm, &mut params, &grads);
+            }
+            params.iter().map(|p| p.to_bits()).collect::<Vec<_>>()
+        })
+    };
+    let one = step(1);
+    for threads in [2, 3, 4] {
+        assert!(step(threads) == one, "{threads} threads");
+    }
+}
