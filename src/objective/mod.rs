@@ -9,6 +9,7 @@
 pub mod features;
 pub mod pairing;
 pub mod reference;
+mod validate;
 
 pub use kernels::law::Tilting;
 
@@ -160,7 +161,7 @@ pub struct Gradients<'a> {
 }
 
 /// A loss value with its scalar gradients.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Value {
     /// The loss as defined by [`Objective`].
     pub loss: f64,
@@ -176,8 +177,9 @@ pub struct Value {
 pub enum LossError {
     #[error("{what}: found {found}, expected {expected}")]
     Shape { what: &'static str, found: String, expected: String },
+    /// A parameter out of its domain.
     #[error("{what}: found {found}, expected {expected}")]
-    Parameter { what: &'static str, found: String, expected: &'static str },
+    Parameter { what: &'static str, found: String, expected: std::borrow::Cow<'static, str> },
     #[error("{what} row {row}: found a value that is not finite, expected finite numbers")]
     NotFinite { what: &'static str, row: usize },
 }

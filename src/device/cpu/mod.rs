@@ -70,7 +70,7 @@ fn write<T>(view: ViewMut<'_, Vec<T>>) -> &mut [T] {
 
 impl Engine for Cpu<f32> {
     fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
-        // batch.validate(loss)?;
+        batch.validate(loss)?;
         gradients.validate(batch)?;
         Ok(contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients))
     }
