@@ -147,7 +147,7 @@ impl Theory {
     pub fn l2_optimum(&self, rank: usize) -> Model<'_> {
         self.optimum(rank, |s| {
             let rest = (1.0 - s) * (1.0 + s);
-            [s / rest, 0.0, 1.0 / rest]
+            [s / rest, s * s / rest, 1.0 / rest]
         })
     }
     /// The minimiser of the joint loss under `dot` among A of rank at most `rank` (Theorem 5.6).
