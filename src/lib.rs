@@ -3,6 +3,8 @@
 #[cfg(feature = "cli")]
 pub mod checkpoint;
 #[cfg(feature = "cli")]
+pub mod cli;
+#[cfg(feature = "cli")]
 pub mod config;
 pub mod data;
 pub mod device;
