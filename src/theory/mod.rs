@@ -2,7 +2,9 @@
 //!
 //! For `(u, v) ~ N(0, C)` and linear encoders `g_u = G u`, `g_v = H v` the `dot` and `l2` tiltings are quadratic,
 //!
-//!     s(u, v) = u' A v - u' B u / 2 - v' D v / 2,   A = G'H/tau,   dot: B = D = 0,   l2: B = G'G/tau, D = H'H/tau
+//! ```text
+//! s(u, v) = u' A v - u' B u / 2 - v' D v / 2,   A = G'H/tau,   dot: B = D = 0,   l2: B = G'G/tau, D = H'H/tau
+//! ```
 //!
 //! so every model is Gaussian and every population loss has a closed form. All of it is written in the whitened
 //! coordinates `x = L_u^-1 u`, `y = L_v^-1 v` with `C_uu = L_u L_u'`, `C_vv = L_v L_v'`: there the marginals are
