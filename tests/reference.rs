@@ -93,6 +93,36 @@ fn two_rows_by_hand() {
     assert!((got - want).abs() < SAME, "sigmoid {got} {want}");
 }
 
+// A row without a positive is nothing to a softmax loss and all negatives to a sigmoid one, weighed like any other;
+// a column without one is only a negative.
+#[test]
+fn lonely_rows_by_hand() {
+    let (s, eye) = ([1.0f32, 2.0, -1.0, 0.5], identity(2));
+    let pairs = Pairs {
+        positives: Positives::Groups { u: &[5, 6], v: &[7, 5] },
+        weights_u: Some(&[1.0, 3.0]),
+        weights_v: Some(&[9.0, 1.0]),
+        ..Pairs::default()
+    };
+    let batch = Batch { pairs, ..plain(&s, &eye, 2) };
+    let value = |objective| reference::loss(&of_logits(objective, 0.0), &batch).unwrap().loss;
+    let lse = |x: &[f64]| x.iter().map(|x| x.exp()).sum::<f64>().ln();
+    let softplus = |x: f64| (1.0 + x.exp()).ln();
+    let conditional = |lambda_u, lambda_v| value(Objective::Conditional { lambda_u, lambda_v });
+    for (name, got, want) in [
+        ("v|u", conditional(0.0, 2.0), lse(&[1.0, 2.0]) - 2.0 - 2f64.ln()),
+        ("u|v", conditional(2.0, 0.0), lse(&[2.0, 0.5]) - 2.0 - 2f64.ln()),
+        ("joint", value(Objective::Joint), lse(&[1.0, 2.0, -1.0, 0.5]) - 2.0 - 4f64.ln()),
+        (
+            "sigmoid",
+            value(Objective::Sigmoid { bias: 0.0 }),
+            0.25 * (softplus(1.0) + softplus(2.0) - 2.0) + 0.75 * (softplus(-1.0) + softplus(0.5)),
+        ),
+    ] {
+        assert!((got - want).abs() < SAME, "{name} {got} {want}");
+    }
+}
+
 #[test]
 fn mmd_by_hand() {
     // One row, two columns: P = (p, 1 - p), p = sigmoid(s_0 - s_1), target column 0.
