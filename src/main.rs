@@ -1,1 +1,5 @@
-fn main() {}
+//! The `contrastive` command.
+
+fn main() -> std::process::ExitCode {
+    contrastive::cli::main()
+}

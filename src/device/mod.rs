@@ -1,6 +1,8 @@
 //! Machines: the verbs that encoders, losses and optimisers are made of, and the engines behind them.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::objective::{Batch, Gradients, Loss, LossError, Value, Write};
 use std::ops::Range;

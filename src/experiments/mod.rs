@@ -1,0 +1,381 @@
+//! Training runs from settings to a summary: what a question needs beside the one training loop.
+//!
+//! A new experiment is a file here and a line in [`ALL`].
+
+mod gaussian;
+mod images;
+mod pairs;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::{Config, ConfigError, Partial, parse_tilting};
+use crate::data::{DataError, Npy, Side, Source, Split, npy, write_atomic};
+use crate::device::{Contrast, Device, View, ViewMut};
+use crate::nn::{EncoderSpec, Network, NnError};
+use crate::objective::Tilting;
+use crate::optim::{AdamConfig, Schedule};
+use crate::train::{Progress, TrainError, Trained, train};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// One experiment: how to fill in settings, where its pairs come from, what it reports.
+pub struct Experiment {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// One line for people.
+    pub about: &'static str,
+    defaults: fn(Config) -> Config,
+    /// What `quick` changes.
+    quick: fn(Config) -> Config,
+    data: fn(&Config) -> Result<Split, Error>,
+    report: fn(&Learned<'_>, &mut Report),
+}
+
+/// Every experiment; the first is the default.
+pub const ALL: &[Experiment] = &[gaussian::GP, gaussian::GAUSSIAN2D, images::DIGITS, images::MNIST, pairs::PAIRS];
+
+/// Why a run could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Files.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Encoders.
+    #[error(transparent)]
+    Nn(#[from] NnError),
+    /// Training itself; not the input's fault.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// The folder of a run does not fit what is asked.
+    #[error("{}: found {found}, expected {expected}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What is there.
+        found: String,
+        /// What should be.
+        expected: String,
+    },
+}
+
+impl Error {
+    /// Whether better input would have helped.
+    pub fn is_input(&self) -> bool {
+        !matches!(self, Error::Train(_))
+    }
+}
+
+/// What an experiment says of what was learned.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Keys for `summary.json`.
+    pub values: serde_json::Map<String, serde_json::Value>,
+    /// Lines for people.
+    pub table: Vec<String>,
+}
+
+impl Report {
+    fn insert(&mut self, key: &str, value: impl serde::Serialize) {
+        self.values.insert(key.into(), serde_json::to_value(value).expect("numbers have a JSON form"));
+    }
+}
+
+/// A finished (or stopped) run.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// `summary.json`, and the lines for people.
+    pub report: Report,
+    /// Stopped before its last step.
+    pub stopped: bool,
+}
+
+/// What a report may look at.
+pub struct Learned<'a> {
+    config: &'a Config,
+    network: &'a Network,
+    trained: &'a Trained,
+    split: &'a Split,
+    tilting: Tilting,
+    device: &'a dyn Embed,
+}
+
+/// A device as far as reports need it.
+trait Embed {
+    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32>;
+    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> crate::tasks::retrieval::Recall;
+    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize>;
+}
+
+/// Rows to embed.
+trait Rows {
+    fn count(&self) -> usize;
+    fn read(&self, first: usize, count: usize, out: &mut [f32]);
+}
+
+impl<D: Device<Real = f32>> Embed for D {
+    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32> {
+        let encoder = &network.encoders[side as usize];
+        let chunk = 1024.min(rows.count().max(1));
+        let mut arena = self.alloc(params.len());
+        self.upload(params, ViewMut { buf: &mut arena, at: 0..params.len() });
+        let mut acts = encoder.acts(self, chunk);
+        let mut x = self.alloc(chunk * encoder.input);
+        let mut host = vec![0.0; chunk * encoder.input];
+        let mut out = vec![0.0; rows.count() * encoder.output];
+        for first in (0..rows.count()).step_by(chunk) {
+            let count = chunk.min(rows.count() - first);
+            let host = &mut host[..count * encoder.input];
+            rows.read(first, count, host);
+            self.upload(host, ViewMut { buf: &mut x, at: 0..host.len() });
+            encoder.forward(self, &arena, View { buf: &x, at: 0..host.len() }, count, &mut acts);
+            let to = &mut out[first * encoder.output..(first + count) * encoder.output];
+            self.download(View { buf: &acts.output, at: 0..to.len() }, to);
+        }
+        out
+    }
+    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> crate::tasks::retrieval::Recall {
+        crate::tasks::retrieval::recall(self, tilting, u, v, dim)
+    }
+    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize> {
+        crate::tasks::retrieval::best(self, tilting, queries, items, dim)
+    }
+}
+
+/// One side of a source.
+struct SideOf<'a>(&'a dyn Source, Side);
+
+impl Rows for SideOf<'_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
+        let index: Vec<usize> = (first..first + count).collect();
+        self.0.gather(self.1, &index, out);
+    }
+}
+
+impl Rows for Npy {
+    fn count(&self) -> usize {
+        self.rows()
+    }
+    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
+        self.read_rows(first..first + count, out);
+    }
+}
+
+impl Learned<'_> {
+    /// Embeddings of one side of the held-out pairs.
+    fn embed_test(&self, side: Side) -> Vec<f32> {
+        self.device.embed(self.network, &self.trained.params, side, &SideOf(&*self.split.test, side))
+    }
+    /// A tensor of the arena in f64, row-major.
+    fn tensor(&self, name: &str) -> Vec<f64> {
+        let span = self.network.layout.spans.iter().find(|s| s.name == name).expect("the experiment's own encoder");
+        self.trained.params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
+    }
+}
+
+/// Settings of a run: the experiment's own, under a file's, under the flags'.
+///
+/// # Errors
+/// [`ConfigError`] naming the file or key.
+pub fn resolve(file: Option<&Path>, flags: Partial) -> Result<Config, ConfigError> {
+    let given = flags.over(file.map(Partial::read).transpose()?.unwrap_or_default());
+    let name = given.experiment.clone().unwrap_or_else(|| ALL[0].name.into());
+    let experiment = find(&name)?;
+    let config = (experiment.defaults)(base(experiment.name));
+    let config = if given.quick.unwrap_or(false) { (experiment.quick)(config) } else { config };
+    let config = config.with(given);
+    config.validate()?;
+    Ok(config)
+}
+
+fn find(name: &str) -> Result<&'static Experiment, ConfigError> {
+    let names = || ALL.iter().map(|e| e.name).collect::<Vec<_>>().join(", ");
+    ALL.iter().find(|e| e.name == name).ok_or_else(|| ConfigError::value("experiment", name, names()))
+}
+
+/// What experiments start from.
+fn base(name: &str) -> Config {
+    Config {
+        experiment: name.into(),
+        u: PathBuf::new(),
+        v: PathBuf::new(),
+        data: PathBuf::new(),
+        samples: 10_000,
+        held_out: 0.0,
+        quick: false,
+        epochs: 10,
+        batch: 512,
+        micro_batch: 0,
+        dim: 5,
+        tilting: "dot".into(),
+        objective: "conditional".into(),
+        lambda_u: 1.0,
+        lambda_v: 1.0,
+        tau: 1.0,
+        train_tau: false,
+        bias: 0.0,
+        smoothing: 0.0,
+        pairings: 0,
+        kernel: "gaussian:1".into(),
+        features: 64,
+        precision: "f32".into(),
+        seed: 0,
+        lr: 1e-3,
+        warmup: 0,
+        schedule: Schedule::Constant,
+        grad_clip: 0.0,
+        log_every: 10,
+        adam: AdamConfig::default(),
+        encoder_u: EncoderSpec::Linear { bias: false },
+        encoder_v: EncoderSpec::Linear { bias: false },
+    }
+}
+
+/// Runs `config` on `device`; files go to `dir`. Everything is checked before anything is written.
+///
+/// # Errors
+/// [`Error`].
+pub fn run<D: Contrast + Device<Real = f32>>(
+    device: &mut D,
+    device_name: &str,
+    config: &Config,
+    dir: &Path,
+    resume: bool,
+    stop: &AtomicBool,
+    observe: &mut dyn FnMut(Progress),
+) -> Result<Outcome, Error> {
+    config.validate()?;
+    let experiment = find(&config.experiment)?;
+    let start = if resume { Checkpoint::read(dir)? } else { None };
+    if let Some(start) = &start
+        && let Some((key, now, then)) = config.difference(&start.config)
+    {
+        return Err(Error::Folder {
+            path: dir.into(),
+            found: format!("a checkpoint with {key} = {then}"),
+            expected: format!("{key} = {now}, as in the settings to resume with"),
+        });
+    }
+    if !resume && Checkpoint::path(dir).exists() && !dir.join("summary.json").exists() {
+        return Err(Error::Folder {
+            path: dir.into(),
+            found: "an unfinished run".into(),
+            expected: "--resume to go on with it, or another --out".into(),
+        });
+    }
+    let split = (experiment.data)(config)?;
+    if config.batch > split.train.len() {
+        let expected = format!("at most the {} training pairs", split.train.len());
+        return Err(ConfigError::value("batch", config.batch, expected).into());
+    }
+    let network = network(config, &*split.train)?;
+    if let Some(start) = &start
+        && start.arenas[0].len() != network.layout.len()
+    {
+        return Err(Error::Folder {
+            path: Checkpoint::path(dir),
+            found: format!("{} parameters", start.arenas[0].len()),
+            expected: format!("{}, as these encoders have on this data", network.layout.len()),
+        });
+    }
+    open_folder(dir, config, resume)?;
+
+    let begun = std::time::Instant::now();
+    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let mut report = Report::default();
+    report.insert("experiment", experiment.name);
+    report.insert("device", device_name);
+    report.insert("seconds", seconds);
+    report.insert("steps", trained.steps[0]);
+    report.insert("samples_per_s", (trained.steps[1] * config.batch as u64) as f64 / seconds);
+    report.insert("loss", trained.loss);
+    report.insert("tau", trained.tau);
+    if !trained.stopped {
+        let tilting = parse_tilting(&config.tilting)?;
+        let learned = Learned { config, network: &network, trained: &trained, split: &split, tilting, device };
+        (experiment.report)(&learned, &mut report);
+        checkpoint::write_model(dir, config, &network.layout, &trained.params)?;
+        write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
+    }
+    Ok(Outcome { report, stopped: trained.stopped })
+}
+
+fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
+    let inputs = [source.dim(Side::U), source.dim(Side::V)];
+    Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)
+}
+
+/// Makes the folder and its `config.toml`; a new run takes away what an old one left.
+fn open_folder(dir: &Path, config: &Config, resume: bool) -> Result<(), Error> {
+    std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
+    write_text(&dir.join("config.toml"), &config.to_toml())?;
+    if !resume {
+        for name in ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors"] {
+            let path = dir.join(name);
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(DataError::Io { path, source }.into());
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write_text(path: &Path, text: &str) -> Result<(), DataError> {
+    write_atomic(path, |w| w.write_all(text.as_bytes()))
+}
+
+/// A trained model, read back from its folder.
+pub struct Model {
+    /// Its settings.
+    pub config: Config,
+    network: Network,
+    params: Vec<f32>,
+}
+
+impl Model {
+    /// Reads `config.toml` and `model.safetensors` of a run's folder.
+    ///
+    /// # Errors
+    /// [`Error`] naming the file.
+    pub fn load(dir: &Path) -> Result<Model, Error> {
+        let path = dir.join("config.toml");
+        let text = std::fs::read_to_string(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
+        let config: Config = toml::from_str(&text)
+            .map_err(|e| ConfigError::Parse { path: path.clone(), reason: e.message().replace('\n', " ") })?;
+        config.validate()?;
+        // The tensors' shapes tell what the data was like.
+        let inputs = checkpoint::inputs(dir, &config)?;
+        let network = Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)?;
+        let params = checkpoint::read_model(dir, &network.layout)?;
+        Ok(Model { config, network, params })
+    }
+
+    /// Embeds the rows of `x` as `side` and writes `[rows, dim]` to `output`.
+    ///
+    /// # Errors
+    /// [`Error`] when `x` has another width than the encoder, or a row that is not finite.
+    pub fn embed<D: Device<Real = f32>>(&self, device: &D, side: Side, x: &Npy, output: &Path) -> Result<(), Error> {
+        let encoder = &self.network.encoders[side as usize];
+        if x.dim() != encoder.input {
+            return Err(DataError::Format {
+                path: x.path().into(),
+                found: format!("{} columns", x.dim()),
+                expected: format!("{}, as the encoder reads", encoder.input),
+            }
+            .into());
+        }
+        x.check_finite()?;
+        let embeddings = Embed::embed(device, &self.network, &self.params, side, x);
+        npy::write_npy_f32(output, &[x.rows(), encoder.output], &embeddings)?;
+        Ok(())
+    }
+}

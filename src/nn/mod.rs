@@ -6,6 +6,9 @@
 //! nothing.
 
 mod layer;
+mod network;
+
+pub use network::Network;
 
 use crate::device::{Activation, Conv, Device, Pool, Pooling, View, ViewMut};
 use layer::Layer;

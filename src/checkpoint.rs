@@ -1,0 +1,248 @@
+//! The files of a run: its checkpoint, its metrics and its model. Each is whole or absent, whatever
+//! happens while it is written.
+
+use crate::config::Config;
+use crate::data::{DataError, tensors, write_atomic};
+use crate::device::{Device, View};
+use crate::nn::{EncoderSpec, Layout, Network};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// All that a run needs to go on as if it had never stopped. Data positions and random numbers are
+/// functions of the seed and the step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// The run's settings.
+    pub config: Config,
+    /// Steps done.
+    pub step: u64,
+    /// Sum of the losses of the current epoch so far.
+    pub loss_sum: f64,
+    /// Parameters and Adam's moments, each laid out as the arena.
+    pub arenas: [Vec<f32>; 3],
+}
+
+const ARENAS: [&str; 3] = ["param", "adam_m", "adam_v"];
+
+impl Checkpoint {
+    /// A run that has not begun.
+    pub fn fresh(config: &Config, network: &Network) -> Checkpoint {
+        let params = network.init(config.seed, config.tau, config.bias);
+        let zeros = vec![0.0; params.len()];
+        Checkpoint { config: config.clone(), step: 0, loss_sum: 0.0, arenas: [params, zeros.clone(), zeros] }
+    }
+
+    /// The state of a run on a device: parameters and Adam's moments.
+    pub fn of<D: Device>(device: &D, config: &Config, step: u64, loss_sum: f64, arenas: [&D::Buf; 3]) -> Checkpoint {
+        let arenas = arenas.map(|buf| {
+            let len = device.len(buf);
+            let mut host = vec![0.0; len];
+            device.download(View { buf, at: 0..len }, &mut host);
+            host
+        });
+        Checkpoint { config: config.clone(), step, loss_sum, arenas }
+    }
+
+    /// Where a run in `dir` keeps it.
+    pub fn path(dir: &Path) -> PathBuf {
+        dir.join("checkpoint.safetensors")
+    }
+
+    /// Writes it, atomically.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] naming the file.
+    pub fn write(&self, dir: &Path) -> Result<(), DataError> {
+        let shape = [self.arenas[0].len()];
+        let entries: Vec<_> = ARENAS.iter().zip(&self.arenas).map(|(&n, x)| (n, &shape[..], &x[..])).collect();
+        let metadata = BTreeMap::from([
+            ("config".into(), self.config.to_toml()),
+            ("step".into(), self.step.to_string()),
+            ("loss_sum".into(), format!("{:016x}", self.loss_sum.to_bits())),
+        ]);
+        tensors::write(&Checkpoint::path(dir), &entries, &metadata)
+    }
+
+    /// Reads a run's checkpoint; `None` when there is none yet.
+    ///
+    /// # Errors
+    /// [`DataError`] when it cannot be read or is not one.
+    pub fn read(dir: &Path) -> Result<Option<Checkpoint>, DataError> {
+        let path = Checkpoint::path(dir);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let (found, metadata) = tensors::read(&path)?;
+        let broken = |what: &str| DataError::Format {
+            path: path.clone(),
+            found: format!("no usable {what}"),
+            expected: "a checkpoint of this program".into(),
+        };
+        let text = |key: &str| metadata.get(key).ok_or_else(|| broken(key));
+        let config = toml::from_str(text("config")?).map_err(|_| broken("config"))?;
+        let step = text("step")?.parse().map_err(|_| broken("step"))?;
+        let bits = u64::from_str_radix(text("loss_sum")?, 16).map_err(|_| broken("loss_sum"))?;
+        let arena = |name: &str| {
+            let tensor = found.iter().find(|t| t.name == name).ok_or_else(|| broken(name))?;
+            Ok(tensor.data.clone())
+        };
+        let arenas = [arena(ARENAS[0])?, arena(ARENAS[1])?, arena(ARENAS[2])?];
+        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), arenas }))
+    }
+}
+
+/// Writes the model of a run: one tensor a span, the settings as metadata.
+///
+/// # Errors
+/// [`DataError::Io`] naming the file.
+pub fn write_model(dir: &Path, config: &Config, layout: &Layout, params: &[f32]) -> Result<(), DataError> {
+    let spans: Vec<_> = layout.spans.iter().map(|s| (&s.name[..], &s.shape[..], &params[s.at.clone()])).collect();
+    let metadata = BTreeMap::from([("config".into(), config.to_toml())]);
+    tensors::write(&dir.join("model.safetensors"), &spans, &metadata)
+}
+
+/// Reads a model back into its layout.
+///
+/// # Errors
+/// [`DataError`] when the file is absent, broken or of another layout.
+pub fn read_model(dir: &Path, layout: &Layout) -> Result<Vec<f32>, DataError> {
+    let path = dir.join("model.safetensors");
+    let (found, _) = tensors::read(&path)?;
+    let mut params = vec![0.0; layout.len()];
+    for span in &layout.spans {
+        let tensor = found.iter().find(|t| t.name == span.name && t.shape == span.shape);
+        let Some(tensor) = tensor else {
+            return Err(DataError::Format {
+                path,
+                found: format!("no tensor {} of shape {:?}", span.name, span.shape),
+                expected: "the model that the folder's config.toml describes".into(),
+            });
+        };
+        params[span.at.clone()].copy_from_slice(&tensor.data);
+    }
+    Ok(params)
+}
+
+/// Numbers a sample on each side that the model in `dir` reads: what its first layers are as wide as, or its
+/// embedding where the data is prescribed.
+///
+/// # Errors
+/// [`DataError`] when the file is absent or broken.
+pub fn inputs(dir: &Path, config: &Config) -> Result<[usize; 2], DataError> {
+    let path = dir.join("model.safetensors");
+    let (found, _) = tensors::read(&path)?;
+    let read = |spec: &EncoderSpec, name: &str| match spec {
+        EncoderSpec::Identity => Ok(config.dim),
+        EncoderSpec::Lenet => Ok(28 * 28),
+        EncoderSpec::Cnn { image, .. } => Ok(image.iter().product()),
+        EncoderSpec::Linear { .. } | EncoderSpec::Mlp { .. } => {
+            found.iter().find(|t| t.name == name && t.shape.len() == 2).map(|t| t.shape[1]).ok_or_else(|| {
+                DataError::Format {
+                    path: path.clone(),
+                    found: format!("no matrix {name}"),
+                    expected: "the model that the folder's config.toml describes".into(),
+                }
+            })
+        }
+    };
+    Ok([read(&config.encoder_u, "u.0.weight")?, read(&config.encoder_v, "v.0.weight")?])
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Record {
+    /// From 0.
+    pub step: u64,
+    /// From 0.
+    pub epoch: u64,
+    /// Of this step's batch, nats.
+    pub loss: f64,
+    /// Temperature used.
+    pub tau: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    /// Learning rate used.
+    pub lr: f64,
+    /// Pairs a second since the line before.
+    pub samples_per_s: f64,
+}
+
+/// `metrics.jsonl`, appended to.
+#[derive(Debug)]
+pub struct Metrics {
+    path: PathBuf,
+    file: std::io::BufWriter<std::fs::File>,
+}
+
+impl Metrics {
+    /// Opens the file, keeping the lines of steps before `step` that are whole.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] naming the file.
+    pub fn open(dir: &Path, step: u64) -> Result<Self, DataError> {
+        let path = dir.join("metrics.jsonl");
+        let io = |source| DataError::Io { path: path.clone(), source };
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        let kept: Vec<&str> = before
+            .lines()
+            .filter(|line| {
+                let record: Option<serde_json::Value> = serde_json::from_str(line).ok();
+                record.and_then(|r| r["step"].as_u64()).is_some_and(|s| s < step)
+            })
+            .collect();
+        write_atomic(&path, |w| kept.iter().try_for_each(|line| writeln!(w, "{line}")))?;
+        let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(io)?;
+        Ok(Metrics { file: std::io::BufWriter::new(file), path })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] naming the file.
+    pub fn push(&mut self, record: &Record) -> Result<(), DataError> {
+        let line = serde_json::to_string(record).expect("numbers have a JSON form");
+        writeln!(self.file, "{line}").map_err(|source| DataError::Io { path: self.path.clone(), source })
+    }
+
+    /// Hands all lines to the system.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] naming the file.
+    pub fn flush(&mut self) -> Result<(), DataError> {
+        self.file.flush().map_err(|source| DataError::Io { path: self.path.clone(), source })
+    }
+}
+
+/// When the next checkpoint is due: never more than a fiftieth of the time goes into writing them.
+#[derive(Debug)]
+pub struct Due {
+    last: Instant,
+    begun: Instant,
+    pause: Duration,
+}
+
+impl Due {
+    /// From now on.
+    pub fn new() -> Self {
+        Due { last: Instant::now(), begun: Instant::now(), pause: Duration::from_secs(1) }
+    }
+    /// Whether it is due; if so, write it and call [`Due::written`].
+    pub fn now(&mut self) -> bool {
+        self.begun = Instant::now();
+        self.begun - self.last >= self.pause
+    }
+    /// It was written.
+    pub fn written(&mut self) {
+        self.last = Instant::now();
+        self.pause = Duration::from_secs(1).max(50 * (self.last - self.begun));
+    }
+}
+
+impl Default for Due {
+    fn default() -> Self {
+        Due::new()
+    }
+}

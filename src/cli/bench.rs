@@ -1,0 +1,201 @@
+//! `contrastive bench`.
+
+use super::{Common, Failure, bad_flag};
+use crate::config::{parse_objective, parse_tilting};
+use crate::device::{Device, Engine, Gemm, View, ViewMut};
+use crate::objective::{
+    Batch, Gradients, Loss, Matrix, Moments, Pairs, Precision, Storage, Write, features::random_fourier, reference,
+};
+use half::{bf16, f16};
+use rand::{SeedableRng, distr::Distribution};
+use rand_distr::StandardNormal;
+use serde_json::json;
+use std::time::Instant;
+
+/// Flags of `bench`.
+#[derive(clap::Args)]
+pub struct Bench {
+    /// What to time: loss (value and both gradients)
+    #[arg(value_name = "WHAT")]
+    what: String,
+    /// Rows
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    n: usize,
+    /// Columns [default: as many as rows]
+    #[arg(long, value_name = "M")]
+    m: Option<usize>,
+    /// Embedding dimension
+    #[arg(long, default_value_t = 128, value_name = "D")]
+    d: usize,
+    /// cosine, dot or l2
+    #[arg(long, default_value = "cosine", value_name = "TILTING")]
+    tilting: String,
+    /// conditional, joint, sigmoid, mmd or joint-mmd (with 64 random features)
+    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE")]
+    objective: String,
+}
+
+/// Input sets that take turns, so that no run finds its inputs in cache because the last one left them there.
+const SETS: usize = 3;
+/// Timed at least this often and this long.
+const RUNS: usize = 7;
+const SECONDS: f64 = 1.0;
+/// Random features of the MMD objectives.
+const FEATURES: usize = 64;
+
+struct Set {
+    f32: [Vec<f32>; 2],
+    bf16: [Vec<bf16>; 2],
+    f16: [Vec<f16>; 2],
+    features: [Vec<f32>; 2],
+}
+
+impl Set {
+    fn new(n: usize, m: usize, d: usize, precision: Precision, seed: u64) -> Set {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let mut draw = |rows: usize| -> Vec<f32> {
+            (0..rows * d).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
+        };
+        let f32 = [draw(n), draw(m)];
+        let features = [0, 1].map(|s: usize| random_fourier(&f32[s], d, (d as f64).sqrt(), FEATURES, seed));
+        let mut set = Set { bf16: Default::default(), f16: Default::default(), f32, features };
+        match precision {
+            Precision::F32 => {}
+            Precision::Bf16 => set.bf16 = set.f32.each_ref().map(|x| x.iter().map(|&x| bf16::from_f32(x)).collect()),
+            Precision::F16 => set.f16 = set.f32.each_ref().map(|x| x.iter().map(|&x| f16::from_f32(x)).collect()),
+        }
+        set
+    }
+
+    fn batch(&self, rows: [usize; 2], dim: usize, precision: Precision, mmd: bool) -> Batch<'_> {
+        let [u, v] = [0, 1].map(|s: usize| Matrix {
+            data: match precision {
+                Precision::F32 => Storage::F32(&self.f32[s]),
+                Precision::Bf16 => Storage::Bf16(&self.bf16[s]),
+                Precision::F16 => Storage::F16(&self.f16[s]),
+            },
+            rows: rows[s],
+            dim,
+        });
+        let [x, y] = self.features.each_ref().map(|x| Matrix::f32(x, FEATURES));
+        let moments = mmd.then_some(Moments::Features { u: x, v: y });
+        Batch { u, v, pairs: Pairs::default(), offset_v: None, moments }
+    }
+}
+
+pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
+    if args.what != "loss" {
+        return Err(bad_flag("bench", &args.what, "loss"));
+    }
+    let (n, m, d) = (args.n, args.m.unwrap_or(args.n), args.d);
+    if n == 0 || m == 0 || d == 0 {
+        return Err(bad_flag("--n, --m, --d", format!("{n}, {m}, {d}"), "1 or more each"));
+    }
+    let precision = common.precision()?;
+    let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
+    let loss = Loss {
+        tilting: parse_tilting(&args.tilting)?,
+        objective: parse_objective(&args.objective, [1.0, 1.0], -10.0, 0, common.seed())?,
+        tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
+        smoothing: 0.0,
+    };
+    let mut engine = common.cpu()?;
+    check_answer(&mut engine, &loss, d, precision, mmd, common.seed())?;
+
+    let sets: Vec<Set> = (0..SETS as u64).map(|s| Set::new(n, m, d, precision, common.seed() + s)).collect();
+    let (mut du, mut dv) = (vec![0f32; n * d], vec![0f32; m * d]);
+    let mut value = 0.0;
+    let times = time(|run| {
+        let batch = sets[run % SETS].batch([n, m], d, precision, mmd);
+        let gradients = Gradients { u: Some(Write::Set(&mut du)), v: Some(Write::Set(&mut dv)), offset_v: None };
+        value = engine.loss(&loss, &batch, gradients)?.loss;
+        Ok(())
+    })?;
+    let scratch = engine.scratch_bytes();
+
+    // The ceiling: our own f32 matrix product of the logits' shape, in the same process.
+    let (a, b) = (&sets[0].f32[0], &sets[0].f32[1]);
+    let rows = n.min(4096);
+    let cols = m.min(4096);
+    let mut c = engine.alloc(rows * cols);
+    let ceiling = time(|_| {
+        let shape = Gemm { m: rows, n: cols, k: d, transpose_a: false, transpose_b: true };
+        let (a, b) = (View { buf: a, at: 0..rows * d }, View { buf: b, at: 0..cols * d });
+        engine.gemm(shape, a, b, Write::Set(ViewMut { buf: &mut c, at: 0..rows * cols }));
+        Ok(())
+    })?;
+    let flops = 8.0 * n as f64 * m as f64 * d as f64;
+    let rate = flops / median(&times);
+    let peak = 2.0 * rows as f64 * cols as f64 * d as f64 / median(&ceiling);
+    let json = json!({
+        "what": "loss", "n": n, "m": m, "d": d, "tilting": args.tilting, "objective": args.objective,
+        "precision": common.precision_name(), "device": "cpu", "isa": engine.isa().name(),
+        "threads": rayon::current_num_threads(), "runs": times.len(), "loss": value,
+        "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0],
+        "flops": flops, "gflops_per_s": rate / 1e9,
+        "peak_gflops_per_s": peak / 1e9, "fraction_of_peak": rate / peak, "scratch_bytes": scratch,
+    });
+    let lines = [
+        format!(
+            "loss and both gradients, {n} x {m}, d = {d}, {} {} {}",
+            args.tilting,
+            args.objective,
+            common.precision_name()
+        ),
+        format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
+        format!(
+            "{:.1} GFLOP/s (8 N M D), {:.0}% of the matrix product's {:.1}",
+            rate / 1e9,
+            100.0 * rate / peak,
+            peak / 1e9
+        ),
+        format!("scratch {:.1} MiB", scratch as f64 / f64::from(1 << 20)),
+    ];
+    common.print(&json, &lines)
+}
+
+/// A fast wrong answer is not worth timing.
+fn check_answer(
+    engine: &mut impl Engine,
+    loss: &Loss,
+    d: usize,
+    precision: Precision,
+    mmd: bool,
+    seed: u64,
+) -> Result<(), Failure> {
+    const SMALL: usize = 65;
+    let set = Set::new(SMALL, SMALL, d, precision, seed + 99);
+    let batch = set.batch([SMALL, SMALL], d, precision, mmd);
+    let want = reference::loss(loss, &batch)?;
+    let mut du = vec![0f32; SMALL * d];
+    let gradients = Gradients { u: Some(Write::Set(&mut du)), ..Gradients::default() };
+    let got = engine.loss(loss, &batch, gradients)?;
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let off =
+        norm(&mut du.iter().zip(&want.grad_u).map(|(&g, w)| f64::from(g) - w)) / norm(&mut want.grad_u.iter().copied());
+    if off > 1e-4 || (got.loss - want.loss).abs() > 1e-4 * want.loss.abs().max(1.0) {
+        return Err(Failure::Other(format!(
+            "the engine is wrong: loss {} for {}, gradient off by {off:e}",
+            got.loss, want.loss
+        )));
+    }
+    Ok(())
+}
+
+/// Seconds of each run, ascending, after one that does not count.
+fn time(mut run: impl FnMut(usize) -> Result<(), Failure>) -> Result<Vec<f64>, Failure> {
+    run(0)?;
+    let begun = Instant::now();
+    let mut times = Vec::new();
+    while times.len() < RUNS || (begun.elapsed().as_secs_f64() < SECONDS && times.len() < 1000) {
+        let one = Instant::now();
+        run(times.len() + 1)?;
+        times.push(one.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted[sorted.len() / 2]
+}

@@ -1,0 +1,295 @@
+//! `contrastive loss`.
+
+use super::{Common, Failure, bad_flag, check_output};
+use crate::config::{parse_kernel, parse_objective, parse_tilting};
+use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
+use crate::device::Engine;
+use crate::objective::{
+    self, Batch, DataKernel, Gradients, LossError, Matrix, Moments, Pairs, Positives, Precision, Storage, Write,
+    features::random_fourier,
+};
+use half::{bf16, f16};
+use serde_json::json;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+/// Flags of `loss`.
+#[derive(clap::Args)]
+pub struct Loss {
+    /// Row embeddings, [N, D] .npy
+    #[arg(long, value_name = "U.npy")]
+    u: PathBuf,
+    /// Column embeddings, [M, D] .npy; pair i is row i of both unless --positives or --groups-* say otherwise
+    #[arg(long, value_name = "V.npy")]
+    v: PathBuf,
+    /// cosine, dot or l2
+    #[arg(long, default_value = "cosine", value_name = "TILTING")]
+    tilting: String,
+    /// conditional, joint, sigmoid, mmd or joint-mmd
+    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE")]
+    objective: String,
+    /// Weight of u|v (conditional, mmd)
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    lambda_u: f64,
+    /// Weight of v|u (conditional, mmd)
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    lambda_v: f64,
+    /// Temperature
+    #[arg(long, default_value_t = 0.07, value_name = "X", allow_negative_numbers = true)]
+    tau: f64,
+    /// Bias of the sigmoid loss
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    bias: f64,
+    /// Label smoothing, in [0, 1)
+    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    smoothing: f64,
+    /// joint: random pairings that stand for all pairs; 0 takes all pairs
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pairings: u32,
+    /// Write dL/du, [N, D] f32 .npy [default: not written]
+    #[arg(long, value_name = "DU.npy")]
+    grad_u: Option<PathBuf>,
+    /// Write dL/dv, [M, D] f32 .npy [default: not written]
+    #[arg(long, value_name = "DV.npy")]
+    grad_v: Option<PathBuf>,
+    /// mmd, joint-mmd: data behind the rows, [N, x] .npy [default: none]
+    #[arg(long, value_name = "X.npy")]
+    data_u: Option<PathBuf>,
+    /// mmd, joint-mmd: data behind the columns, [M, y] .npy [default: none]
+    #[arg(long, value_name = "Y.npy")]
+    data_v: Option<PathBuf>,
+    /// mmd, joint-mmd: kernel on data, gaussian:WIDTH or linear
+    #[arg(long, default_value = "gaussian:1", value_name = "KERNEL")]
+    kernel: String,
+    /// mmd, joint-mmd: random Fourier features of the Gaussian kernel, even [default: the exact Gram matrix]
+    #[arg(long, value_name = "F")]
+    features: Option<usize>,
+    /// Row i's positive column, [N] integer .npy [default: column i]
+    #[arg(long, value_name = "P.npy", conflicts_with_all = ["groups_u", "groups_v"])]
+    positives: Option<PathBuf>,
+    /// Group of each row, [N] integer .npy: equal groups are positives [default: none]
+    #[arg(long, value_name = "GU.npy", requires = "groups_v")]
+    groups_u: Option<PathBuf>,
+    /// Group of each column, [M] integer .npy [default: none]
+    #[arg(long, value_name = "GV.npy", requires = "groups_u")]
+    groups_v: Option<PathBuf>,
+    /// Id of each row, [N] integer .npy: pairs of equal ids that are not positives are left out [default: none]
+    #[arg(long, value_name = "IU.npy", requires = "ignore_v")]
+    ignore_u: Option<PathBuf>,
+    /// Id of each column, [M] integer .npy [default: none]
+    #[arg(long, value_name = "IV.npy", requires = "ignore_u")]
+    ignore_v: Option<PathBuf>,
+    /// Weight of each row, [N] .npy [default: all equal]
+    #[arg(long, value_name = "WU.npy")]
+    weights_u: Option<PathBuf>,
+    /// Weight of each column, [M] .npy [default: all equal]
+    #[arg(long, value_name = "WV.npy")]
+    weights_v: Option<PathBuf>,
+}
+
+/// The file's numbers as f32: the mapped file itself where it is f32 already.
+fn as_f32(file: &Npy) -> Cow<'_, [f32]> {
+    file.as_f32().map_or_else(
+        || {
+            let mut out = vec![0.0; file.rows() * file.dim()];
+            file.read_rows(0..file.rows(), &mut out);
+            out.into()
+        },
+        Cow::Borrowed,
+    )
+}
+
+/// Embeddings in the storage asked for.
+enum Stored<'a> {
+    F32(Cow<'a, [f32]>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl<'a> Stored<'a> {
+    fn new(file: &'a Npy, precision: Precision) -> Self {
+        let x = as_f32(file);
+        match precision {
+            Precision::F32 => Stored::F32(x),
+            Precision::Bf16 => Stored::Bf16(x.iter().map(|&x| bf16::from_f32(x)).collect()),
+            Precision::F16 => Stored::F16(x.iter().map(|&x| f16::from_f32(x)).collect()),
+        }
+    }
+
+    fn matrix(&self, file: &Npy) -> Matrix<'_> {
+        let data = match self {
+            Stored::F32(x) => Storage::F32(x),
+            Stored::Bf16(x) => Storage::Bf16(x),
+            Stored::F16(x) => Storage::F16(x),
+        };
+        Matrix { data, rows: file.rows(), dim: file.dim() }
+    }
+}
+
+/// One integer for each of `rows`.
+fn ids(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<i64>>, Failure> {
+    let Some(path) = path else { return Ok(None) };
+    let (shape, ids) = read_npy_i64(path)?;
+    if ids.len() != rows {
+        return Err(shape_of(path, format!("shape {shape:?}"), format!("{rows} integers")));
+    }
+    Ok(Some(ids))
+}
+
+fn shape_of(path: &Path, found: String, expected: String) -> Failure {
+    Failure::Input(format!("{}: found {found}, expected {expected}", path.display()))
+}
+
+fn weights(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<f32>>, Failure> {
+    let Some(path) = path else { return Ok(None) };
+    let file = Npy::open(path)?;
+    if (file.rows() * file.dim()) != rows {
+        return Err(shape_of(path, format!("{} numbers", file.rows() * file.dim()), format!("{rows} numbers")));
+    }
+    Ok(Some(as_f32(&file).into_owned()))
+}
+
+pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
+    let precision = common.precision()?;
+    let lambdas = [args.lambda_u, args.lambda_v];
+    let loss = objective::Loss {
+        tilting: parse_tilting(&args.tilting)?,
+        objective: parse_objective(&args.objective, lambdas, args.bias, args.pairings, common.seed())?,
+        tau: args.tau,
+        smoothing: args.smoothing,
+    };
+    let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
+    let kernel = parse_kernel(&args.kernel)?;
+    if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
+        return Err(bad_flag("--features", args.features.unwrap_or(0), "an even number, 2 or more"));
+    }
+
+    let (u, v) = (Npy::open(&args.u)?, Npy::open(&args.v)?);
+    let (n, m, d) = (u.rows(), v.rows(), u.dim());
+    if v.dim() != d {
+        let expected = format!("{d}, as {} has", args.u.display());
+        return Err(shape_of(&args.v, format!("{} columns", v.dim()), expected));
+    }
+    let paired = args.positives.is_none() && args.groups_u.is_none();
+    if paired && n != m {
+        let expected = format!("{n}, as {} has (or --positives, or --groups-u and --groups-v)", args.u.display());
+        return Err(shape_of(&args.v, format!("{m} rows"), expected));
+    }
+    let index = ids(&args.positives, n)?
+        .map(|index| {
+            let bad = index.iter().find(|&&j| j < 0 || j >= m as i64);
+            bad.map_or(Ok(()), |j| {
+                let path = args.positives.as_deref().unwrap_or(Path::new("--positives"));
+                Err(shape_of(path, j.to_string(), format!("the index of a column, 0 to {}", m - 1)))
+            })?;
+            Ok::<_, Failure>(index.iter().map(|&j| j as u32).collect::<Vec<_>>())
+        })
+        .transpose()?;
+    let (group_u, group_v) = (ids(&args.groups_u, n)?, ids(&args.groups_v, m)?);
+    let (ignore_u, ignore_v) = (ids(&args.ignore_u, n)?, ids(&args.ignore_v, m)?);
+    let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
+    for output in [&args.grad_u, &args.grad_v].into_iter().flatten() {
+        check_output(output)?;
+    }
+    let data = match (&args.data_u, &args.data_v, mmd) {
+        (Some(x), Some(y), true) => Some((Npy::open(x)?, Npy::open(y)?)),
+        (None, None, false) => None,
+        (_, _, true) => {
+            return Err(Failure::Input(format!(
+                "--data-u and --data-v: found not both, expected both for {}",
+                args.objective
+            )));
+        }
+        (_, _, false) => {
+            return Err(bad_flag(
+                "--data-u, --data-v",
+                "files",
+                format!("none: {} has no use for data", args.objective),
+            ));
+        }
+    };
+    for (file, rows, path) in data.iter().flat_map(|(x, y)| [(x, n, &args.data_u), (y, m, &args.data_v)]) {
+        if file.rows() != rows {
+            let path = path.as_deref().unwrap_or(Path::new("data"));
+            return Err(shape_of(path, format!("{} rows", file.rows()), format!("{rows}, one for each embedding")));
+        }
+        file.check_finite()?;
+    }
+    let raw = data.as_ref().map(|(x, y)| (as_f32(x), x.dim(), as_f32(y), y.dim()));
+    let features = match (&raw, args.features, kernel) {
+        (Some((x, dx, y, dy)), Some(count), DataKernel::Gaussian { width }) => {
+            let map = |x: &[f32], dim: usize| random_fourier(x, dim, width, count, common.seed());
+            Some((map(x, *dx), map(y, *dy), count))
+        }
+        _ => None,
+    };
+    let moments = match (&features, &raw) {
+        (Some((x, y, count)), _) => Some(Moments::Features { u: Matrix::f32(x, *count), v: Matrix::f32(y, *count) }),
+        (None, Some((x, dx, y, dy))) => Some(Moments::Gram { kernel, u: Matrix::f32(x, *dx), v: Matrix::f32(y, *dy) }),
+        (None, None) => None,
+    };
+
+    let (stored_u, stored_v) = (Stored::new(&u, precision), Stored::new(&v, precision));
+    let positives = match (&index, &group_u, &group_v) {
+        (Some(index), ..) => Positives::Index(index),
+        (_, Some(u), Some(v)) => Positives::Groups { u, v },
+        _ => Positives::Diagonal,
+    };
+    let batch = Batch {
+        u: stored_u.matrix(&u),
+        v: stored_v.matrix(&v),
+        pairs: Pairs {
+            positives,
+            ignore: ignore_u.as_deref().zip(ignore_v.as_deref()),
+            weights_u: weights_u.as_deref(),
+            weights_v: weights_v.as_deref(),
+        },
+        offset_v: None,
+        moments,
+    };
+    let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
+    let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
+    let mut engine = common.cpu()?;
+    let begun = std::time::Instant::now();
+    let gradients = Gradients {
+        u: grad_u.as_deref_mut().map(Write::Set),
+        v: grad_v.as_deref_mut().map(Write::Set),
+        offset_v: None,
+    };
+    let value = engine.loss(&loss, &batch, gradients).map_err(|e| match e {
+        LossError::NotFinite { what: "u", row } => not_finite(&args.u, row),
+        LossError::NotFinite { what: "v", row } => not_finite(&args.v, row),
+        other => other.into(),
+    })?;
+    let seconds = begun.elapsed().as_secs_f64();
+    for (path, gradient, rows) in [(&args.grad_u, &grad_u, n), (&args.grad_v, &grad_v, m)] {
+        if let (Some(path), Some(gradient)) = (path, gradient) {
+            write_npy_f32(path, &[rows, d], gradient)?;
+        }
+    }
+    let mut json = json!({
+        "loss": value.loss,
+        "grad_tau": value.grad_tau,
+        "grad_bias": value.grad_bias,
+        "n": n,
+        "m": m,
+        "d": d,
+        "device": "cpu",
+        "precision": common.precision_name(),
+        "seconds": seconds,
+        "scratch_bytes": engine.scratch_bytes(),
+    });
+    if let Some(offset) = loss.objective.clip_offset(n, m) {
+        json["loss_clip"] = (value.loss + offset).into();
+    }
+    let lines: Vec<String> = ["loss", "loss_clip", "grad_tau", "grad_bias", "n", "m", "d", "seconds", "scratch_bytes"]
+        .iter()
+        .filter(|key| !json[**key].is_null())
+        .map(|key| format!("{key:<14}{}", json[*key]))
+        .collect();
+    common.print(&json, &lines)
+}
+
+fn not_finite(path: &Path, row: usize) -> Failure {
+    shape_of(path, format!("a number that is not finite (in this storage) in row {row}"), "finite numbers".into())
+}

@@ -1,0 +1,303 @@
+//! The command line: parses, prints and exits; nothing else does.
+//!
+//! Status 0: done. 2: bad usage or bad input, one line `error: ...` on stderr. 130: stopped by Ctrl-C, after a
+//! checkpoint. 1: anything else.
+
+mod bench;
+mod data;
+mod loss;
+mod train;
+
+use crate::config::{ConfigError, parse_precision};
+use crate::data::{DataError, Side, npy::Npy};
+use crate::device::cpu::{Cpu, Isa};
+use crate::experiments::{self, Model};
+use crate::objective::{LossError, Precision};
+use clap::{Args, Parser, Subcommand};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Contrastive learning at the speed of the hardware.
+///
+/// Tilted distributions learned by contrast: fused losses that never form the N x N matrix, a trainer without
+/// autograd, and closed forms that certify what was learned.
+#[derive(Parser)]
+#[command(name = "contrastive", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Flags of every command.
+#[derive(Args, Clone)]
+struct Common {
+    /// Where to compute: auto, cpu, cuda or cuda:K
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    device: String,
+    /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu]
+    #[arg(long, global = true, value_name = "PRECISION")]
+    precision: Option<String>,
+    /// Makes the run reproducible bit for bit, whatever the number of threads [default: 0]
+    #[arg(long, global = true, value_name = "S")]
+    seed: Option<u64>,
+    /// Threads [default: all cores]
+    #[arg(long, global = true, value_name = "T")]
+    threads: Option<usize>,
+    /// Print one JSON object on stdout and nothing else
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Evaluate one objective and its gradients on embeddings of your own
+    Loss(Box<loss::Loss>),
+    /// Train encoders: without arguments, the built-in Gaussian process, certified against its theory
+    Train(Box<train::Train>),
+    /// Embed data with a trained model
+    Embed(Embed),
+    /// Time the fused loss with both gradients
+    Bench(bench::Bench),
+    /// Show what this machine computes with
+    Devices,
+    /// Write a built-in data set as .npy files
+    Data(data::Data),
+}
+
+/// `embed`.
+#[derive(Args)]
+struct Embed {
+    /// Folder of a training run
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Which encoder: u or v
+    #[arg(long, value_name = "SIDE")]
+    side: String,
+    /// Data, [rows, columns] .npy
+    #[arg(long, value_name = "X.npy")]
+    input: PathBuf,
+    /// Embeddings, [rows, dim] f32 .npy
+    #[arg(long, value_name = "E.npy")]
+    output: PathBuf,
+}
+
+/// Why a command ends early.
+enum Failure {
+    /// Bad usage or input: status 2.
+    Input(String),
+    /// Anything else: status 1.
+    Other(String),
+    /// Stopped by the user: status 130.
+    Stopped,
+}
+
+impl From<DataError> for Failure {
+    fn from(e: DataError) -> Self {
+        Failure::Input(e.to_string())
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(e: ConfigError) -> Self {
+        Failure::Input(e.to_string())
+    }
+}
+
+impl From<LossError> for Failure {
+    fn from(e: LossError) -> Self {
+        Failure::Input(e.to_string())
+    }
+}
+
+impl From<experiments::Error> for Failure {
+    fn from(e: experiments::Error) -> Self {
+        if e.is_input() { Failure::Input(e.to_string()) } else { Failure::Other(e.to_string()) }
+    }
+}
+
+/// A flag's value out of its domain.
+fn bad_flag(flag: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Failure {
+    Failure::Input(format!("{flag}: found {found}, expected {expected}"))
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) if !e.use_stderr() => {
+            // Help or version, asked for.
+            let _ = e.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(e) => return fail(Failure::Input(usage(&e))),
+    };
+    match threads(&cli.common).and_then(|()| rayon::scope(|_| run(cli))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fail(failure),
+    }
+}
+
+fn fail(failure: Failure) -> ExitCode {
+    let (status, message) = match failure {
+        Failure::Input(message) => (2, message),
+        Failure::Other(message) => (1, message),
+        Failure::Stopped => return ExitCode::from(130),
+    };
+    let _ = writeln!(std::io::stderr(), "error: {}", message.replace('\n', " "));
+    ExitCode::from(status)
+}
+
+/// clap's message on one line, without its own `error:` and its tips.
+fn usage(e: &clap::Error) -> String {
+    if e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "no command given; see contrastive --help".into();
+    }
+    let text = e.render().to_string();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let first = first.trim().strip_prefix("error: ").unwrap_or(first);
+    format!("{}; see --help", first.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// Makes the pool of as many threads as asked for. Commands then run inside it: entering it from outside costs two
+/// context switches a parallel loop, which is half the time of a small training step.
+fn threads(common: &Common) -> Result<(), Failure> {
+    let threads = common.threads.unwrap_or(0);
+    if common.threads == Some(0) {
+        return Err(bad_flag("--threads", 0, "1 or more"));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let Cli { command, common } = cli;
+    common.precision()?;
+    match command {
+        Command::Loss(args) => loss::run(&args, &common),
+        Command::Train(args) => train::run(*args, &common),
+        Command::Embed(args) => embed(&args, &common),
+        Command::Bench(args) => bench::run(&args, &common),
+        Command::Devices => devices(&common),
+        Command::Data(args) => data::run(&args, &common),
+    }
+}
+
+impl Common {
+    fn precision(&self) -> Result<Precision, ConfigError> {
+        parse_precision(self.precision.as_deref().unwrap_or("f32"))
+    }
+
+    fn precision_name(&self) -> &str {
+        self.precision.as_deref().unwrap_or("f32")
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
+    }
+
+    /// The engine asked for; under `auto`, says on stderr which it is and why not the other.
+    fn cpu(&self) -> Result<Cpu, Failure> {
+        let cuda = self.device == "cuda" || self.device.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok());
+        match &self.device[..] {
+            "cpu" => {}
+            "auto" => eprintln!("device: cpu ({}); not cuda: {}", Isa::best().name(), why_not_cuda()),
+            _ if cuda => return Err(bad_flag("--device", &self.device, format!("cpu or auto: {}", why_not_cuda()))),
+            other => return Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
+        }
+        Ok(Cpu::new())
+    }
+
+    /// Prints `json` on one line, or `lines`.
+    fn print(&self, json: &serde_json::Value, lines: &[String]) -> Result<(), Failure> {
+        let text = if self.json { format!("{json}\n") } else { lines.iter().map(|l| format!("{l}\n")).collect() };
+        match std::io::stdout().write_all(text.as_bytes()) {
+            // Whoever read the other end has read enough.
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            other => other.map_err(|e| Failure::Other(format!("stdout: {e}"))),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn why_not_cuda() -> String {
+    match crate::device::cuda::cards() {
+        Ok(cards) if cards.is_empty() => "the driver sees no card".into(),
+        Ok(_) => "this version has no CUDA kernels".into(),
+        Err(e) => e.to_string(),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn why_not_cuda() -> String {
+    "built without the feature cuda".into()
+}
+
+/// Fails unless `path` can be written: its folder must exist.
+fn check_output(path: &Path) -> Result<(), Failure> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "{}: found no folder to write it in, expected a file in an existing folder",
+        path.display()
+    )))
+}
+
+fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
+    let side = match &args.side[..] {
+        "u" => Side::U,
+        "v" => Side::V,
+        other => return Err(bad_flag("--side", other, "u or v")),
+    };
+    let model = Model::load(&args.model)?;
+    let x = Npy::open(&args.input)?;
+    check_output(&args.output)?;
+    let cpu = common.cpu()?;
+    model.embed(&cpu, side, &x, &args.output)?;
+    let json = serde_json::json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
+    common.print(
+        &json,
+        &[format!("{}: {} embeddings of dimension {}", args.output.display(), x.rows(), model.config.dim)],
+    )
+}
+
+fn devices(common: &Common) -> Result<(), Failure> {
+    let isas: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+    let threads = rayon::current_num_threads();
+    let mut lines = vec![
+        format!("cpu: {threads} threads; instruction sets {}; kernels run on {}", isas.join(", "), isas[0]),
+        format!("build: {} {}", env!("CARGO_PKG_VERSION"), env!("CONTRASTIVE_COMMIT")),
+    ];
+    #[cfg(feature = "cuda")]
+    let cards = crate::device::cuda::cards().unwrap_or_default();
+    #[cfg(feature = "cuda")]
+    for (k, card) in cards.iter().enumerate() {
+        let [major, minor] = card.capability;
+        lines.push(format!(
+            "cuda:{k}: {}, {} GiB, sm_{major}{minor}; no kernels in this version",
+            card.name,
+            card.memory >> 30
+        ));
+    }
+    #[cfg(not(feature = "cuda"))]
+    let cards: Vec<()> = Vec::new();
+    if cards.is_empty() {
+        lines.push(format!("cuda: none, {}", why_not_cuda()));
+    }
+    let json = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": env!("CONTRASTIVE_COMMIT"),
+        "cpu": {"threads": threads, "isa": isas[0], "available": isas},
+        "cuda": {"cards": cards, "kernels": [], "why_not": why_not_cuda()},
+    });
+    common.print(&json, &lines)
+}
+
+/// Whether a progress bar has somebody to look at it.
+fn on_terminal() -> bool {
+    std::io::stderr().is_terminal()
+}

@@ -1,0 +1,198 @@
+//! `contrastive train`.
+
+use super::{Common, Failure, on_terminal};
+use crate::config::Partial;
+use crate::experiments::{self, Outcome};
+use crate::train::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Flags of `train`. What is not given comes from --config, then from the experiment's own defaults, and ends up in
+/// the run's config.toml.
+#[derive(clap::Args)]
+pub struct Train {
+    /// gp, gaussian2d, digits, mnist or pairs [default: gp]
+    #[arg(value_name = "EXPERIMENT")]
+    experiment: Option<String>,
+    /// Settings, .toml: every flag is also a key [default: none]
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// Folder of the run's files [default: runs/EXPERIMENT]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on from the folder's checkpoint, to the same bits as if never stopped [default: start anew]
+    #[arg(long)]
+    resume: bool,
+    /// A short run, for a first look and for tests [default: off]
+    #[arg(long)]
+    quick: bool,
+    /// pairs: the u side, .npy [default: none]
+    #[arg(long, value_name = "U.npy")]
+    u: Option<PathBuf>,
+    /// pairs: the v side, .npy [default: none]
+    #[arg(long, value_name = "V.npy")]
+    v: Option<PathBuf>,
+    /// mnist: folder of the four IDX files, plain or .gz [default: none]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Training samples to generate [default: gp, gaussian2d 10000; digits 20000]
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Share of the pairs held out for the report [default: pairs 0.1, digits 0.25]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    held_out: Option<f64>,
+    /// Passes over the training pairs [default: gp 500, gaussian2d 200, digits 8, mnist 300, pairs 10]
+    #[arg(long, value_name = "E")]
+    epochs: Option<u64>,
+    /// Pairs a step [default: 512]
+    #[arg(long, value_name = "B")]
+    batch: Option<usize>,
+    /// Gradient caching: pairs embedded at a time, a divisor of the batch; 0 is off [default: 0]
+    #[arg(long, value_name = "B")]
+    micro_batch: Option<usize>,
+    /// Peak learning rate [default: gp, digits, pairs 0.001; gaussian2d 0.003; mnist 0.0001]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    lr: Option<f64>,
+    /// Steps of linear warmup [default: 0]
+    #[arg(long, value_name = "STEPS")]
+    warmup: Option<u64>,
+    /// Learning rate after the warmup: constant or cosine [default: gp, gaussian2d cosine; else constant]
+    #[arg(long, value_name = "SCHEDULE")]
+    schedule: Option<String>,
+    /// Largest gradient norm; 0 does not clip [default: 0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    grad_clip: Option<f64>,
+    /// Embedding dimension [default: gp 5, gaussian2d 1, digits and mnist 10, pairs 128]
+    #[arg(long, value_name = "D")]
+    dim: Option<usize>,
+    /// cosine, dot or l2 [default: pairs cosine, else dot]
+    #[arg(long, value_name = "TILTING")]
+    tilting: Option<String>,
+    /// conditional, joint, sigmoid, mmd or joint-mmd [default: conditional]
+    #[arg(long, value_name = "OBJECTIVE")]
+    objective: Option<String>,
+    /// Weight of u|v [default: 1; digits 0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    lambda_u: Option<f64>,
+    /// Weight of v|u [default: 1; digits 2]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    lambda_v: Option<f64>,
+    /// Temperature, the initial one if trained [default: pairs 0.07, else 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    tau: Option<f64>,
+    /// Train the temperature: log(1/tau), kept in [0, ln 100] [default: pairs on, else off]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    train_tau: Option<bool>,
+    /// Initial bias of the sigmoid loss, which is trained [default: 0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    bias: Option<f64>,
+    /// Label smoothing, in [0, 1) [default: 0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    smoothing: Option<f64>,
+    /// joint: random pairings that stand for all pairs; 0 takes all [default: 0]
+    #[arg(long, value_name = "K")]
+    pairings: Option<u32>,
+    /// mmd, joint-mmd: kernel on data, gaussian:WIDTH or linear [default: gaussian:1]
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<String>,
+    /// mmd, joint-mmd: random Fourier features of a Gaussian kernel, even [default: 64]
+    #[arg(long, value_name = "F")]
+    features: Option<usize>,
+    /// Steps between lines of metrics.jsonl [default: 10]
+    #[arg(long, value_name = "STEPS")]
+    log_every: Option<u64>,
+}
+
+pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
+    let schedule = args
+        .schedule
+        .map(|name| {
+            serde_json::from_value(serde_json::Value::String(name.clone()))
+                .map_err(|_| super::bad_flag("--schedule", name, "constant or cosine"))
+        })
+        .transpose()?;
+    let flags = Partial {
+        experiment: args.experiment,
+        u: args.u,
+        v: args.v,
+        data: args.data,
+        samples: args.samples,
+        held_out: args.held_out,
+        quick: args.quick.then_some(true),
+        epochs: args.epochs,
+        batch: args.batch,
+        micro_batch: args.micro_batch,
+        dim: args.dim,
+        tilting: args.tilting,
+        objective: args.objective,
+        lambda_u: args.lambda_u,
+        lambda_v: args.lambda_v,
+        tau: args.tau,
+        train_tau: args.train_tau,
+        bias: args.bias,
+        smoothing: args.smoothing,
+        pairings: args.pairings,
+        kernel: args.kernel,
+        features: args.features,
+        precision: common.precision.clone(),
+        seed: common.seed,
+        lr: args.lr,
+        warmup: args.warmup,
+        schedule,
+        grad_clip: args.grad_clip,
+        log_every: args.log_every,
+        ..Partial::default()
+    };
+    let config = experiments::resolve(args.config.as_deref(), flags)?;
+    let dir = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.experiment));
+    let mut device = common.cpu()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = stop.clone();
+    ctrlc::set_handler(move || told.store(true, Ordering::Relaxed))
+        .map_err(|e| Failure::Other(format!("signals: {e}")))?;
+    let bar = on_terminal().then(bar);
+    let mut observe = |progress: Progress| {
+        if let Some(bar) = &bar {
+            let [step, steps] = progress.steps;
+            if bar.length() != Some(steps) {
+                // Steps of an earlier part of this run are not this part's speed.
+                bar.set_length(steps);
+                bar.set_position(step);
+                bar.reset_eta();
+            }
+            bar.set_position(step);
+            bar.set_message(format!("{:.4}", progress.loss));
+        }
+    };
+    let Outcome { report, stopped } =
+        experiments::run(&mut device, "cpu", &config, &dir, args.resume, &stop, &mut observe)?;
+    if let Some(bar) = &bar {
+        bar.finish_and_clear();
+    }
+    if stopped {
+        let resume = format!("stopped; checkpoint in {}, --resume goes on", dir.display());
+        eprintln!("{resume}");
+        return Err(Failure::Stopped);
+    }
+    let json = serde_json::Value::Object(report.values);
+    let mut lines = report.table;
+    lines.push(format!(
+        "{} steps in {:.1} s, {:.0} pairs/s, loss {:.6}; files in {}",
+        json["steps"],
+        json["seconds"].as_f64().unwrap_or_default(),
+        json["samples_per_s"].as_f64().unwrap_or_default(),
+        json["loss"].as_f64().unwrap_or_default(),
+        dir.display()
+    ));
+    common.print(&json, &lines)
+}
+
+fn bar() -> ProgressBar {
+    let style = "{bar:40} step {pos}/{len}, {per_sec}, loss {msg}, {eta} left";
+    let style = ProgressStyle::with_template(style).expect("a valid template");
+    // Redrawn ten times a second, however many steps there are.
+    let target = indicatif::ProgressDrawTarget::stderr_with_hz(10);
+    ProgressBar::with_draw_target(None, target).with_style(style)
+}

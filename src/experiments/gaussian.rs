@@ -1,0 +1,82 @@
+//! Linear encoders on Gaussian pairs, certified against the closed forms: the Gaussian process of section 6.1
+//! and the two-dimensional example of section 5.4.
+
+use super::{Experiment, Learned, Report};
+use crate::config::Config;
+use crate::data::gaussian2d::{self, Gaussian};
+use crate::data::{Split, gp};
+use crate::objective::Tilting;
+use crate::optim::Schedule;
+use crate::theory::{Model, Theory};
+use std::sync::Arc;
+
+/// The Gaussian process.
+pub const GP: Experiment = Experiment {
+    name: "gp",
+    about: "linear encoders of noisy point values and of Fourier coefficients of a Gaussian process, beside the closed-form optimum",
+    // A cosine to zero takes the optimiser's noise off the last digits: twice the excess error without it.
+    defaults: |base| Config { epochs: 500, schedule: Schedule::Cosine, ..base },
+    quick: |config| Config { epochs: 60, lr: 4e-3, ..config },
+    data: |config| Ok(draw(&gp::gp(), config)),
+    report: |learned, report| report_on(&gp::gp(), learned, report),
+};
+
+/// Two correlated numbers.
+pub const GAUSSIAN2D: Experiment = Experiment {
+    name: "gaussian2d",
+    about: "one-dimensional linear encoders of two correlated Gaussian numbers, beside the closed forms",
+    defaults: |base| Config { dim: 1, epochs: 200, lr: 3e-3, schedule: Schedule::Cosine, ..base },
+    quick: |config| Config { epochs: 30, lr: 1e-2, ..config },
+    data: |config| Ok(draw(&gaussian2d::gaussian2d(), config)),
+    report: |learned, report| report_on(&gaussian2d::gaussian2d(), learned, report),
+};
+
+fn draw(law: &Gaussian, config: &Config) -> Split {
+    Split::at_end(Arc::new(law.sample(config.seed, config.samples)), 0)
+}
+
+fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
+    let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
+    let (dim, tau) = (learned.config.dim, learned.trained.tau);
+    let theory = Theory::new(law);
+    let model: Model<'_> = match learned.tilting {
+        Tilting::Dot => {
+            let (nu, nv) = (law.dim_u, law.dim_v);
+            let a: Vec<f64> = (0..nu * nv)
+                .map(|ij| (0..dim).map(|k| g[k * nu + ij / nv] * h[k * nv + ij % nv]).sum::<f64>() / tau)
+                .collect();
+            theory.dot(&a)
+        }
+        Tilting::L2 => theory.l2(&g, &h, dim, tau),
+        // Unit rows make the model non-Gaussian: nothing to certify against.
+        Tilting::Cosine => return,
+    };
+    let optimum = match (learned.tilting, &learned.config.objective[..]) {
+        (Tilting::L2, _) => theory.l2_optimum(dim),
+        (_, "joint") => theory.joint_optimum(dim),
+        _ => theory.conditional_optimum(dim),
+    };
+    let certificate = model.certify(&optimum);
+    report.insert("theory", certificate);
+    let number = |x: f64| format!("{x:>12.6}");
+    report
+        .table
+        .push(format!("{:<14}{:>12}{:>12}{:>12}{:>12}", "squared error", "learned", "optimum", "signal", "excess"));
+    let c = certificate;
+    for (name, learned, optimum, signal) in [
+        ("E[u|v]", c.err_u_given_v, c.optimum_u_given_v, c.signal_u_given_v),
+        ("E[v|u]", c.err_v_given_u, c.optimum_v_given_u, c.signal_v_given_u),
+    ] {
+        let excess = 100.0 * (learned - optimum) / signal;
+        report.table.push(format!("{name:<14}{}{}{}{excess:>11.3}%", number(learned), number(optimum), number(signal)));
+    }
+    report.table.push(format!("relative error of A = G'H/tau: {:.2}%", 100.0 * c.a_rel_error));
+    if law.dim_u == 1 && law.dim_v == 1 {
+        let values = [("a", model.a()[0], optimum.a()[0]), ("b", model.b()[0], optimum.b()[0])];
+        for (name, got, best) in values {
+            report.insert(name, got);
+            report.insert(&format!("{name}_optimum"), best);
+            report.table.push(format!("{name}: learned {got:.4}, optimum {best:.4}"));
+        }
+    }
+}

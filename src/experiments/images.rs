@@ -1,0 +1,55 @@
+//! LeNet against one-hot labels: rendered digits, and MNIST from its files (section 6.2).
+
+use super::{Experiment, Learned, Report};
+use crate::config::{Config, ConfigError};
+use crate::data::{Side, Split, digits, idx};
+use crate::nn::EncoderSpec;
+use std::sync::Arc;
+
+/// Built-in rendered digits.
+pub const DIGITS: Experiment = Experiment {
+    name: "digits",
+    about: "LeNet on rendered digits, which need no file",
+    defaults: |base| Config { samples: 20_000, held_out: 0.25, epochs: 8, lambda_u: 0.0, lambda_v: 2.0, ..lenet(base) },
+    quick: |config| Config { samples: 6_000, epochs: 4, ..config },
+    data: |config| {
+        let held_out = (config.samples as f64 * config.held_out) as usize;
+        Ok(Split::at_end(Arc::new(digits::digits(config.seed, config.samples + held_out)), held_out))
+    },
+    report,
+};
+
+/// MNIST.
+pub const MNIST: Experiment = Experiment {
+    name: "mnist",
+    about: "LeNet on MNIST's four IDX files in --data DIR, as in the paper",
+    defaults: |base| Config { epochs: 300, lr: 1e-4, ..lenet(base) },
+    quick: |config| Config { epochs: 1, lr: 1e-3, ..config },
+    data: |config| {
+        if config.data.as_os_str().is_empty() {
+            return Err(ConfigError::value("data", "nothing", "the folder of MNIST's four IDX files").into());
+        }
+        Ok(idx::mnist(&config.data)?)
+    },
+    report,
+};
+
+fn lenet(base: Config) -> Config {
+    Config { dim: 10, encoder_u: EncoderSpec::Lenet, encoder_v: EncoderSpec::Identity, ..base }
+}
+
+/// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
+fn report(learned: &Learned<'_>, report: &mut Report) {
+    let Some(labels) = learned.split.test.labels() else { return };
+    let images = learned.embed_test(Side::U);
+    let classes = learned.split.test.dim(Side::V);
+    let one_hot: Vec<f32> = (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect();
+    let one_hot = crate::data::Memory::new(vec![0.0; classes], 1, one_hot, classes);
+    let labels_embedded =
+        learned.device.embed(learned.network, &learned.trained.params, Side::V, &super::SideOf(&one_hot, Side::V));
+    let found = learned.device.best(learned.tilting, &images, &labels_embedded, learned.config.dim);
+    let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
+    let accuracy = right as f64 / labels.len().max(1) as f64;
+    report.insert("test_accuracy", accuracy);
+    report.table.push(format!("test accuracy: {:.2}% of {} images", 100.0 * accuracy, labels.len()));
+}

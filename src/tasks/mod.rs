@@ -1,0 +1,3 @@
+//! What frozen embeddings are used for.
+
+pub mod retrieval;

@@ -1,1 +1,0 @@
-//! Closed forms of the Gaussian theory (section 5 of the paper), in f64.
