@@ -88,16 +88,17 @@ impl Case {
         let offset = normal(m, 0.5);
         let weights_u: Vec<f32> = normal(n, 1.0).iter().map(|w| w.abs() + 0.1).collect();
         let mut weights_v: Vec<f32> = normal(m, 1.0).iter().map(|w| w.abs() + 0.1).collect();
-        if m > 2 {
-            weights_v[1] = 0.0;
-        }
         let mut ids = |count: usize, of: i64| -> Vec<i64> { (0..count).map(|_| rng.random_range(0..of)).collect() };
         let classes = (n.min(m) as i64 / 3).max(1);
         // The first id is common, so that there is a positive.
         let (mut group_u, mut group_v) = (ids(n, classes + 1), ids(m, classes));
         (group_u[0], group_v[0]) = (0, 0);
         let ignore = (ids(n, 6), ids(m, 6));
-        let index = ids(n, m as i64).iter().map(|&j| j as u32).collect();
+        let index: Vec<u32> = ids(n, m as i64).iter().map(|&j| j as u32).collect();
+        // A column without weight, but not the only one that has a positive.
+        if let Some(j) = (1..m).find(|&j| j != index[0] as usize) {
+            weights_v[j] = 0.0;
+        }
         let (feature_u, feature_v) = (random_fourier(&x, 3, 1.5, 12, 3), random_fourier(&y, 2, 1.5, 8, 4));
         Data { u, v, x, y, feature_u, feature_v, offset, weights_u, weights_v, group_u, group_v, ignore, index }
     }
