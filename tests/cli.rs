@@ -1,0 +1,441 @@
+//! The command line from outside: the contract on flags, files, JSON, exit statuses and error lines.
+#![cfg(feature = "cli")]
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{Case, relative, wide};
+use contrastive::data::npy::{Npy, write_npy_f32, write_npy_i64};
+use contrastive::objective::{Objective, Tilting, reference};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+fn contrastive(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_contrastive"));
+    command.current_dir(dir).args(args).stdin(Stdio::null());
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    contrastive(dir, args).output().unwrap()
+}
+
+fn json(dir: &Path, args: &[&str]) -> Value {
+    let output = run(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.trim_end().lines().count(), 1, "{args:?} prints one object and nothing else: {text}");
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Everything below `dir`, with sizes.
+fn listing(dir: &Path) -> Vec<(PathBuf, u64)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(listing(&path));
+        }
+        all.push((path.clone(), path.metadata().unwrap().len()));
+    }
+    all.sort();
+    all
+}
+
+/// A .npy file of any header and payload.
+fn raw_npy(path: &Path, descr: &str, fortran: bool, shape: &str, payload: &[u8]) {
+    let order = if fortran { "True" } else { "False" };
+    let mut header = format!("{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {shape}, }}");
+    while (header.len() + 11) % 64 != 0 {
+        header.push(' ');
+    }
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.bytes());
+    bytes.extend(payload);
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Good files `u.npy`, `v.npy` `[20, 6]` and bad ones of every kind.
+fn files() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let data = Case::new(Tilting::Cosine, Objective::Joint, 20, 20, 6).data();
+    write_npy_f32(at("u.npy"), &[20, 6], &data.u).unwrap();
+    write_npy_f32(at("v.npy"), &[20, 6], &data.v).unwrap();
+    write_npy_f32(at("short.npy"), &[19, 6], &data.v[..19 * 6]).unwrap();
+    write_npy_f32(at("narrow.npy"), &[20, 5], &data.v[..100]).unwrap();
+    write_npy_f32(at("empty.npy"), &[0, 6], &[]).unwrap();
+    let mut nan = data.u.clone();
+    nan[13 * 6 + 2] = f32::NAN;
+    write_npy_f32(at("nan.npy"), &[20, 6], &nan).unwrap();
+    write_npy_i64(at("index.npy"), &[20], &[20; 20]).unwrap();
+    let whole = std::fs::read(at("u.npy")).unwrap();
+    std::fs::write(at("truncated.npy"), &whole[..whole.len() - 7]).unwrap();
+    std::fs::write(at("cut_header.npy"), &whole[..40]).unwrap();
+    std::fs::write(at("text.npy"), "1, 2, 3\n").unwrap();
+    raw_npy(&at("fortran.npy"), "<f4", true, "(20, 6)", &[0; 480]);
+    raw_npy(&at("integers.npy"), "<i4", false, "(20, 6)", &[0; 480]);
+    raw_npy(&at("big_endian.npy"), ">f4", false, "(20, 6)", &[0; 480]);
+    raw_npy(&at("cube.npy"), "<f4", false, "(20, 3, 2)", &[0; 480]);
+    std::fs::write(at("unknown.toml"), "epochs = 3\nepoch = 4\n").unwrap();
+    std::fs::write(at("wrong.toml"), "epochs = \"many\"\n").unwrap();
+    std::fs::write(at("file"), "in the way").unwrap();
+    dir
+}
+
+// Each of these once wrote a file, panicked or said nothing useful in some program like this one.
+#[test]
+fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
+    let dir = files();
+    let loss = |extra: &[&'static str]| [&["loss", "--grad-u", "du.npy", "--grad-v", "dv.npy"], extra].concat();
+    let train = |extra: &[&'static str]| [&["train", "--out", "run"], extra].concat();
+    let cases: Vec<(&str, Vec<&str>)> = vec![
+        ("missing.npy", loss(&["--u", "missing.npy", "--v", "v.npy"])),
+        ("truncated.npy", loss(&["--u", "truncated.npy", "--v", "v.npy"])),
+        ("cut_header.npy", loss(&["--u", "cut_header.npy", "--v", "v.npy"])),
+        ("text.npy", loss(&["--u", "text.npy", "--v", "v.npy"])),
+        ("fortran.npy", loss(&["--u", "fortran.npy", "--v", "v.npy"])),
+        ("integers.npy", loss(&["--u", "u.npy", "--v", "integers.npy"])),
+        ("big_endian.npy", loss(&["--u", "u.npy", "--v", "big_endian.npy"])),
+        ("cube.npy", loss(&["--u", "cube.npy", "--v", "v.npy"])),
+        ("nan.npy", loss(&["--u", "nan.npy", "--v", "v.npy"])),
+        ("row 13", loss(&["--u", "u.npy", "--v", "nan.npy"])),
+        ("short.npy", loss(&["--u", "u.npy", "--v", "short.npy"])),
+        ("narrow.npy", loss(&["--u", "u.npy", "--v", "narrow.npy"])),
+        ("empty.npy", loss(&["--u", "empty.npy", "--v", "empty.npy"])),
+        ("index.npy", loss(&["--u", "u.npy", "--v", "v.npy", "--positives", "index.npy"])),
+        ("tau", loss(&["--u", "u.npy", "--v", "v.npy", "--tau", "0"])),
+        ("tau", loss(&["--u", "u.npy", "--v", "v.npy", "--tau", "-0.1"])),
+        ("tau", loss(&["--u", "u.npy", "--v", "v.npy", "--tau", "nan"])),
+        ("--tau", loss(&["--u", "u.npy", "--v", "v.npy", "--tau", "warm"])),
+        ("lambda_u", loss(&["--u", "u.npy", "--v", "v.npy", "--lambda-u", "-1"])),
+        ("tilting", loss(&["--u", "u.npy", "--v", "v.npy", "--tilting", "sine"])),
+        ("objective", loss(&["--u", "u.npy", "--v", "v.npy", "--objective", "best"])),
+        ("precision", loss(&["--u", "u.npy", "--v", "v.npy", "--precision", "f8"])),
+        ("--device", loss(&["--u", "u.npy", "--v", "v.npy", "--device", "tpu"])),
+        ("--threads", loss(&["--u", "u.npy", "--v", "v.npy", "--threads", "0"])),
+        ("--data-u", loss(&["--u", "u.npy", "--v", "v.npy", "--objective", "mmd"])),
+        (
+            "short.npy",
+            loss(&["--u", "u.npy", "--v", "v.npy", "--objective", "mmd", "--data-u", "u.npy", "--data-v", "short.npy"]),
+        ),
+        ("kernel", loss(&["--u", "u.npy", "--v", "v.npy", "--kernel", "gaussian:0"])),
+        ("--v", loss(&["--u", "u.npy"])),
+        ("nowhere", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "nowhere/du.npy"]),
+        ("unknown.toml", train(&["--config", "unknown.toml"])),
+        ("wrong.toml", train(&["--config", "wrong.toml"])),
+        ("batch", train(&["--samples", "100", "--batch", "101"])),
+        ("batch", train(&["pairs", "--u", "u.npy", "--v", "v.npy", "--batch", "19"])),
+        ("short.npy", train(&["pairs", "--u", "u.npy", "--v", "short.npy", "--batch", "4"])),
+        ("nan.npy", train(&["pairs", "--u", "nan.npy", "--v", "v.npy", "--batch", "4"])),
+        ("empty.npy", train(&["pairs", "--u", "empty.npy", "--v", "empty.npy", "--batch", "1"])),
+        ("v:", train(&["pairs", "--u", "u.npy"])),
+        ("data", train(&["mnist"])),
+        ("nowhere", train(&["mnist", "--data", "nowhere"])),
+        ("experiment", train(&["gpp"])),
+        ("epochs", train(&["--epochs", "0"])),
+        ("lr", train(&["--lr", "0"])),
+        ("tau", train(&["--tau", "-1"])),
+        ("micro_batch", train(&["--micro-batch", "7"])),
+        ("--schedule", train(&["--schedule", "cosin"])),
+        ("file/run", vec!["train", "--quick", "--out", "file/run"]),
+        ("encoder", train(&["digits", "--samples", "600", "--dim", "7"])),
+        ("--model", vec!["embed", "--side", "u", "--input", "u.npy", "--output", "e.npy"]),
+        ("nowhere", vec!["embed", "--model", "nowhere", "--side", "u", "--input", "u.npy", "--output", "e.npy"]),
+        ("file/out", vec!["data", "gp", "--out", "file/out", "--samples", "10"]),
+        ("nonsense", vec!["nonsense"]),
+    ];
+    let before = listing(dir.path());
+    for (what, args) in cases {
+        let output = run(dir.path(), &args);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let errors: Vec<&str> = stderr.lines().filter(|line| !line.starts_with("device: ")).collect();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+        assert!(errors.len() == 1 && errors[0].starts_with("error: "), "{args:?}: one line, not {stderr:?}");
+        assert!(errors[0].contains(what), "{args:?} should name {what}: {stderr}");
+        assert!(output.stdout.is_empty(), "{args:?} printed on stdout");
+        assert_eq!(listing(dir.path()), before, "{args:?} left something behind");
+    }
+}
+
+#[test]
+fn loss_agrees_with_the_reference_and_writes_gradients() {
+    let dir = files();
+    let case = Case { tau: 0.2, ..Case::new(Tilting::Cosine, Objective::Joint, 20, 20, 6) };
+    let data = case.data();
+    for (name, flags, objective) in [
+        ("conditional", vec!["--lambda-u", "0.5"], Objective::Conditional { lambda_u: 0.5, lambda_v: 1.0 }),
+        ("joint", vec![], Objective::Joint),
+        ("sigmoid", vec!["--bias", "-2"], Objective::Sigmoid { bias: -2.0 }),
+    ] {
+        for tilting in Tilting::ALL {
+            let case = Case { objective, tilting: *tilting, ..case };
+            let want = reference::loss(&case.loss(), &data.batch(&case)).unwrap();
+            let args = ["loss", "--u", "u.npy", "--v", "v.npy", "--tau", "0.2", "--json", "--objective", name];
+            let args = [&args[..], &["--tilting", tilting.name(), "--grad-u", "du.npy", "--grad-v", "dv.npy"], &flags]
+                .concat();
+            let got = json(dir.path(), &args);
+            let near = |key: &str, want: f64| {
+                let got = got[key].as_f64().unwrap();
+                assert!((got - want).abs() < 1e-5 * want.abs().max(0.1), "{args:?} {key}: {got} for {want}");
+            };
+            near("loss", want.loss);
+            near("grad_tau", want.grad_tau);
+            near("grad_bias", want.grad_bias);
+            if name == "conditional" {
+                near("loss_clip", want.loss + 0.75 * 20f64.ln());
+            } else {
+                assert!(got["loss_clip"].is_null());
+            }
+            assert_eq!((&got["n"], &got["m"], &got["d"]), (&20.into(), &20.into(), &6.into()));
+            assert_eq!((got["device"].as_str(), got["precision"].as_str()), (Some("cpu"), Some("f32")));
+            assert!(got["seconds"].as_f64().unwrap() > 0.0 && got["scratch_bytes"].as_u64().unwrap() > 0);
+            for (file, want) in [("du.npy", &want.grad_u), ("dv.npy", &want.grad_v)] {
+                let file = Npy::open(dir.path().join(file)).unwrap();
+                assert_eq!((file.rows(), file.dim()), (20, 6));
+                assert!(relative(&wide(file.as_f32().unwrap()), want, 1e-3) < 1e-5, "{args:?}");
+            }
+            for precision in ["bf16", "f16"] {
+                let half = json(dir.path(), &[&args[..], &["--precision", precision]].concat());
+                let off = (half["loss"].as_f64().unwrap() - want.loss).abs();
+                assert!(off > 0.0 && off < 1e-2 * want.loss.abs().max(1.0), "{precision} {args:?}: {half}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mmd_takes_data_and_random_features_approach_the_exact_kernel() {
+    let dir = files();
+    let base = ["loss", "--u", "u.npy", "--v", "v.npy", "--json", "--data-u", "u.npy", "--data-v", "v.npy"];
+    for objective in ["mmd", "joint-mmd"] {
+        let base = [&base[..], &["--objective", objective]].concat();
+        let exact = json(dir.path(), &[&base[..], &["--kernel", "gaussian:1.5"]].concat())["loss"].as_f64().unwrap();
+        let many = [&base[..], &["--kernel", "gaussian:1.5", "--features", "16384"]].concat();
+        let approximate = json(dir.path(), &many)["loss"].as_f64().unwrap();
+        // 1/sqrt(16384) = 0.008.
+        assert!((exact - approximate).abs() < 0.03 * exact.abs(), "{exact} {approximate}");
+        let linear = json(dir.path(), &[&base[..], &["--kernel", "linear"]].concat())["loss"].as_f64().unwrap();
+        assert!(linear != exact);
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let dir = files();
+    let once = |threads: &str| {
+        run(dir.path(), &["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "du.npy", "--threads", threads]);
+        let args = ["train", "--epochs", "2", "--threads", threads, "--out", threads];
+        assert!(run(dir.path(), &args).status.success());
+        (std::fs::read(dir.path().join("du.npy")).unwrap(), model(&dir.path().join(threads)))
+    };
+    assert!(once("1") == once("3"));
+}
+
+fn model(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn train_writes_its_files_and_certifies_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let got = json(dir.path(), &["train", "--quick", "--out", "run", "--json"]);
+    let out = dir.path().join("run");
+    let summary: Value = serde_json::from_str(&std::fs::read_to_string(out.join("summary.json")).unwrap()).unwrap();
+    assert_eq!(got, summary);
+    for key in ["seconds", "steps", "samples_per_s", "device", "loss"] {
+        assert!(!summary[key].is_null(), "{key}");
+    }
+    let theory = &summary["theory"];
+    for (error, optimum, signal) in [
+        ("err_u_given_v", "optimum_u_given_v", "signal_u_given_v"),
+        ("err_v_given_u", "optimum_v_given_u", "signal_v_given_u"),
+    ] {
+        let number = |key: &str| theory[key].as_f64().unwrap();
+        // The quick run; the full one is held to 0.01.
+        assert!((number(error) - number(optimum)) / number(signal) < 0.05, "{theory}");
+    }
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.len() > 10);
+    for key in ["step", "epoch", "loss", "tau", "grad_norm", "samples_per_s"] {
+        assert!(lines.iter().all(|line| line[key].is_number()), "{key}");
+    }
+    // The resolved settings reproduce the run.
+    let again = json(dir.path(), &["train", "--config", "run/config.toml", "--out", "again", "--json"]);
+    assert_eq!(again["loss"], summary["loss"]);
+    assert!(model(&out) == model(&dir.path().join("again")));
+    // A finished run, resumed, reports again and stays what it is.
+    let before = model(&out);
+    let resumed = json(dir.path(), &["train", "--quick", "--out", "run", "--json", "--resume"]);
+    assert_eq!(resumed["loss"], summary["loss"]);
+    assert!(model(&out) == before);
+}
+
+#[test]
+fn embed_and_pairs_work_together() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(dir.path(), &["data", "gp", "--out", ".", "--samples", "2000"]).status.success());
+    let args = [
+        "train", "pairs", "--u", "u.npy", "--v", "v.npy", "--dim", "5", "--epochs", "40", "--lr", "0.01", "--batch",
+        "100",
+    ];
+    let summary = json(dir.path(), &[&args[..], &["--out", "run", "--json"]].concat());
+    for key in ["u_to_v_at_1", "u_to_v_at_5", "v_to_u_at_1", "v_to_u_at_5"] {
+        let recall = summary["recall"][key].as_f64().unwrap();
+        // 200 held out: chance is half a percent.
+        assert!(recall > 0.01 && recall <= 1.0, "{summary}");
+    }
+    for (side, dim) in [("u", 12), ("v", 5)] {
+        let input = format!("{side}.npy");
+        let got = json(
+            dir.path(),
+            &["embed", "--model", "run", "--side", side, "--input", &input, "--output", "e.npy", "--json"],
+        );
+        assert_eq!(got["rows"], 2000);
+        let embedded = Npy::open(dir.path().join("e.npy")).unwrap();
+        assert_eq!((embedded.rows(), embedded.dim()), (2000, 5));
+        let x = Npy::open(dir.path().join(&input)).unwrap();
+        assert_eq!(x.dim(), dim);
+        // g(x) = W x + b, by hand for one row.
+        let (tensors, _) = contrastive::data::tensors::read(&dir.path().join("run/model.safetensors")).unwrap();
+        let tensor = |name: String| &tensors.iter().find(|t| t.name == name).unwrap().data;
+        let (w, b) = (tensor(format!("{side}.0.weight")), tensor(format!("{side}.0.bias")));
+        let row = &x.as_f32().unwrap()[1999 * dim..];
+        for k in 0..5 {
+            let want: f32 = b[k] + (0..dim).map(|i| w[k * dim + i] * row[i]).sum::<f32>();
+            assert!((embedded.as_f32().unwrap()[1999 * 5 + k] - want).abs() < 1e-5);
+        }
+    }
+}
+
+const LONG: &[&str] = &["train", "--epochs", "150", "--out"];
+
+fn start(dir: &Path, args: &[&str]) -> Child {
+    contrastive(dir, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// Kills a run `times` times at random moments, then lets it finish; every file stays readable and the model has the
+/// bits of an undisturbed run.
+fn survives_kills(times: usize) {
+    use rand::{RngExt, SeedableRng};
+    let dir = tempfile::tempdir().unwrap();
+    let undisturbed = [LONG, &["whole"]].concat();
+    let begun = std::time::Instant::now();
+    assert!(run(dir.path(), &undisturbed).status.success());
+    let whole = begun.elapsed().as_secs_f64();
+    // From the clock: other moments each time.
+    let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    println!("seed {seed}");
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let args = [LONG, &["killed", "--resume"]].concat();
+    for _ in 0..times {
+        let mut child = start(dir.path(), &args);
+        std::thread::sleep(Duration::from_secs_f64(rng.random_range(0.0..0.7 * whole)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for name in ["checkpoint.safetensors", "model.safetensors"] {
+            let path = dir.path().join("killed").join(name);
+            if path.exists() {
+                contrastive::data::tensors::read(&path).unwrap();
+            }
+        }
+    }
+    assert!(run(dir.path(), &args).status.success());
+    assert!(model(&dir.path().join("whole")) == model(&dir.path().join("killed")));
+    let metrics = std::fs::read_to_string(dir.path().join("killed/metrics.jsonl")).unwrap();
+    let steps: Vec<u64> =
+        metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
+    assert!(steps.windows(2).all(|w| w[0] < w[1]), "each step once, in order");
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bits() {
+    survives_kills(2);
+}
+
+#[test]
+#[ignore = "half a minute: ten kills; cargo test --release --test cli -- --ignored"]
+fn ten_kills() {
+    survives_kills(10);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_a_checkpoint_and_130() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(dir.path(), &[LONG, &["whole"]].concat()).status.success());
+    for signal in ["-INT", "-TERM"] {
+        let mut child = start(dir.path(), &[LONG, &["run"]].concat());
+        // Past its first metrics: the handler is in place.
+        while !dir.path().join("run/metrics.jsonl").exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        // Without --resume it would be lost: refused.
+        let again = run(dir.path(), &[LONG, &["run"]].concat());
+        assert_eq!(again.status.code(), Some(2), "{}", String::from_utf8_lossy(&again.stderr));
+        let other = run(dir.path(), &[LONG, &["run", "--resume", "--lr", "0.5"]].concat());
+        assert!(String::from_utf8_lossy(&other.stderr).contains("lr"), "another lr is another run");
+        assert!(run(dir.path(), &[LONG, &["run", "--resume"]].concat()).status.success());
+        assert!(model(&dir.path().join("whole")) == model(&dir.path().join("run")));
+        std::fs::remove_dir_all(dir.path().join("run")).unwrap();
+    }
+}
+
+#[test]
+fn help_documents_every_flag_with_its_default() {
+    let dir = tempfile::tempdir().unwrap();
+    for command in ["loss", "train", "embed", "bench", "devices", "data"] {
+        let output = run(dir.path(), &[command, "--help"]);
+        assert!(output.status.success());
+        let help = String::from_utf8(output.stdout).unwrap();
+        let mut blocks: Vec<String> = Vec::new();
+        for line in help.lines() {
+            if line.trim_start().starts_with('-') {
+                blocks.push(String::new());
+            }
+            if let Some(block) = blocks.last_mut() {
+                block.push_str(line);
+                block.push('\n');
+            }
+        }
+        assert!(blocks.len() > 5, "{command}");
+        for block in blocks {
+            let required = help.lines().find(|l| l.starts_with("Usage:")).unwrap();
+            let name = block.split_whitespace().find(|w| w.starts_with("--")).unwrap().trim_end_matches(',');
+            let switch = !block.lines().next().unwrap().contains('<') && !block.contains('[');
+            let documented = block.contains("default") || required.contains(&format!("{name} ")) || switch;
+            assert!(documented, "{command} {name} says no default:\n{block}");
+        }
+    }
+}
+
+#[test]
+fn devices_and_bench_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let devices = json(dir.path(), &["devices", "--json"]);
+    assert!(devices["cpu"]["isa"].is_string() && devices["cuda"]["cards"].is_array());
+    for objective in ["conditional", "mmd"] {
+        let args =
+            ["bench", "loss", "--n", "300", "--d", "40", "--objective", objective, "--precision", "bf16", "--json"];
+        let bench = json(dir.path(), &args);
+        for key in ["median_ms", "min_ms", "flops", "fraction_of_peak", "scratch_bytes"] {
+            assert!(bench[key].as_f64().unwrap() > 0.0, "{key}");
+        }
+        assert_eq!(bench["flops"], 8.0 * 300.0 * 300.0 * 40.0);
+    }
+    // A card that is not there is a clear refusal, not a panic.
+    if devices["cuda"]["cards"].as_array().unwrap().is_empty() {
+        let refused = run(dir.path(), &["bench", "loss", "--device", "cuda"]);
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&refused.stderr).starts_with("error: --device"));
+    }
+}
