@@ -174,7 +174,7 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
-    file: std::io::BufWriter<std::fs::File>,
+    file: std::fs::File,
 }
 
 impl Metrics {
@@ -195,24 +195,24 @@ impl Metrics {
             .collect();
         write_atomic(&path, |w| kept.iter().try_for_each(|line| writeln!(w, "{line}")))?;
         let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(io)?;
-        Ok(Metrics { file: std::io::BufWriter::new(file), path })
+        Ok(Metrics { file, path })
     }
 
-    /// Appends a line.
+    /// Appends a line, in one piece and at once.
     ///
     /// # Errors
     /// [`DataError::Io`] naming the file.
     pub fn push(&mut self, record: &Record) -> Result<(), DataError> {
-        let line = serde_json::to_string(record).expect("numbers have a JSON form");
-        writeln!(self.file, "{line}").map_err(|source| DataError::Io { path: self.path.clone(), source })
+        let line = serde_json::to_string(record).expect("numbers have a JSON form") + "\n";
+        self.file.write_all(line.as_bytes()).map_err(|source| DataError::Io { path: self.path.clone(), source })
     }
 
-    /// Hands all lines to the system.
+    /// Waits until all lines are on disk: before the checkpoint that takes them as written.
     ///
     /// # Errors
     /// [`DataError::Io`] naming the file.
-    pub fn flush(&mut self) -> Result<(), DataError> {
-        self.file.flush().map_err(|source| DataError::Io { path: self.path.clone(), source })
+    pub fn sync(&mut self) -> Result<(), DataError> {
+        self.file.sync_data().map_err(|source| DataError::Io { path: self.path.clone(), source })
     }
 }
 
