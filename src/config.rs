@@ -285,7 +285,7 @@ impl Config {
         ] {
             count(key, x)?;
         }
-        if self.micro_batch > 0 && self.batch % self.micro_batch != 0 {
+        if self.micro_batch > 0 && !self.batch.is_multiple_of(self.micro_batch) {
             let expected = format!("a divisor of batch {}", self.batch);
             return Err(ConfigError::value("micro_batch", self.micro_batch, expected));
         }

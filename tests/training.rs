@@ -136,7 +136,7 @@ fn every_objective_and_tilting_learns() {
             for precision in ["f32", "bf16", "f16"] {
                 let config = config(&format!(
                     "samples = 1000\nbatch = 100\nepochs = 12\nlr = 0.01\nobjective = '{objective}'\ntilting = '{tilting}'\n\
-                     precision = '{precision}'\ntau = 0.5"
+                     precision = '{precision}'\ntau = 0.5\nkernel = 'linear'"
                 ));
                 let (all, _) = losses(&config, &source);
                 let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;

@@ -4,7 +4,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use crate::objective::{Batch, Gradients, Loss, LossError, Value, Write};
+use crate::objective::{Batch, Gradients, Loss, LossError, Precision, Value, Write};
 use std::ops::Range;
 
 /// An engine that evaluates losses on embeddings in host memory.
@@ -309,29 +309,43 @@ pub trait Device: Sync {
 
 /// The fused loss on embeddings that live on the device; the trainer's one call.
 pub trait Contrast: Device<Real = f32> {
-    /// As [`Engine::loss`] with diagonal positives, for `u`, `v` `[rows, dim]` in device buffers rounded to
-    /// `precision` storage. `moments` are features `[rows, f_u]`, `[rows, f_v]` with their widths.
+    /// As [`Engine::loss`] with diagonal positives; `gradients` are dL/du and dL/dv, `[rows, dim]`.
+    ///
+    /// # Errors
+    /// [`LossError`].
     fn contrast(
         &mut self,
         loss: &Loss,
-        precision: crate::objective::Precision,
-        shape: [usize; 2],
-        u: View<'_, Self::Buf>,
-        v: View<'_, Self::Buf>,
-        moments: Option<Features<'_, Self::Buf>>,
-        grad_u: Write<ViewMut<'_, Self::Buf>>,
-        grad_v: Write<ViewMut<'_, Self::Buf>>,
+        embeddings: Embeddings<'_, Self::Buf>,
+        gradients: [Write<ViewMut<'_, Self::Buf>>; 2],
     ) -> Result<Value, LossError>;
 }
 
-/// Feature maps of a batch of data, on the device: `u` `[rows, dims[0]]`, `v` `[rows, dims[1]]`.
+/// A batch of embedded pairs on a device.
+#[derive(Debug)]
+pub struct Embeddings<'a, B> {
+    /// `[rows, dim]`.
+    pub u: View<'a, B>,
+    /// `[rows, dim]`.
+    pub v: View<'a, B>,
+    /// Number of pairs.
+    pub rows: usize,
+    /// Embedding dimension.
+    pub dim: usize,
+    /// What u and v are rounded to before the loss sees them.
+    pub precision: Precision,
+    /// Required by the MMD objectives only.
+    pub moments: Option<Features<'a, B>>,
+}
+
+/// Feature maps of a batch of data, on a device.
 #[derive(Debug)]
 pub struct Features<'a, B> {
-    /// Of the row side.
+    /// `[rows, dims[0]]`.
     pub u: View<'a, B>,
-    /// Of the column side.
+    /// `[rows, dims[1]]`.
     pub v: View<'a, B>,
-    /// Features of `u` and of `v`.
+    /// Features a sample on each side.
     pub dims: [usize; 2],
 }
 

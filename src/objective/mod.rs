@@ -28,21 +28,39 @@ pub enum Objective {
     /// weighs v|u (row softmax); (1, 1) is CLIP/InfoNCE, (2, 0) and (0, 2) are one-sided:
     ///
     /// `L = lambda_v/2 sum_i w_i (r_i - log M - <T^r_i, S_i>) + lambda_u/2 sum_j x_j (c_j - log N - <T^c_j, S_j>)`
-    Conditional { lambda_u: f64, lambda_v: f64 },
+    Conditional {
+        /// Weight of u|v.
+        lambda_u: f64,
+        /// Weight of v|u.
+        lambda_v: f64,
+    },
     /// Joint loss (Problem 3.7): `L = z - log(N M) - sum_i w_i <T^r_i, S_i>`.
     Joint,
     /// The joint loss with its normaliser estimated from `pairings` random pairings of the batch
     /// (Remark 3.9), O(N D pairings) work: needs N = M and diagonal positives.
     /// `L = -mean_i S_ii + log mean_{k,i} exp S[i, pi_k(i)]`, `pi_k` a permutation drawn from `(seed, k)`
     /// by [`pairing`].
-    JointShuffled { pairings: u32, seed: u64 },
+    JointShuffled {
+        /// How many pairings, 1 or more.
+        pairings: u32,
+        /// What they are drawn from.
+        seed: u64,
+    },
     /// Sigmoid loss (SigLIP): `L = sum_i w_i sum_j softplus(x) - t x`, `x = S_ij + bias`, target `t` = 1
     /// on positives and 0 elsewhere, pulled to 1 - e/2 and e/2 by smoothing.
-    Sigmoid { bias: f64 },
+    Sigmoid {
+        /// Added to every logit.
+        bias: f64,
+    },
     /// Maximum mean discrepancy of both conditionals (Appendix B). Needs [`Moments`].
     /// With `P` the column softmax, `K` the kernel on u-data and `T^c` the targets:
     /// `L = lambda_u sum_j x_j (1/2 P_j' K P_j - P_j' K T^c_j) + lambda_v (the same by rows)`. Smoothing is not defined here.
-    Mmd { lambda_u: f64, lambda_v: f64 },
+    Mmd {
+        /// Weight of u|v.
+        lambda_u: f64,
+        /// Weight of v|u.
+        lambda_v: f64,
+    },
     /// Joint maximum mean discrepancy (Problem 3.11). Needs [`Moments`]. With `W = exp(S - z)` and
     /// `T_ij = w_i T^r_ij`: `L = <W, K_u W K_v> - 2 <T, K_u W K_v>`. Smoothing is not defined here.
     JointMmd,
@@ -64,16 +82,22 @@ pub struct Loss {
 /// Storage type of embeddings; accumulation is always f32 or better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
+    /// IEEE single.
     F32,
+    /// The upper half of a single.
     Bf16,
+    /// IEEE half.
     F16,
 }
 
 /// Elements of a matrix in one of the storage types.
 #[derive(Clone, Copy, Debug)]
 pub enum Storage<'a> {
+    /// IEEE single.
     F32(&'a [f32]),
+    /// The upper half of a single.
     Bf16(&'a [bf16]),
+    /// IEEE half.
     F16(&'a [f16]),
 }
 
@@ -82,7 +106,9 @@ pub enum Storage<'a> {
 pub struct Matrix<'a> {
     /// `rows * dim` elements.
     pub data: Storage<'a>,
+    /// Number of rows.
     pub rows: usize,
+    /// Columns of each.
     pub dim: usize,
 }
 
@@ -94,12 +120,18 @@ pub enum Positives<'a> {
     /// Row i's only positive is column `index[i]`; `[N]`, each < M. Several rows may share a column.
     Index(&'a [u32]),
     /// (i, j) is a positive when `u[i] == v[j]`; `[N]` and `[M]`. Rows without one are only negatives.
-    Groups { u: &'a [i64], v: &'a [i64] },
+    Groups {
+        /// Of rows.
+        u: &'a [i64],
+        /// Of columns.
+        v: &'a [i64],
+    },
 }
 
 /// Positives, pairs to leave out, and weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Pairs<'a> {
+    /// Pulled together.
     pub positives: Positives<'a>,
     /// Ids `[N]` and `[M]`: a pair with equal ids that is not a positive leaves the loss altogether
     /// (a false negative). `None`: nothing is ignored.
@@ -114,7 +146,10 @@ pub struct Pairs<'a> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum DataKernel {
     /// `k(x, x') = exp(-|x - x'|^2 / (2 width^2))`.
-    Gaussian { width: f64 },
+    Gaussian {
+        /// In units of the data, above 0.
+        width: f64,
+    },
     /// `k(x, x') = <x, x'>`.
     Linear,
 }
@@ -123,9 +158,21 @@ pub enum DataKernel {
 #[derive(Clone, Copy, Debug)]
 pub enum Moments<'a> {
     /// Explicit feature maps, K = F F': `u` is `[N, f_u]`, `v` is `[M, f_v]`. O(N M (D + f)) work.
-    Features { u: Matrix<'a>, v: Matrix<'a> },
+    Features {
+        /// Of rows.
+        u: Matrix<'a>,
+        /// Of columns.
+        v: Matrix<'a>,
+    },
     /// A kernel evaluated on raw data, `u` `[N, x]`, `v` `[M, y]`: exact, O(N^2 M) work.
-    Gram { kernel: DataKernel, u: Matrix<'a>, v: Matrix<'a> },
+    Gram {
+        /// On both sides.
+        kernel: DataKernel,
+        /// Data of rows.
+        u: Matrix<'a>,
+        /// Data of columns.
+        v: Matrix<'a>,
+    },
 }
 
 /// Everything a loss is evaluated on.
@@ -135,6 +182,7 @@ pub struct Batch<'a> {
     pub u: Matrix<'a>,
     /// Column embeddings `[M, D]`.
     pub v: Matrix<'a>,
+    /// Which pairs are what.
     pub pairs: Pairs<'a>,
     /// A number added to every logit of column j, `[M]` (the class bias F of `fine_tune`).
     pub offset_v: Option<&'a [f32]>,
@@ -145,7 +193,9 @@ pub struct Batch<'a> {
 /// Where a result goes: over what is there, or added to it.
 #[derive(Debug)]
 pub enum Write<T> {
+    /// Over what is there.
     Set(T),
+    /// Added to what is there.
     Add(T),
 }
 
@@ -175,13 +225,34 @@ pub struct Value {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LossError {
+    /// Sizes that do not go together.
     #[error("{what}: found {found}, expected {expected}")]
-    Shape { what: &'static str, found: String, expected: String },
+    Shape {
+        /// The argument.
+        what: &'static str,
+        /// Its size.
+        found: String,
+        /// The size it should have.
+        expected: String,
+    },
     /// A parameter out of its domain.
     #[error("{what}: found {found}, expected {expected}")]
-    Parameter { what: &'static str, found: String, expected: std::borrow::Cow<'static, str> },
+    Parameter {
+        /// The parameter.
+        what: &'static str,
+        /// Its value.
+        found: String,
+        /// Its domain.
+        expected: std::borrow::Cow<'static, str>,
+    },
+    /// Infinite or not a number.
     #[error("{what} row {row}: found a value that is not finite, expected finite numbers")]
-    NotFinite { what: &'static str, row: usize },
+    NotFinite {
+        /// The argument.
+        what: &'static str,
+        /// Where, from 0.
+        row: usize,
+    },
 }
 
 impl Objective {
@@ -212,6 +283,9 @@ impl<'a> Matrix<'a> {
 
 impl Gradients<'_> {
     /// Checks that every output has the size its input has.
+    ///
+    /// # Errors
+    /// [`LossError::Shape`] naming the output.
     pub fn validate(&self, batch: &Batch<'_>) -> Result<(), LossError> {
         let fits = |what, out: &Option<Write<&mut [f32]>>, expected: usize| match out {
             Some(Write::Set(out) | Write::Add(out)) if out.len() != expected => Err(LossError::Shape {

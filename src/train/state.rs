@@ -4,8 +4,8 @@ use super::TrainError;
 use super::moments::Moments;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, parse_precision};
-use crate::data::{PairBatch, Side, Source};
-use crate::device::{Contrast, Device, View, ViewMut};
+use crate::data::{PairBatch, Source};
+use crate::device::{Contrast, Device, Embeddings, View, ViewMut};
 use crate::nn::{Acts, Network};
 use crate::objective::{Loss, Objective, Precision, Value, Write};
 use crate::optim::Adam;
@@ -100,10 +100,10 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
     pub(super) fn contrast(&mut self, device: &mut D, step: u64, loss: &Loss) -> Result<Value, TrainError> {
         let (batch, dim) = (self.config.batch, self.config.dim);
         let [u, v] = self.embeddings.each_ref().map(|e| all(e, batch * dim));
-        let [du, dv] = self.d_embeddings.each_mut().map(|d| Write::Set(all_mut(d, batch * dim)));
-        device
-            .contrast(loss, self.precision, [batch, dim], u, v, self.moments.views(), du, dv)
-            .map_err(|source| TrainError::Loss { step, source })
+        let gradients = self.d_embeddings.each_mut().map(|d| Write::Set(all_mut(d, batch * dim)));
+        let embeddings =
+            Embeddings { u, v, rows: batch, dim, precision: self.precision, moments: self.moments.views() };
+        device.contrast(loss, embeddings, gradients).map_err(|source| TrainError::Loss { step, source })
     }
 
     /// Gradients of the whole arena, from those of the embeddings and of the loss's scalars.

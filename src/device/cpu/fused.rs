@@ -485,8 +485,9 @@ fn tally_cols<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
 }
 
 /// How G follows from S.
+#[allow(clippy::large_enum_variant, reason = "one a call, on the stack")]
 pub enum Law<'a> {
-    /// `G_ij = R_ij + C_ij - T_ij` of a weighted row softmax R, a weighted column softmax C and the targets T of [`Norm`].
+    /// `G_ij = R_ij + C_ij - T_ij` of a weighted row softmax R, a weighted column softmax C and the targets T of [`Norms`].
     Softmax { rows: Option<Part<'a>>, cols: Option<Part<'a>> },
     /// `G_ij = w_i (sigmoid(S_ij + bias) - t)`: `t` is `smoothing`/2 for negatives, 1 - `smoothing`/2 for positives.
     Sigmoid { bias: f32, smoothing: f32, share: &'a [f32] },
@@ -795,7 +796,7 @@ impl Law<'_> {
                         to[..cols.len()].copy_from_slice(&from[cols.clone()]);
                         to
                     };
-                    let (max, weight, smooth) = (pad(&part.max), pad(&part.weight), pad(&part.smooth));
+                    let (max, weight, smooth) = (pad(part.max), pad(part.weight), pad(part.smooth));
                     let mean = part.factor.map(|f| pad(f.mean));
                     for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
                         let norms = lanes::<S>(&max)

@@ -63,10 +63,17 @@ struct Gram {
     y: Vec<f32>,
     mean: Vec<f32>,
     packed: Vec<f32>,
-    part_u: Vec<f32>,
-    part_v: Vec<f32>,
     all_u: Vec<f32>,
     all_v: Vec<f32>,
+    part: Partial,
+}
+
+/// One panel's gradients, before they are added to the others'.
+#[derive(Debug, Default)]
+struct Partial {
+    u: Vec<f32>,
+    v: Vec<f32>,
+    cols: Vec<f32>,
     sums: Vec<RowSums>,
 }
 
@@ -94,14 +101,15 @@ impl Scratch {
             &g.y,
             &g.mean,
             &g.packed,
-            &g.part_u,
-            &g.part_v,
+            &g.part.u,
+            &g.part.v,
+            &g.part.cols,
             &g.all_u,
             &g.all_v,
         ];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + g.ones.bytes()
-            + size_of::<RowSums>() * g.sums.capacity()
+            + size_of::<RowSums>() * g.part.sums.capacity()
     }
 }
 
@@ -427,21 +435,20 @@ impl<'a> Total<'a> {
         law: &Law<'_>,
         [rows, cols]: [Range<usize>; 2],
         scale: f64,
-        buffers: [&mut Vec<f32>; 2],
-        sums: &mut Vec<RowSums>,
+        part: &mut Partial,
     ) -> f64 {
         let dim = context.batch.u.dim;
-        let [part_u, part_v] = buffers;
-        grow(part_u, rows.len() * dim);
-        grow(part_v, cols.len() * (dim + 1));
-        let (part_u, part_v) = (&mut part_u[..rows.len() * dim], &mut part_v[..cols.len() * (dim + 1)]);
-        let (part_v, part_cols) = part_v.split_at_mut(cols.len() * dim);
+        grow(&mut part.u, rows.len() * dim);
+        grow(&mut part.v, cols.len() * dim);
+        grow(&mut part.cols, cols.len());
+        let (part_u, part_v) = (&mut part.u[..rows.len() * dim], &mut part.v[..cols.len() * dim]);
+        let (part_cols, sums) = (&mut part.cols[..cols.len()], &mut part.sums);
         let pull = Pull {
             carry_u: context.tilted.u.slice(rows.clone()),
             carry_v: context.tilted.v.slice(cols.clone()),
             out_rows: Some(&mut *part_u),
             out_cols: Some(&mut *part_v),
-            row_sums: sums,
+            row_sums: &mut *sums,
             col_sums: Some(&mut *part_cols),
         };
         logits.pull(law, pull);
@@ -571,7 +578,7 @@ impl Gram {
             };
             let (out_rows, out_cols) = if axis == Axis::Cols { (Some(&mut *p), None) } else { (None, Some(&mut *p)) };
             let pull =
-                Pull { carry_u: eye, carry_v: eye, out_rows, out_cols, row_sums: &mut self.sums, col_sums: None };
+                Pull { carry_u: eye, carry_v: eye, out_rows, out_cols, row_sums: &mut self.part.sums, col_sums: None };
             block.pull(&law_of(axis, part), pull);
             // X = [P - T | T], Y = K X.
             let (x, y) = (&mut self.x[..2 * long * b], &mut self.y[..2 * long * b]);
@@ -588,7 +595,7 @@ impl Gram {
                     x[row * 2 * b + b + col - start] = t;
                 }
             });
-            Gram::apply(context, width, data, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.sums);
+            Gram::apply(context, width, data, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
             // Gamma = lambda x_j K (P - T) over P's panel, and <P_j, Gamma_j>.
             let mut mean = vec![0f64; b];
             for ((x, y), p) in x.chunks_exact(2 * b).zip(y.chunks_exact(2 * b)).zip(p.chunks_exact_mut(b)) {
@@ -610,8 +617,7 @@ impl Gram {
                     Factor { left: &self.identity, right: &self.packed, dim: b, mean: &self.mean }
                 }
             };
-            let buffers = [&mut self.part_u, &mut self.part_v];
-            total.pull(context, &block, &law_of(axis, part.times(factor)), at, 1.0, buffers, &mut self.sums);
+            total.pull(context, &block, &law_of(axis, part.times(factor)), at, 1.0, &mut self.part);
         }
         value
     }
@@ -642,7 +648,7 @@ impl Gram {
             grow(&mut self.all_v, m * b);
             let kernel = &mut self.all_v[..m * b];
             let packed = &self.packed_data_v[start * data_v.dim..];
-            Gram::apply(context, width, data_v, packed, &mut self.ones, &self.identity, b, kernel, &mut self.sums);
+            Gram::apply(context, width, data_v, packed, &mut self.ones, &self.identity, b, kernel, &mut self.part.sums);
             // W K_v and T K_v, [N, b].
             grow(&mut self.all_u, n * b);
             let (wk, tk) = (&mut self.p[..n * b], &mut self.all_u[..n * b]);
@@ -652,7 +658,7 @@ impl Gram {
                 carry_v: carry,
                 out_rows: Some(&mut *wk),
                 out_cols: None,
-                row_sums: &mut self.sums,
+                row_sums: &mut self.part.sums,
                 col_sums: None,
             };
             logits.pull(&law, pull);
@@ -666,7 +672,7 @@ impl Gram {
                 }
             }
             // Y = K_u [(W - T) K_v | T K_v]; Gamma = 2 K_u (W - T) K_v.
-            Gram::apply(context, width, data_u, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.sums);
+            Gram::apply(context, width, data_u, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
             batch.pairs.visit(0..n, panel.clone(), |i, j, special| {
                 if special == Special::Positive {
                     let t = f64::from(pairing.row_share[i]) / f64::from(pairing.row_positives[i]);
@@ -689,12 +695,10 @@ impl Gram {
                 ..*logits
             };
             let part = context.row_norms.part(0..n).times(factor);
-            let buffers = [&mut self.part_u, &mut self.part_v];
-            mean += total.pull(context, &block, &law_of(Axis::Rows, part), [0..n, panel], 1.0, buffers, &mut self.sums);
+            mean += total.pull(context, &block, &law_of(Axis::Rows, part), [0..n, panel], 1.0, &mut self.part);
         }
         // G = W o Gamma - <W, Gamma> W.
-        let buffers = [&mut self.part_u, &mut self.part_v];
-        total.pull(context, logits, &law, [0..n, 0..m], -mean, buffers, &mut self.sums);
+        total.pull(context, logits, &law, [0..n, 0..m], -mean, &mut self.part);
         value + 0.5 * mean
     }
 }

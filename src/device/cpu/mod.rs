@@ -11,7 +11,7 @@ mod sweep;
 
 pub use simd::{Isa, Lane};
 
-use super::{Activation, AdamStep, Contrast, Conv, Device, Engine, Features, Gemm, Pooling, View, ViewMut};
+use super::{Activation, AdamStep, Contrast, Conv, Device, Embeddings, Engine, Gemm, Pooling, View, ViewMut};
 use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
@@ -199,15 +199,10 @@ impl Contrast for Cpu<f32> {
     fn contrast(
         &mut self,
         loss: &Loss,
-        precision: Precision,
-        shape: [usize; 2],
-        u: View<'_, Vec<f32>>,
-        v: View<'_, Vec<f32>>,
-        moments: Option<Features<'_, Vec<f32>>>,
-        grad_u: Write<ViewMut<'_, Vec<f32>>>,
-        grad_v: Write<ViewMut<'_, Vec<f32>>>,
+        embeddings: Embeddings<'_, Vec<f32>>,
+        [grad_u, grad_v]: [Write<ViewMut<'_, Vec<f32>>>; 2],
     ) -> Result<Value, LossError> {
-        let [rows, dim] = shape;
+        let Embeddings { u, v, rows, dim, precision, moments } = embeddings;
         let (u, v) = (&u.buf[u.at], &v.buf[v.at]);
         let mut bf16 = std::mem::take(&mut self.stored_bf16);
         let mut f16 = std::mem::take(&mut self.stored_f16);
