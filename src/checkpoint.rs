@@ -90,6 +90,9 @@ impl Checkpoint {
             Ok(tensor.data.clone())
         };
         let arenas = [arena(ARENAS[0])?, arena(ARENAS[1])?, arena(ARENAS[2])?];
+        if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
+            return Err(broken(ARENAS[at]));
+        }
         Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), arenas }))
     }
 }

@@ -248,7 +248,27 @@ impl Config {
             }
         };
         let count = |key, x: u64| if x > 0 { Ok(()) } else { Err(ConfigError::value(key, x, "1 or more")) };
-        self.loss(0)?;
+        for (key, x) in [
+            ("seed", self.seed),
+            ("epochs", self.epochs),
+            ("samples", self.samples as u64),
+            ("batch", self.batch as u64),
+            ("micro_batch", self.micro_batch as u64),
+            ("dim", self.dim as u64),
+            ("features", self.features as u64),
+            ("warmup", self.warmup),
+            ("log_every", self.log_every),
+        ] {
+            if x > i64::MAX as u64 {
+                return Err(ConfigError::value(key, x, format!("at most {}, TOML's largest integer", i64::MAX)));
+            }
+        }
+        for (key, path) in [("u", &self.u), ("v", &self.v), ("data", &self.data)] {
+            if path.to_str().is_none() {
+                return Err(ConfigError::value(key, path.display(), "a path in UTF-8, as config.toml is"));
+            }
+        }
+        let objective = self.loss(0)?.objective;
         parse_precision(&self.precision)?;
         if let DataKernel::Gaussian { .. } = parse_kernel(&self.kernel)?
             && (self.features == 0 || self.features % 2 == 1)
@@ -260,12 +280,23 @@ impl Config {
         not_negative("lambda_u", self.lambda_u)?;
         not_negative("lambda_v", self.lambda_v)?;
         not_negative("grad_clip", self.grad_clip)?;
-        not_negative("weight_decay", self.adam.weight_decay)?;
+        not_negative("adam.weight_decay", self.adam.weight_decay)?;
+        positive("adam.eps", self.adam.eps)?;
+        for (key, beta) in [("adam.beta1", self.adam.beta1), ("adam.beta2", self.adam.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(ConfigError::value(key, beta, "a number in [0, 1)"));
+            }
+        }
         if matches!(&self.objective[..], "conditional" | "mmd") && self.lambda_u + self.lambda_v == 0.0 {
             return Err(ConfigError::value("lambda_u and lambda_v", "both 0", "at least one above 0"));
         }
         if !(0.0..1.0).contains(&self.smoothing) {
             return Err(ConfigError::value("smoothing", self.smoothing, "a number in [0, 1)"));
+        }
+        let defined =
+            !matches!(objective, Objective::Mmd { .. } | Objective::JointMmd | Objective::JointShuffled { .. });
+        if self.smoothing > 0.0 && !defined {
+            return Err(ConfigError::value("smoothing", self.smoothing, "0 for mmd, joint-mmd and joint by pairings"));
         }
         if !(0.0..1.0).contains(&self.held_out) {
             return Err(ConfigError::value("held_out", self.held_out, "a share in [0, 1)"));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Every room of the library with its floor. A room may use its own floor and those below.
-const FLOORS: [(&str, usize); 13] = [
+const FLOORS: [(&str, usize); 14] = [
     ("kernels", 0),
     ("objective", 1),
     ("data", 1),
@@ -17,10 +17,11 @@ const FLOORS: [(&str, usize); 13] = [
     ("theory", 2),
     ("nn", 3),
     ("optim", 3),
+    ("config", 4),
+    ("checkpoint", 4),
     ("train", 4),
     ("tasks", 4),
     ("experiments", 5),
-    ("config", 5),
     ("cli", 6),
     ("main", 6),
 ];

@@ -145,8 +145,12 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         log_every: args.log_every,
         ..Partial::default()
     };
-    let config = experiments::resolve(args.config.as_deref(), flags)?;
-    let dir = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.experiment));
+    let folder = |experiment: &str| args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(experiment));
+    // A run that goes on does so with its own settings, unless told others.
+    let own = folder(flags.experiment.as_deref().unwrap_or(experiments::ALL[0].name)).join("config.toml");
+    let file = args.config.clone().or_else(|| (args.resume && own.exists()).then_some(own));
+    let config = experiments::resolve(file.as_deref(), flags)?;
+    let dir = folder(&config.experiment);
     let mut device = common.cpu()?;
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();

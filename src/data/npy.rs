@@ -203,8 +203,26 @@ pub fn read_npy_i64(path: impl AsRef<Path>) -> Result<(Vec<usize>, Vec<i64>), Da
 /// # Panics
 /// When `shape` does not hold `data.len()` elements.
 pub fn write_npy_f32(path: impl AsRef<Path>, shape: &[usize], data: &[f32]) -> Result<(), DataError> {
-    write(path.as_ref(), "<f4", shape, data, |x| x.to_le_bytes())
+    write_npy_f32_parts(path, shape, |push| push(data))
 }
+
+/// [`write_npy_f32`] of an array that is never whole in memory: `parts` hands its elements over piece by piece.
+///
+/// # Errors
+/// [`DataError::Io`] naming `path`.
+///
+/// # Panics
+/// When the pieces do not make up `shape`.
+pub fn write_npy_f32_parts(
+    path: impl AsRef<Path>,
+    shape: &[usize],
+    parts: impl FnOnce(&mut Push<'_, f32>) -> io::Result<()>,
+) -> Result<(), DataError> {
+    write(path.as_ref(), "<f4", shape, f32::to_le_bytes, parts)
+}
+
+/// Takes the next elements of an array.
+pub type Push<'a, T> = dyn FnMut(&[T]) -> io::Result<()> + 'a;
 
 /// Writes an int64 array of `shape`, atomically.
 ///
@@ -214,25 +232,30 @@ pub fn write_npy_f32(path: impl AsRef<Path>, shape: &[usize], data: &[f32]) -> R
 /// # Panics
 /// When `shape` does not hold `data.len()` elements.
 pub fn write_npy_i64(path: impl AsRef<Path>, shape: &[usize], data: &[i64]) -> Result<(), DataError> {
-    write(path.as_ref(), "<i8", shape, data, |x| x.to_le_bytes())
+    write(path.as_ref(), "<i8", shape, i64::to_le_bytes, |push| push(data))
 }
 
 fn write<T: Copy, const SIZE: usize>(
     path: &Path,
     descr: &str,
     shape: &[usize],
-    data: &[T],
     bytes: impl Fn(T) -> [u8; SIZE],
+    parts: impl FnOnce(&mut Push<'_, T>) -> io::Result<()>,
 ) -> Result<(), DataError> {
-    assert_eq!(data.len(), shape.iter().product::<usize>(), "elements of shape {shape:?}");
     write_atomic(path, |w| {
         w.write_all(&header_v1(descr, shape)?)?;
         let mut buffer = Vec::with_capacity(SIZE << 13);
-        for chunk in data.chunks(1 << 13) {
-            buffer.clear();
-            buffer.extend(chunk.iter().flat_map(|&x| bytes(x)));
-            w.write_all(&buffer)?;
-        }
+        let mut written = 0;
+        parts(&mut |data| {
+            written += data.len();
+            for chunk in data.chunks(1 << 13) {
+                buffer.clear();
+                buffer.extend(chunk.iter().flat_map(|&x| bytes(x)));
+                w.write_all(&buffer)?;
+            }
+            Ok(())
+        })?;
+        assert_eq!(written, shape.iter().product::<usize>(), "elements of shape {shape:?}");
         Ok(())
     })
 }

@@ -8,12 +8,15 @@ mod pairs;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
-use crate::data::{DataError, Npy, Side, Source, Split, npy, write_atomic};
+use crate::data::npy::{self, Npy, Push};
+use crate::data::{DataError, Side, Source, Split, write_atomic};
 use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
+use crate::tasks::retrieval::{self, Recall};
 use crate::train::{Progress, TrainError, Trained, train};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -105,7 +108,7 @@ pub struct Learned<'a> {
 /// A device as far as reports need it.
 trait Embed {
     fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32>;
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> crate::tasks::retrieval::Recall;
+    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall;
     fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize>;
 }
 
@@ -117,31 +120,49 @@ trait Rows {
 
 impl<D: Device<Real = f32>> Embed for D {
     fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32> {
-        let encoder = &network.encoders[side as usize];
-        let chunk = 1024.min(rows.count().max(1));
-        let mut arena = self.alloc(params.len());
-        self.upload(params, ViewMut { buf: &mut arena, at: 0..params.len() });
-        let mut acts = encoder.acts(self, chunk);
-        let mut x = self.alloc(chunk * encoder.input);
-        let mut host = vec![0.0; chunk * encoder.input];
-        let mut out = vec![0.0; rows.count() * encoder.output];
-        for first in (0..rows.count()).step_by(chunk) {
-            let count = chunk.min(rows.count() - first);
-            let host = &mut host[..count * encoder.input];
-            rows.read(first, count, host);
-            self.upload(host, ViewMut { buf: &mut x, at: 0..host.len() });
-            encoder.forward(self, &arena, View { buf: &x, at: 0..host.len() }, count, &mut acts);
-            let to = &mut out[first * encoder.output..(first + count) * encoder.output];
-            self.download(View { buf: &acts.output, at: 0..to.len() }, to);
-        }
+        let mut out = Vec::with_capacity(rows.count() * network.encoders[side as usize].output);
+        embed_to(self, network, params, side, rows, &mut |part| {
+            out.extend_from_slice(part);
+            Ok(())
+        })
+        .expect("memory takes everything");
         out
     }
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> crate::tasks::retrieval::Recall {
-        crate::tasks::retrieval::recall(self, tilting, u, v, dim)
+    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall {
+        retrieval::recall(self, tilting, u, v, dim)
     }
     fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize> {
-        crate::tasks::retrieval::best(self, tilting, queries, items, dim)
+        retrieval::best(self, tilting, queries, items, dim)
     }
+}
+
+/// Embeds all rows in order, some at a time, each part handed to `push`.
+fn embed_to<D: Device<Real = f32>>(
+    device: &D,
+    network: &Network,
+    params: &[f32],
+    side: Side,
+    rows: &dyn Rows,
+    push: &mut Push<'_, f32>,
+) -> io::Result<()> {
+    const ROWS: usize = 1024;
+    let encoder = &network.encoders[side as usize];
+    let chunk = ROWS.min(rows.count());
+    let mut arena = device.alloc(params.len());
+    device.upload(params, ViewMut { buf: &mut arena, at: 0..params.len() });
+    let mut acts = encoder.acts(device, chunk);
+    let mut x = device.alloc(chunk * encoder.input);
+    let (mut input, mut output) = (vec![0.0; chunk * encoder.input], vec![0.0; chunk * encoder.output]);
+    for first in (0..rows.count()).step_by(ROWS) {
+        let count = chunk.min(rows.count() - first);
+        let (input, output) = (&mut input[..count * encoder.input], &mut output[..count * encoder.output]);
+        rows.read(first, count, input);
+        device.upload(input, ViewMut { buf: &mut x, at: 0..input.len() });
+        encoder.forward(device, &arena, View { buf: &x, at: 0..input.len() }, count, &mut acts);
+        device.download(View { buf: &acts.output, at: 0..output.len() }, output);
+        push(output)?;
+    }
+    Ok(())
 }
 
 /// One side of a source.
@@ -314,7 +335,7 @@ fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
 /// Makes the folder and its `config.toml`; a new run takes away what an old one left.
 fn open_folder(dir: &Path, config: &Config, resume: bool) -> Result<(), Error> {
     std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
-    write_text(&dir.join("config.toml"), &config.to_toml())?;
+    // Before the new settings: old results never stand beside them.
     if !resume {
         for name in ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors"] {
             let path = dir.join(name);
@@ -326,7 +347,7 @@ fn open_folder(dir: &Path, config: &Config, resume: bool) -> Result<(), Error> {
             }
         }
     }
-    Ok(())
+    Ok(write_text(&dir.join("config.toml"), &config.to_toml())?)
 }
 
 fn write_text(path: &Path, text: &str) -> Result<(), DataError> {
@@ -359,7 +380,7 @@ impl Model {
         Ok(Model { config, network, params })
     }
 
-    /// Embeds the rows of `x` as `side` and writes `[rows, dim]` to `output`.
+    /// Embeds the rows of `x` as `side` and writes `[rows, dim]` to `output`; neither is ever whole in memory.
     ///
     /// # Errors
     /// [`Error`] when `x` has another width than the encoder, or a row that is not finite.
@@ -374,8 +395,8 @@ impl Model {
             .into());
         }
         x.check_finite()?;
-        let embeddings = Embed::embed(device, &self.network, &self.params, side, x);
-        npy::write_npy_f32(output, &[x.rows(), encoder.output], &embeddings)?;
-        Ok(())
+        Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
+            embed_to(device, &self.network, &self.params, side, x, push)
+        })?)
     }
 }
