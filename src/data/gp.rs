@@ -4,7 +4,9 @@
 //! `l_j = (j^2 pi^2 + 9)^-2` and j = 1..1000. u is w at the points `x_i = (i - 1/2)/12`, i = 1..12, plus noise
 //! N(0, 0.05^2); v is the first five coefficients xi_1..xi_5. So (u, v) is Gaussian with `C_vv = I` and
 //!
-//!     C_uv[i, j] = sqrt(l_j) psi_j(x_i),   C_uu[i, k] = sum_j l_j psi_j(x_i) psi_j(x_k) + 0.05^2 [i = k]
+//! ```text
+//! C_uv[i, j] = sqrt(l_j) psi_j(x_i),   C_uu[i, k] = sum_j l_j psi_j(x_i) psi_j(x_k) + 0.05^2 [i = k]
+//! ```
 //!
 //! Samples are drawn from that law itself: 17 normal numbers a pair instead of 1012.
 

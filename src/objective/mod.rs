@@ -4,7 +4,7 @@
 //! logit of row i and column j under a [`Tilting`] at temperature `tau`, `r_i` and `c_j` the row and
 //! column log-sum-exp (LSE) of `S`, `z` the LSE of all of it, `G = dL/dS`.
 //!
-//! An engine ([`crate::device`]) evaluates `(Loss, Batch)`; [`reference`] is its slow f64 twin.
+//! An engine ([`crate::device`]) evaluates `(Loss, Batch)`; [`mod@reference`] is its slow f64 twin.
 
 pub mod features;
 pub mod pairing;
@@ -39,7 +39,7 @@ pub enum Objective {
     /// The joint loss with its normaliser estimated from `pairings` random pairings of the batch
     /// (Remark 3.9), O(N D pairings) work: needs N = M and diagonal positives.
     /// `L = -mean_i S_ii + log mean_{k,i} exp S[i, pi_k(i)]`, `pi_k` a permutation drawn from `(seed, k)`
-    /// by [`pairing`].
+    /// by [`pairing()`].
     JointShuffled {
         /// How many pairings, 1 or more.
         pairings: u32,
