@@ -6,7 +6,7 @@ mod common;
 
 use common::{Case, Moment, OBJECTIVES, Positive, options, relative, wide};
 use contrastive::data::npy::{Npy, write_npy_f32, write_npy_i64};
-use contrastive::objective::{Objective, Tilting, reference};
+use contrastive::objective::{Matrix, Moments, Objective, Tilting, features::random_fourier, reference};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -256,12 +256,10 @@ fn every_option_of_loss_reaches_the_engine() {
     let mut seen = 0;
     for (k, objective) in OBJECTIVES.iter().enumerate() {
         let tilting = Tilting::ALL[k % Tilting::ALL.len()];
-        // Rectangular, but for the shuffled joint loss, which pairs rows with rows.
-        let m = if matches!(objective, Objective::JointShuffled { .. }) { 37 } else { 29 };
-        for case in options(Case::new(tilting, *objective, 37, m, 5)) {
-            // The command line has no offset, draws its own features, and wants positives named when N != M.
-            let unpaired = case.positive == Positive::Diagonal && case.n != case.m;
-            if case.offset || case.moment == Moment::Features || unpaired {
+        for case in [29, 37].into_iter().flat_map(|m| options(Case::new(tilting, *objective, 37, m, 5))) {
+            // The command line has no offset, and wants positives named when N != M.
+            let case = Case { offset: false, ..case };
+            if case.positive == Positive::Diagonal && case.n != case.m {
                 continue;
             }
             seen += 1;
@@ -304,6 +302,10 @@ fn every_option_of_loss_reaches_the_engine() {
                 flag("data-v", "y.npy");
                 flag("kernel", if case.moment == Moment::Linear { "linear" } else { "gaussian:1.5" });
             }
+            if case.moment == Moment::Features {
+                flag("features", "10");
+                flag("seed", "9");
+            }
             let mut integers = |name: &str, ids: &[i64]| {
                 let file = format!("{name}.npy");
                 write_npy_i64(at(&file), &[ids.len()], ids).unwrap();
@@ -330,7 +332,13 @@ fn every_option_of_loss_reaches_the_engine() {
                     flag(name, &file);
                 }
             }
-            let want = reference::loss(&case.loss(), &data.batch(&case)).unwrap();
+            let mut batch = data.batch(&case);
+            let features = [(&data.x, 3), (&data.y, 2)].map(|(x, dim)| random_fourier(x, dim, 1.5, 10, 9));
+            if case.moment == Moment::Features {
+                let [u, v] = features.each_ref().map(|x| Matrix::f32(x, 10));
+                batch.moments = Some(Moments::Features { u, v });
+            }
+            let want = reference::loss(&case.loss(), &batch).unwrap();
             let got = json(dir.path(), &args.iter().map(String::as_str).collect::<Vec<_>>());
             let loss = got["loss"].as_f64().unwrap();
             // The tolerance in f32.
@@ -342,7 +350,7 @@ fn every_option_of_loss_reaches_the_engine() {
             }
         }
     }
-    assert!(seen > 30, "{seen} cases are too few to mean anything");
+    assert!(seen > 80, "{seen} cases are too few to mean anything");
 }
 
 // The same numbers, whatever the file holds them in: the files differ, the answer must not by a bit.
@@ -494,6 +502,18 @@ fn embed_and_pairs_work_together() {
         let recall = summary["recall"][key].as_f64().unwrap();
         // 200 held out: chance is half a percent.
         assert!(recall > 0.01 && recall <= 1.0, "{summary}");
+    }
+    // What does not fit the model: one line, and no file.
+    let mut nan = vec![0f32; 7 * 12];
+    nan[4 * 12] = f32::INFINITY;
+    write_npy_f32(dir.path().join("nan.npy"), &[7, 12], &nan).unwrap();
+    for (input, what) in [("v.npy", "v.npy"), ("nan.npy", "row 4"), ("missing.npy", "missing.npy")] {
+        let args = ["embed", "--model", "run", "--side", "u", "--input", input, "--output", "e.npy"];
+        let output = run(dir.path(), &args);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1 && stderr.contains(what), "{stderr}");
+        assert!(!dir.path().join("e.npy").exists());
     }
     for (side, dim) in [("u", 12), ("v", 5)] {
         let input = format!("{side}.npy");

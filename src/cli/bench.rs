@@ -168,12 +168,14 @@ fn check_answer(
     let set = Set::new(SMALL, SMALL, d, precision, seed + 99);
     let batch = set.batch([SMALL, SMALL], d, precision, mmd);
     let want = reference::loss(loss, &batch)?;
-    let mut du = vec![0f32; SMALL * d];
-    let gradients = Gradients { u: Some(Write::Set(&mut du)), ..Gradients::default() };
+    let (mut du, mut dv) = (vec![0f32; SMALL * d], vec![0f32; SMALL * d]);
+    let gradients = Gradients { u: Some(Write::Set(&mut du)), v: Some(Write::Set(&mut dv)), offset_v: None };
     let got = engine.loss(loss, &batch, gradients)?;
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let off =
-        norm(&mut du.iter().zip(&want.grad_u).map(|(&g, w)| f64::from(g) - w)) / norm(&mut want.grad_u.iter().copied());
+    let off = |got: &[f32], want: &[f64]| {
+        norm(&mut got.iter().zip(want).map(|(&g, w)| f64::from(g) - w)) / norm(&mut want.iter().copied())
+    };
+    let off = off(&du, &want.grad_u).max(off(&dv, &want.grad_v));
     if off > 1e-4 || (got.loss - want.loss).abs() > 1e-4 * want.loss.abs().max(1.0) {
         return Err(Failure::Other(format!(
             "the engine is wrong: loss {} for {}, gradient off by {off:e}",
