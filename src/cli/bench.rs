@@ -1,6 +1,6 @@
 //! `contrastive bench`.
 
-use super::{Common, Failure, bad_flag};
+use super::{Common, Failure, bad_flag, from_flag};
 use crate::config::{parse_objective, parse_tilting};
 use crate::device::{Device, Engine, Gemm, View, ViewMut};
 use crate::objective::{
@@ -94,12 +94,13 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     let precision = common.precision()?;
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let loss = Loss {
-        tilting: parse_tilting(&args.tilting)?,
-        objective: parse_objective(&args.objective, [1.0, 1.0], -10.0, 0, common.seed())?,
+        tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
+        objective: parse_objective(&args.objective, [1.0, 1.0], -10.0, 0, common.seed()).map_err(from_flag)?,
         tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };
     let mut engine = common.cpu()?;
+    common.announce();
     check_answer(&mut engine, &loss, d, precision, mmd, common.seed())?;
 
     let sets: Vec<Set> = (0..SETS as u64).map(|s| Set::new(n, m, d, precision, common.seed() + s)).collect();

@@ -1,6 +1,6 @@
 //! `contrastive loss`.
 
-use super::{Common, Failure, bad_flag, check_output};
+use super::{Common, Failure, as_flag, bad_flag, check_output, from_flag};
 use crate::config::{parse_kernel, parse_objective, parse_tilting};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
 use crate::device::Engine;
@@ -153,13 +153,14 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let precision = common.precision()?;
     let lambdas = [args.lambda_u, args.lambda_v];
     let loss = objective::Loss {
-        tilting: parse_tilting(&args.tilting)?,
-        objective: parse_objective(&args.objective, lambdas, args.bias, args.pairings, common.seed())?,
+        tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
+        objective: parse_objective(&args.objective, lambdas, args.bias, args.pairings, common.seed())
+            .map_err(from_flag)?,
         tau: args.tau,
         smoothing: args.smoothing,
     };
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
-    let kernel = parse_kernel(&args.kernel)?;
+    let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
         return Err(bad_flag("--features", args.features.unwrap_or(0), "an even number, 2 or more"));
     }
@@ -190,6 +191,11 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
     for output in [&args.grad_u, &args.grad_v].into_iter().flatten() {
         check_output(output)?;
+    }
+    if let (Some(du), Some(dv)) = (&args.grad_u, &args.grad_v)
+        && du == dv
+    {
+        return Err(bad_flag("--grad-v", dv.display(), "another file than --grad-u"));
     }
     let data = match (&args.data_u, &args.data_v, mmd) {
         (Some(x), Some(y), true) => Some((Npy::open(x)?, Npy::open(y)?)),
@@ -250,17 +256,15 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
     let mut engine = common.cpu()?;
+    batch.validate(&loss).map_err(|e| refused(args, e))?;
+    common.announce();
     let begun = std::time::Instant::now();
     let gradients = Gradients {
         u: grad_u.as_deref_mut().map(Write::Set),
         v: grad_v.as_deref_mut().map(Write::Set),
         offset_v: None,
     };
-    let value = engine.loss(&loss, &batch, gradients).map_err(|e| match e {
-        LossError::NotFinite { what: "u", row } => not_finite(&args.u, row),
-        LossError::NotFinite { what: "v", row } => not_finite(&args.v, row),
-        other => other.into(),
-    })?;
+    let value = engine.loss(&loss, &batch, gradients)?;
     let seconds = begun.elapsed().as_secs_f64();
     for (path, gradient, rows) in [(&args.grad_u, &grad_u, n), (&args.grad_v, &grad_v, m)] {
         if let (Some(path), Some(gradient)) = (path, gradient) {
@@ -290,6 +294,34 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     common.print(&json, &lines)
 }
 
-fn not_finite(path: &Path, row: usize) -> Failure {
-    shape_of(path, format!("a number that is not finite (in this storage) in row {row}"), "finite numbers".into())
+/// What the loss refuses, under the name of the file or flag it came from.
+fn refused(args: &Loss, e: LossError) -> Failure {
+    let (what, found, expected) = match e {
+        LossError::NotFinite { what, row } => {
+            let found = format!("a number that is not finite (in this storage) in row {row}");
+            (what, found, "finite numbers".into())
+        }
+        LossError::Parameter { what, found, expected } => (what, found, expected.into_owned()),
+        LossError::Shape { what, found, expected } => (what, found, expected),
+    };
+    let file = match what {
+        "u" => Some(&args.u),
+        "v" => Some(&args.v),
+        "data of u" => args.data_u.as_ref(),
+        "data of v" => args.data_v.as_ref(),
+        "weights of u" => args.weights_u.as_ref(),
+        "weights of v" => args.weights_v.as_ref(),
+        "positives" => args.positives.as_ref(),
+        _ => None,
+    };
+    match (file, what) {
+        (Some(path), _) => shape_of(path, found, expected),
+        (None, "groups") => bad_flag("--groups-u, --groups-v", found, expected),
+        (None, "tau" | "bias" | "smoothing" | "pairings" | "lambda_u" | "lambda_v") => {
+            bad_flag(&as_flag(what), found, expected)
+        }
+        (None, "lambda_u and lambda_v") => bad_flag("--lambda-u, --lambda-v", found, expected),
+        (None, "shuffled joint loss") => bad_flag("--pairings", found, expected),
+        _ => bad_flag(what, found, expected),
+    }
 }

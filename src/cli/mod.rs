@@ -123,6 +123,19 @@ fn bad_flag(flag: &str, found: impl std::fmt::Display, expected: impl std::fmt::
     Failure::Input(format!("{flag}: found {found}, expected {expected}"))
 }
 
+/// `e`, of a value that can only have come from a flag, under the flag's name.
+fn from_flag(e: ConfigError) -> Failure {
+    match e {
+        ConfigError::Value { key, found, expected } => bad_flag(&as_flag(key), found, expected),
+        other => other.into(),
+    }
+}
+
+/// `lambda_u` as `--lambda-u`.
+fn as_flag(key: &str) -> String {
+    format!("--{}", key.replace('_', "-"))
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -146,8 +159,13 @@ fn fail(failure: Failure) -> ExitCode {
         Failure::Other(message) => (1, message),
         Failure::Stopped => return ExitCode::from(130),
     };
-    let _ = writeln!(std::io::stderr(), "error: {}", message.replace('\n', " "));
+    log(format_args!("error: {}", message.replace('\n', " ")));
     ExitCode::from(status)
+}
+
+/// One line on stderr; nobody there to read it is no reason to fail.
+fn log(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// clap's message on one line, without its own `error:` and its tips.
@@ -175,6 +193,7 @@ fn threads(common: &Common) -> Result<(), Failure> {
 fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { command, common } = cli;
     common.precision()?;
+    common.wants_cuda()?;
     match command {
         Command::Loss(args) => loss::run(&args, &common),
         Command::Train(args) => train::run(*args, &common),
@@ -186,8 +205,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 impl Common {
-    fn precision(&self) -> Result<Precision, ConfigError> {
-        parse_precision(self.precision.as_deref().unwrap_or("f32"))
+    fn precision(&self) -> Result<Precision, Failure> {
+        parse_precision(self.precision_name()).map_err(from_flag)
     }
 
     fn precision_name(&self) -> &str {
@@ -198,16 +217,30 @@ impl Common {
         self.seed.unwrap_or(0)
     }
 
-    /// The engine asked for; under `auto`, says on stderr which it is and why not the other.
-    fn cpu(&self) -> Result<Cpu, Failure> {
-        let cuda = self.device == "cuda" || self.device.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok());
+    /// Whether `--device` insists on a card.
+    fn wants_cuda(&self) -> Result<bool, Failure> {
         match &self.device[..] {
-            "cpu" => {}
-            "auto" => eprintln!("device: cpu ({}); not cuda: {}", Isa::best().name(), why_not_cuda()),
-            _ if cuda => return Err(bad_flag("--device", &self.device, format!("cpu or auto: {}", why_not_cuda()))),
-            other => return Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
+            "auto" | "cpu" => Ok(false),
+            "cuda" => Ok(true),
+            other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(true),
+            other => Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
+        }
+    }
+
+    /// The engine asked for.
+    fn cpu(&self) -> Result<Cpu, Failure> {
+        if self.wants_cuda()? {
+            return Err(bad_flag("--device", &self.device, format!("cpu or auto: {}", why_not_cuda())));
         }
         Ok(Cpu::new())
+    }
+
+    /// Under `--device auto`, says which device it is and why not the other. Called once the input is known to be
+    /// good: bad input is one line on stderr, its own.
+    fn announce(&self) {
+        if self.device == "auto" {
+            log(format_args!("device: cpu ({}); not cuda: {}", Isa::best().name(), why_not_cuda()));
+        }
     }
 
     /// Prints `json` on one line, or `lines`.
@@ -235,16 +268,18 @@ fn why_not_cuda() -> String {
     "built without the feature cuda".into()
 }
 
-/// Fails unless `path` can be written: its folder must exist.
+/// Fails unless `path` can be written: a temporary file beside it, gone at once, shows that its folder takes one.
 fn check_output(path: &Path) -> Result<(), Failure> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if folder.is_dir() && !path.is_dir() {
-        return Ok(());
-    }
-    Err(Failure::Input(format!(
-        "{}: found no folder to write it in, expected a file in an existing folder",
-        path.display()
-    )))
+    let found = if path.is_dir() {
+        "a folder".into()
+    } else {
+        match tempfile::tempfile_in(folder) {
+            Ok(_) => return Ok(()),
+            Err(e) => format!("a folder that takes no file ({})", e.kind()),
+        }
+    };
+    Err(bad_flag(&path.display().to_string(), found, "a file in a folder that can be written"))
 }
 
 fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
@@ -258,6 +293,7 @@ fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     check_output(&args.output)?;
     let cpu = common.cpu()?;
     model.embed(&cpu, side, &x, &args.output)?;
+    common.announce();
     let json = serde_json::json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
     common.print(
         &json,

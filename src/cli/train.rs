@@ -6,8 +6,8 @@ use crate::experiments::{self, Outcome};
 use crate::train::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 
 /// Flags of `train`. What is not given comes from --config, then from the experiment's own defaults, and ends up in
 /// the run's config.toml.
@@ -157,7 +157,11 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     ctrlc::set_handler(move || told.store(true, Ordering::Relaxed))
         .map_err(|e| Failure::Other(format!("signals: {e}")))?;
     let bar = on_terminal().then(bar);
+    // With the first step, when everything has been checked; a run that was finished before has no step.
+    let said = Once::new();
+    let announce = || said.call_once(|| common.announce());
     let mut observe = |progress: Progress| {
+        announce();
         if let Some(bar) = &bar {
             let [step, steps] = progress.steps;
             if bar.length() != Some(steps) {
@@ -172,12 +176,12 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     };
     let Outcome { report, stopped } =
         experiments::run(&mut device, "cpu", &config, &dir, args.resume, &stop, &mut observe)?;
+    announce();
     if let Some(bar) = &bar {
         bar.finish_and_clear();
     }
     if stopped {
-        let resume = format!("stopped; checkpoint in {}, --resume goes on", dir.display());
-        eprintln!("{resume}");
+        super::log(format_args!("stopped; checkpoint in {}, --resume goes on", dir.display()));
         return Err(Failure::Stopped);
     }
     let json = serde_json::Value::Object(report.values);
