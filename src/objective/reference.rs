@@ -264,14 +264,14 @@ fn value_and_g(loss: &Loss, batch: &Batch<'_>, s: &Dense, kinds: &Kinds) -> (f64
             (value.x.iter().sum(), g)
         }
         Objective::Mmd { lambda_u, lambda_v } => {
-            let (k_u, k_v) = kernels(batch);
+            let (k_u, k_v) = grams(batch);
             let (value_u, g_u) = conditional_mmd(&s.transpose(), &kinds.transpose(), &k_u);
             let (value_v, g_v) = conditional_mmd(s, kinds, &k_v);
             let g = s.map(|i, j, _| lambda_u * g_u.at(j, i) + lambda_v * g_v.at(i, j));
             (lambda_u * value_u + lambda_v * value_v, g)
         }
         Objective::JointMmd => {
-            let (k_u, k_v) = kernels(batch);
+            let (k_u, k_v) = grams(batch);
             let (w, _) = softmax_all(s, &kinds.present);
             let t = kinds.targets(0.0).map(|i, _, t| kinds.w[i] * t);
             let kwk = k_u.times(&w).times(&k_v);
@@ -303,7 +303,8 @@ fn conditional_mmd(s: &Dense, kinds: &Kinds, k: &Dense) -> (f64, Dense) {
     (value, g)
 }
 
-fn kernels(batch: &Batch<'_>) -> (Dense, Dense) {
+/// K of the data of u and of v, `[N, N]` and `[M, M]`.
+fn grams(batch: &Batch<'_>) -> (Dense, Dense) {
     let gram = |x: &Matrix<'_>, kernel: DataKernel| {
         let x = Dense::read(x);
         match kernel {

@@ -140,8 +140,8 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
     }
 
     /// All that is needed to go on from here.
-    pub(super) fn checkpoint(&self, device: &D, step: u64, loss_sum: f64) -> Checkpoint {
-        Checkpoint::of(device, self.config, step, loss_sum, [&self.params, &self.adam.m, &self.adam.v])
+    pub(super) fn checkpoint(&self, device: &D, step: u64, loss_sum: f64, seconds: f64) -> Checkpoint {
+        Checkpoint::of(device, self.config, step, loss_sum, seconds, [&self.params, &self.adam.m, &self.adam.v])
     }
 
     /// Embeds the micro-batch that begins at row `first` into `acts`.

@@ -469,13 +469,11 @@ impl Counted<'_> {
         terms.map(|(i, &w)| f64::from(w) * f(i)).sum()
     }
 
-    /// (max, sum) of the LSE over everything.
+    /// (max, sum) of the LSE over everything. A row ignored whole has no part in it: its anchor means nothing.
     pub(super) fn total(&self) -> (f32, f64) {
-        let max = (0..self.share.len()).map(|i| self.parts(i).0).fold(f32::NEG_INFINITY, f32::max);
-        let sum = (0..self.share.len()).map(|i| {
-            let (row_max, negative, positive) = self.parts(i);
-            f64::from(row_max - max).exp() * (f64::from(negative) + f64::from(positive))
-        });
+        let rows = || (0..self.share.len()).map(|i| self.parts(i)).filter(|(_, n, p)| n + p > 0.0);
+        let max = rows().map(|(max, ..)| max).fold(f32::NEG_INFINITY, f32::max);
+        let sum = rows().map(|(row_max, n, p)| f64::from(row_max - max).exp() * (f64::from(n) + f64::from(p)));
         (max, sum.sum())
     }
 

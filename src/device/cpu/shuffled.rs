@@ -3,7 +3,7 @@
 
 use super::contrast::{Accumulated, Tilted};
 use super::fused::{Side, grow};
-use crate::objective::{Batch, Gradients, Loss, Value, pairing};
+use crate::objective::{Batch, Gradients, Loss, Value, Write, pairing};
 use kernels::law::Product;
 use rayon::prelude::*;
 
@@ -105,6 +105,12 @@ pub fn evaluate(
     };
     finish(&tilted.u, v, forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
     finish(&tilted.v, u, back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
+    let column = |j: usize| (0..total).step_by(n).map(|first| g(first + back[first + j] as usize)).sum::<f64>() as f32;
+    match gradients.offset_v {
+        Some(Write::Set(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o = column(j)),
+        Some(Write::Add(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o += column(j)),
+        None => {}
+    }
     Value { loss: value, grad_tau: -gs / tilted.tau, grad_bias: 0.0 }
 }
 
