@@ -769,7 +769,11 @@ impl Law<'_> {
         match self {
             Law::Softmax { rows: by_row, cols: by_col } => {
                 if let Some(part) = by_row {
-                    let q = part.factor.map(|f| f.tile::<S>(rows, cols, &mut *q));
+                    #[allow(clippy::manual_map, reason = "a closure has no target features, see the micro-kernel")]
+                    let q = match &part.factor {
+                        Some(factor) => Some(factor.tile::<S>(rows, cols, &mut *q)),
+                        None => None,
+                    };
                     for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
                         let i = rows.start + r;
                         let norm = Softmax { max: S::F32::splat(part.max[i]), weight: S::F32::splat(part.weight[i]) };
@@ -790,7 +794,11 @@ impl Law<'_> {
                     g.fill(0.0);
                 }
                 if let Some(part) = by_col {
-                    let q = part.factor.map(|f| f.tile::<S>(rows, cols, &mut *q));
+                    #[allow(clippy::manual_map, reason = "a closure has no target features, see the micro-kernel")]
+                    let q = match &part.factor {
+                        Some(factor) => Some(factor.tile::<S>(rows, cols, &mut *q)),
+                        None => None,
+                    };
                     let pad = |from: &[f32]| {
                         let mut to = [0.0; COLS];
                         to[..cols.len()].copy_from_slice(&from[cols.clone()]);
@@ -799,25 +807,17 @@ impl Law<'_> {
                     let (max, weight, smooth) = (pad(part.max), pad(part.weight), pad(part.smooth));
                     let mean = part.factor.map(|f| pad(f.mean));
                     for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
-                        let norms = lanes::<S>(&max)
-                            .zip(lanes::<S>(&weight))
-                            .map(|(max, weight)| Softmax { max: S::F32::load(max), weight: S::F32::load(weight) });
-                        if let (Some(q), Some(mean)) = (&q, &mean) {
-                            let q = &q[r * COLS..][..COLS];
-                            let factors = lanes::<S>(q).zip(lanes::<S>(mean));
-                            for (((s, g), norm), (q, mean)) in
-                                lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(factors)
-                            {
-                                let factor = S::F32::load(q).sub(S::F32::load(mean));
-                                norm.of(S::F32::load(s)).mul_add(factor, S::F32::load(g)).store(g);
-                            }
-                        } else {
-                            for (((s, g), norm), smooth) in
-                                lanes::<S>(s).zip(lanes_mut::<S>(g)).zip(norms).zip(lanes::<S>(&smooth))
-                            {
-                                let p = norm.of(S::F32::load(s));
-                                S::F32::load(g).add(p.sub(S::F32::load(smooth))).store(g);
-                            }
+                        for at in (0..COLS).step_by(<S::F32 as Vector<f32>>::LANES) {
+                            let norm = Softmax { max: S::F32::load(&max[at..]), weight: S::F32::load(&weight[at..]) };
+                            let p = norm.of(S::F32::load(&s[at..]));
+                            let before = S::F32::load(&g[at..]);
+                            let sum = if let (Some(q), Some(mean)) = (&q, &mean) {
+                                let q = S::F32::load(&q[r * COLS + at..]);
+                                p.mul_add(q.sub(S::F32::load(&mean[at..])), before)
+                            } else {
+                                before.add(p.sub(S::F32::load(&smooth[at..])))
+                            };
+                            sum.store(&mut g[at..]);
                         }
                     }
                 }

@@ -293,8 +293,11 @@ fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
     // The furthest element read below.
     assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
     for k in 0..a.depth {
-        let b: [T::In<S>; V] =
-            std::array::from_fn(|v| <T::In<S> as Vector<T>>::load(&panel[(k * V + v) * lanes..][..lanes]));
+        // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
+        let mut b = [zero; V];
+        for (v, b) in b.iter_mut().enumerate() {
+            *b = <T::In<S> as Vector<T>>::load(&panel[(k * V + v) * lanes..][..lanes]);
+        }
         for (r, sum) in sum.iter_mut().enumerate() {
             // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
             let x = unsafe { *a0.get_unchecked(r * a.row + k * a.col) };
