@@ -11,8 +11,10 @@ use std::ops::Range;
 /// Most pieces a side is cut into: the parallelism within a phase.
 pub const PIECES: usize = 64;
 
-/// Smallest piece worth a task: two row tiles, one column tile.
-const SMALLEST: usize = 128;
+/// Shortest piece worth a task of its own, and the shortest while there are fewer than four: a phase ends with a
+/// meeting of all threads, and P^2 tasks take P of them. Pieces of 256 are a fifth faster than of 128 at N = 1024.
+const SHORT: usize = 256;
+const SHORTEST: usize = 128;
 
 /// How `n` rows and `m` columns are cut: lengths of a row piece and of a column piece.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +25,8 @@ pub struct Cut {
 
 impl Cut {
     pub fn new(n: usize, m: usize) -> Self {
-        let pieces = n.min(m).div_ceil(SMALLEST).clamp(1, PIECES);
+        let shorter = n.min(m);
+        let pieces = shorter.div_ceil(SHORT).max(shorter.div_ceil(SHORTEST).min(4)).clamp(1, PIECES);
         // Column pieces start where a packed panel starts.
         let length = |n: usize| n.div_ceil(pieces).next_multiple_of(super::simd::WIDEST);
         Cut { rows: length(n), cols: length(m) }
