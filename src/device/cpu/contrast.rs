@@ -7,7 +7,7 @@ use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
 
 /// Rows handled by one task of a pass over embeddings.
-const CHUNK: usize = 256;
+const CHUNK: usize = 1024;
 
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]

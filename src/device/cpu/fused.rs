@@ -82,8 +82,10 @@ impl<'a> Side<'a> {
 pub fn pack_columns(isa: Isa, side: &Side<'_>, out: &mut Vec<f32>, threads: &Threads) {
     let (rows, dim) = (side.rows.rows, side.rows.dim);
     grow(out, packed_len(dim, rows));
-    out[..packed_len(dim, rows)].par_chunks_mut(COLS * dim).enumerate().for_each(|(b, out)| {
-        let range = b * COLS..rows.min((b + 1) * COLS);
+    /// Rows of one task.
+    const CHUNK: usize = 8 * COLS;
+    out[..packed_len(dim, rows)].par_chunks_mut(CHUNK * dim).enumerate().for_each(|(b, out)| {
+        let range = b * CHUNK..rows.min((b + 1) * CHUNK);
         threads.with(|ws| {
             let natural = sized(&mut ws.natural, range.len() * dim);
             side.read(range.clone(), natural);
@@ -293,7 +295,7 @@ fn blocks(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usiz
 
 impl Logits<'_> {
     fn cut(&self) -> Cut {
-        Cut::new(self.u.rows.rows, self.m)
+        Cut::new(self.u.rows.rows, self.m, self.u.rows.dim)
     }
 
     /// Pass 1: the LSE of every row and of every column, as `want` says. `logit_sums` fills [`Tally::logits`].

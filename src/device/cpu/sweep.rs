@@ -23,9 +23,15 @@ pub struct Cut {
     pub cols: usize,
 }
 
+/// Multiply-adds and exponentials (as [`EXPONENTIAL`] each) of a matrix that one thread is through with before the
+/// others have woken up: embeddings of 5 numbers at N = 512, not of 128.
+const ALONE: usize = 1 << 24;
+const EXPONENTIAL: usize = 32;
+
 impl Cut {
-    pub fn new(n: usize, m: usize) -> Self {
-        let shorter = n.min(m);
+    /// For an `n` x `m` matrix of logits of `dim` terms.
+    pub fn new(n: usize, m: usize, dim: usize) -> Self {
+        let shorter = if n * m * (dim + EXPONENTIAL) <= ALONE { 1 } else { n.min(m) };
         let pieces = shorter.div_ceil(SHORT).max(shorter.div_ceil(SHORTEST).min(4)).clamp(1, PIECES);
         // Column pieces start where a packed panel starts.
         let length = |n: usize| n.div_ceil(pieces).next_multiple_of(super::simd::WIDEST);
@@ -94,12 +100,12 @@ mod tests {
     #[test]
     fn pieces_cover_and_fit() {
         for n in [1, 31, 128, 129, 8191, 8192, 1_000_003] {
-            let cut = Cut::new(n, n);
+            let cut = Cut::new(n, n, 64);
             assert!(Cut::pieces(n, cut.rows).count() <= PIECES);
             assert_eq!(Cut::pieces(n, cut.cols).map(|r| r.len()).sum::<usize>(), n);
         }
         // Few rows against many columns: the long side too fits the square.
-        let cut = Cut::new(10, 1_000_000);
+        let cut = Cut::new(10, 1_000_000, 64);
         assert!(Cut::pieces(1_000_000, cut.cols).count() <= PIECES);
     }
 }
