@@ -524,3 +524,53 @@ fn the_shuffled_estimator_approaches_the_joint_loss() {
     };
     assert!(off(4000) < 0.02 && off(4000) < off(1), "{} {}", off(4000), off(1));
 }
+
+// `fine_tune` (34): frozen embeddings against a matrix of class embeddings and a bias a class is the one-sided (0, 2)
+// loss with positives by index, and is the cross entropy less log K. Written out here with its gradients; (35) prints
+// argmin and drops 1/tau: the class of largest logit is the one this loss raises.
+#[test]
+fn fine_tune_is_the_cross_entropy_less_log_k() {
+    use contrastive::objective::{Batch, Gradients, Loss, Matrix, Objective, Pairs, Positives, Tilting, Write};
+    use contrastive::{Cpu, Engine};
+    let (n, classes, d, tau) = (53usize, 7usize, 4usize, 0.6f64);
+    let wave = |k: usize, f: f64| ((k as f64 * f).sin() * 1.3) as f32;
+    let g: Vec<f32> = (0..n * d).map(|k| wave(k, 1.7)).collect();
+    let weights: Vec<f32> = (0..classes * d).map(|k| wave(k, 2.9)).collect();
+    let bias: Vec<f32> = (0..classes).map(|k| wave(k, 5.3)).collect();
+    let labels: Vec<u32> = (0..n).map(|i| ((i * i + 3 * i) % classes) as u32).collect();
+    let (mut value, mut d_bias, mut d_weights) = (0.0, vec![0.0; classes], vec![0.0; classes * d]);
+    for i in 0..n {
+        let logit = |k: usize| {
+            let dot: f64 = (0..d).map(|l| f64::from(g[i * d + l]) * f64::from(weights[k * d + l])).sum();
+            dot / tau + f64::from(bias[k])
+        };
+        let total: f64 = (0..classes).map(|k| logit(k).exp()).sum();
+        value += (total.ln() - logit(labels[i] as usize) - (classes as f64).ln()) / n as f64;
+        for k in 0..classes {
+            let slope = (logit(k).exp() / total - f64::from(u8::from(labels[i] as usize == k))) / n as f64;
+            d_bias[k] += slope;
+            (0..d).for_each(|l| d_weights[k * d + l] += slope * f64::from(g[i * d + l]) / tau);
+        }
+    }
+    let loss = Loss {
+        tilting: Tilting::Dot,
+        objective: Objective::Conditional { lambda_u: 0.0, lambda_v: 2.0 },
+        tau,
+        smoothing: 0.0,
+    };
+    let batch = Batch {
+        u: Matrix::f32(&g, d),
+        v: Matrix::f32(&weights, d),
+        pairs: Pairs { positives: Positives::Index(&labels), ..Pairs::default() },
+        offset_v: Some(&bias),
+        moments: None,
+    };
+    let (mut got_weights, mut got_bias) = (vec![f32::NAN; classes * d], vec![f32::NAN; classes]);
+    let gradients =
+        Gradients { u: None, v: Some(Write::Set(&mut got_weights)), offset_v: Some(Write::Set(&mut got_bias)) };
+    let got = Cpu::new().loss(&loss, &batch, gradients).unwrap();
+    let want = contrastive::objective::reference::loss(&loss, &batch).unwrap();
+    assert!((got.loss - value).abs() < 1e-6 && (want.loss - value).abs() < 1e-12);
+    let near = |got: &[f32], want: &[f64]| got.iter().zip(want).all(|(&g, w)| (f64::from(g) - w).abs() < 1e-6);
+    assert!(near(&got_weights, &d_weights) && near(&got_bias, &d_bias));
+}

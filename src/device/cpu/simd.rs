@@ -183,7 +183,7 @@ pub struct Tile<'a, T> {
 /// first-level cache.
 pub const LONG: usize = 256;
 /// Logits: short partial sums, because a logit's rounding error enters an exponential. Against one sum over
-/// D = 128 this takes the gradient's error from 3.4e-6 to 1.5e-6 at tau = 0.01.
+/// D = 128 this halves the gradient's error at tau = 0.01.
 pub const SHORT: usize = 32;
 
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
