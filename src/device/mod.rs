@@ -9,7 +9,8 @@ use std::ops::Range;
 
 /// An engine that evaluates losses on embeddings in host memory.
 pub trait Engine {
-    /// Evaluates `loss` on `batch`, writing the gradients asked for.
+    /// Evaluates `loss` on `batch`, writing the gradients asked for. The scalar gradients of [`Value`] always come with
+    /// it, so that a value alone costs the two passes that all gradients cost, less their products.
     ///
     /// # Errors
     /// [`LossError`] when a shape, a parameter or a value is out of its domain; nothing is written then.

@@ -38,7 +38,7 @@ pub enum Objective {
     Joint,
     /// The joint loss with its normaliser estimated from `pairings` random pairings of the batch
     /// (Remark 3.9), O(N D pairings) work: needs N = M and diagonal positives.
-    /// `L = -mean_i S_ii + log mean_{k,i} exp S[i, pi_k(i)]`, `pi_k` a permutation drawn from `(seed, k)`
+    /// `L = log mean_{k,i} exp S[i, pi_k(i)] - sum_i w_i S_ii`, `pi_k` a permutation drawn from `(seed, k)`
     /// by [`pairing()`].
     JointShuffled {
         /// How many pairings, 1 or more.
