@@ -4,7 +4,13 @@
 //! register of any width. Nothing here branches on data: selects only.
 
 /// A lane, or a register of lanes, of f32.
+///
+/// A register counts logits in a unit of its own, of which [`Num::exp`] is the exponential: nats where `e^x` is computed,
+/// octaves where the machine offers `2^x`. Every function here is right in both.
 pub trait Num: Copy {
+    /// Nats in the unit logits are counted in.
+    const NATS: f32 = 1.0;
+
     /// Every lane holds `x`.
     fn splat(x: f32) -> Self;
     /// `self + b`.
@@ -23,6 +29,12 @@ pub trait Num: Copy {
     fn scale2(self, n: Self) -> Self;
     /// `if self < b { x } else { y }`, lane by lane.
     fn select_lt(self, b: Self, x: Self, y: Self) -> Self;
+
+    /// The exponential of a logit: `e^(NATS self)`.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        exp(self)
+    }
 
     /// `|self|`.
     #[inline(always)]
@@ -108,12 +120,12 @@ pub fn ln_1p<F: Num>(t: F) -> F {
     z.add(z).mul(p)
 }
 
-/// `(softplus(x), sigmoid(x))` = `(ln(1 + e^x), 1/(1 + e^-x))`, both relatively accurate at any x.
+/// `(softplus(x), sigmoid(x))` = `(ln(1 + e^x), 1/(1 + e^-x))`, the first in nats, both relatively accurate at any x.
 #[inline(always)]
 pub fn softplus_sigmoid<F: Num>(x: F) -> (F, F) {
     let zero = F::splat(0.0);
-    let t = exp(zero.sub(x.abs()));
-    let value = x.max(zero).add(ln_1p(t));
+    let t = zero.sub(x.abs()).exp();
+    let value = x.max(zero).mul(F::splat(F::NATS)).add(ln_1p(t));
     let sigma = x.select_lt(zero, t, F::splat(1.0)).div(t.add(F::splat(1.0)));
     (value, sigma)
 }
@@ -122,7 +134,7 @@ pub fn softplus_sigmoid<F: Num>(x: F) -> (F, F) {
 #[inline(always)]
 pub fn decay<F: Num>(from: F, to: F) -> F {
     let none = F::splat(f32::MIN);
-    from.select_lt(none, F::splat(0.0), exp(from.sub(to)))
+    from.select_lt(none, F::splat(0.0), from.sub(to).exp())
 }
 
 /// One row's or column's softmax, ready for the backward pass: `weight * exp(s - max)` is the
@@ -139,7 +151,7 @@ impl<F: Num> Softmax<F> {
     /// The weighted probability of logit `s`.
     #[inline(always)]
     pub fn of(self, s: F) -> F {
-        exp(s.sub(self.max)).mul(self.weight)
+        s.sub(self.max).exp().mul(self.weight)
     }
 }
 

@@ -1,4 +1,38 @@
-//! The scalar law of tilted contrastive losses: what the CPU engine and the GPU kernels share.
-#![no_std]
+//! What the CPU engine and the GPU share, and the GPU's kernels.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`law`] | tiltings, the log-sum-exp monoid, what dL/dS is made of: one definition for all machines |
+//! | [`abi`] | a kernel's name, launch bounds and its one argument: what host and card agree on |
+//! | [`entries`] | every kernel, once |
+//! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
+//! | `tile` | the portable tile product that losses and encoders share |
+//! | `contrast` | tallies and gradients of the logit matrix |
+//!
+//! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
+#![cfg_attr(not(feature = "shim"), no_std)]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 
+pub mod abi;
+pub mod entries;
 pub mod law;
+
+/// Modules of device code: for the card, or for its host twin.
+macro_rules! device {
+    ($($(#[$doc:meta])* mod $name:ident;)*) => {$(
+        $(#[$doc])*
+        #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+        pub mod $name;
+    )*};
+}
+device! {
+    mod contrast;
+    mod simt;
+    mod tile;
+}
+
+#[cfg(target_arch = "nvptx64")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    simt::trap()
+}

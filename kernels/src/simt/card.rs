@@ -1,0 +1,427 @@
+//! The words on an NVIDIA card: PTX, and nothing else. The only `asm!` of the house.
+
+use super::Word;
+use core::arch::{asm, global_asm};
+
+global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
+
+macro_rules! special {
+    ($($(#[$doc:meta])* $name:ident = $register:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name() -> u32 {
+            let x: u32;
+            // SAFETY: reads a special register.
+            unsafe { asm!(concat!("mov.u32 {}, ", $register, ";"), out(reg32) x, options(pure, nomem, nostack, preserves_flags)) };
+            x
+        }
+    )*};
+}
+special! {
+    /// Thread of the block.
+    thread = "%tid.x";
+    /// Block of the grid, along x.
+    block_x = "%ctaid.x";
+    /// Block of the grid, along y.
+    block_y = "%ctaid.y";
+    /// Block of the grid, along z.
+    block_z = "%ctaid.z";
+    /// Blocks of the grid along x.
+    grid_x = "%nctaid.x";
+}
+
+/// Lane of the warp.
+#[inline(always)]
+pub fn lane() -> u32 {
+    thread() & 31
+}
+/// Warp of the block, known to be the same in all its lanes.
+#[inline(always)]
+pub fn warp() -> u32 {
+    uniform(thread() >> 5)
+}
+
+macro_rules! statement {
+    ($($(#[$doc:meta])* $name:ident $(<$c:ident>)? = $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name$(<const $c: u32>)?() {
+            // SAFETY: synchronises, touches no memory of its own; a barrier that is not met by all is a hang, not unsafety.
+            unsafe { asm!($text, $(const $c,)? options(nostack)) };
+        }
+    )*};
+}
+statement! {
+    /// All threads of the block meet; what they wrote is seen by all.
+    sync = "bar.sync 0;";
+    /// All lanes of the warp meet; what they wrote is seen by all of them.
+    sync_warp = "bar.warp.sync -1;";
+    /// Ends a group of this thread's `copy_async`.
+    copy_commit = "cp.async.commit_group;";
+    /// Waits until at most N of this thread's latest groups are in flight.
+    copy_wait<N> = "cp.async.wait_group {};";
+    /// Makes `mbarrier_init` visible to copies.
+    fence_init = "fence.mbarrier_init.release.cluster;";
+    /// What this thread wrote to shared memory is seen by TMA and wgmma after the next barrier.
+    fence_async = "fence.proxy.async.shared::cta;";
+    /// Ends a group of this thread's TMA stores.
+    bulk_commit = "cp.async.bulk.commit_group;";
+    /// Waits until this thread's TMA stores have read their shared memory.
+    bulk_wait_read = "cp.async.bulk.wait_group.read 0;";
+    /// Before the first wgmma on registers or memory that other instructions wrote.
+    wgmma_fence = "wgmma.fence.sync.aligned;";
+    /// Ends a group of wgmma.
+    wgmma_commit = "wgmma.commit_group.sync.aligned;";
+    /// Waits until at most N of the latest groups are in flight.
+    wgmma_wait<N> = "wgmma.wait_group.sync.aligned {};";
+    /// This warpgroup's registers a thread, up to N.
+    registers_up<N> = "setmaxnreg.inc.sync.aligned.u32 {};";
+    /// This warpgroup's registers a thread, down to N.
+    registers_down<N> = "setmaxnreg.dec.sync.aligned.u32 {};";
+}
+
+/// `THREADS` threads meet at barrier `ID` (1 to 15).
+#[inline(always)]
+pub fn named_barrier<const ID: u32, const THREADS: u32>() {
+    // SAFETY: as `sync`.
+    unsafe { asm!("bar.sync {}, {};", const ID, const THREADS, options(nostack)) };
+}
+
+/// `x` of the lane that differs in the bits of `mask`.
+#[inline(always)]
+pub fn shuffle_xor(x: f32, mask: u32) -> f32 {
+    let y: f32;
+    // SAFETY: all lanes take part.
+    unsafe { asm!("shfl.sync.bfly.b32 {}, {}, {}, 31, -1;", out(reg32) y, in(reg32) x, in(reg32) mask, options(nostack)) };
+    y
+}
+/// `x` of the lane that differs in the bits of `mask`, as an integer.
+#[inline(always)]
+pub fn shuffle_xor_u32(x: u32, mask: u32) -> u32 {
+    let y: u32;
+    // SAFETY: all lanes take part.
+    unsafe { asm!("shfl.sync.bfly.b32 {}, {}, {}, 31, -1;", out(reg32) y, in(reg32) x, in(reg32) mask, options(nostack)) };
+    y
+}
+/// `x` of lane 0.
+#[inline(always)]
+pub fn uniform(x: u32) -> u32 {
+    let y: u32;
+    // SAFETY: all lanes take part.
+    unsafe { asm!("shfl.sync.idx.b32 {}, {}, 0, 31, -1;", out(reg32) y, in(reg32) x, options(nostack)) };
+    y
+}
+/// A bit a lane: whose `x` is true.
+#[inline(always)]
+pub fn ballot(x: bool) -> u32 {
+    let y: u32;
+    // SAFETY: all lanes take part.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {x}, 0; vote.sync.ballot.b32 {y}, p, -1; }}", x = in(reg32) x as u32, y = out(reg32) y, options(nostack))
+    };
+    y
+}
+/// True in one lane of the warp.
+#[inline(always)]
+pub fn elect() -> bool {
+    let y: u32;
+    // SAFETY: all lanes take part.
+    unsafe { asm!("{{ .reg .pred p; elect.sync _|p, -1; selp.u32 {}, 1, 0, p; }}", out(reg32) y, options(nostack)) };
+    y != 0
+}
+
+macro_rules! unary {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(x: f32) -> f32 {
+            let y: f32;
+            // SAFETY: arithmetic.
+            unsafe { asm!($text, out(reg32) y, in(reg32) x, options(pure, nomem, nostack, preserves_flags)) };
+            y
+        }
+    )*};
+}
+unary! {
+    /// `2^x`, 2 ulp; results below 2^-126 are 0.
+    exp2 = "ex2.approx.ftz.f32 {}, {};";
+    /// `log2 x`, absolute error 2^-22 on [1/2, 2], relative 2^-22 elsewhere.
+    log2 = "lg2.approx.f32 {}, {};";
+    /// The square root, correctly rounded.
+    sqrt = "sqrt.rn.f32 {}, {};";
+}
+
+/// `a b + c`, rounded once.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let y: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("fma.rn.f32 {}, {}, {}, {};", out(reg32) y, in(reg32) a, in(reg32) b, in(reg32) c, options(pure, nomem, nostack, preserves_flags))
+    };
+    y
+}
+
+macro_rules! pack {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(low: f32, high: f32) -> u32 {
+            let y: u32;
+            // SAFETY: arithmetic. Not `pure`: it must stay after the wait that precedes it in the source.
+            unsafe { asm!($text, out(reg32) y, in(reg32) high, in(reg32) low, options(nomem, nostack, preserves_flags)) };
+            y
+        }
+    )*};
+}
+pack! {
+    /// Two bf16, rounded to nearest even.
+    pack_bf16 = "cvt.rn.bf16x2.f32 {}, {}, {};";
+    /// Two f16, rounded to nearest even.
+    pack_f16 = "cvt.rn.f16x2.f32 {}, {}, {};";
+}
+/// The two f16 of a word.
+#[inline(always)]
+pub fn unpack_f16(word: u32) -> [f32; 2] {
+    let (low, high): (f32, f32);
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("{{ .reg .b16 a, b; mov.b32 {{a, b}}, {w}; cvt.f32.f16 {x}, a; cvt.f32.f16 {y}, b; }}",
+            w = in(reg32) word, x = out(reg32) low, y = out(reg32) high, options(pure, nomem, nostack, preserves_flags))
+    };
+    [low, high]
+}
+
+/// `x`, of which the compiler knows nothing any more: a loop bounded by it stays a loop.
+#[inline(always)]
+pub fn opaque(x: u32) -> u32 {
+    let y: u32;
+    // SAFETY: a move.
+    unsafe { asm!("mov.b32 {}, {};", out(reg32) y, in(reg32) x, options(nomem, nostack, preserves_flags)) };
+    y
+}
+
+/// Stops the kernel with an error.
+#[inline(always)]
+pub fn trap() -> ! {
+    // SAFETY: does not return.
+    unsafe { asm!("trap;", options(noreturn)) }
+}
+
+/// Where the block's dynamic shared memory starts, a multiple of 1024.
+#[inline(always)]
+pub fn shared_base() -> u32 {
+    let x: u64;
+    // SAFETY: an address, not an access.
+    unsafe { asm!("mov.u64 {}, dynamic_shared;", out(reg64) x, options(pure, nomem, nostack, preserves_flags)) };
+    x as u32
+}
+
+macro_rules! word {
+    ($($type:ty, $reg:ident, $suffix:literal;)*) => {$(
+        impl Word for $type {
+            #[inline(always)]
+            unsafe fn load(at: *const Self) -> Self {
+                let x: $type;
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("ld.global.", $suffix, " {}, [{}];"), out($reg) x, in(reg64) at, options(nostack, readonly, preserves_flags)) };
+                x
+            }
+            #[inline(always)]
+            unsafe fn store(at: *mut Self, value: Self) {
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("st.global.", $suffix, " [{}], {};"), in(reg64) at, in($reg) value, options(nostack, preserves_flags)) };
+            }
+            #[inline(always)]
+            unsafe fn load_shared(at: u32) -> Self {
+                let x: $type;
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("ld.shared.", $suffix, " {}, [{}];"), out($reg) x, in(reg32) at, options(nostack, readonly, preserves_flags)) };
+                x
+            }
+            #[inline(always)]
+            unsafe fn store_shared(at: u32, value: Self) {
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("st.shared.", $suffix, " [{}], {};"), in(reg32) at, in($reg) value, options(nostack, preserves_flags)) };
+            }
+        }
+    )*};
+}
+word! {
+    u16, reg16, "u16";
+    u32, reg32, "u32";
+    i32, reg32, "s32";
+    u64, reg64, "u64";
+    f32, reg32, "f32";
+    f64, reg64, "f64";
+}
+
+macro_rules! vector {
+    ($($type:ty, $n:literal, $suffix:literal, $list:literal, $($i:literal)*;)*) => {$(
+        impl Word for [$type; $n] {
+            #[inline(always)]
+            unsafe fn load(at: *const Self) -> Self {
+                let mut x = [Default::default(); $n];
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("ld.global.", $suffix, " ", $list, ", [{at}];"), $(out(reg32) x[$i],)* at = in(reg64) at, options(nostack, readonly, preserves_flags)) };
+                x
+            }
+            #[inline(always)]
+            unsafe fn store(at: *mut Self, value: Self) {
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("st.global.", $suffix, " [{at}], ", $list, ";"), $(in(reg32) value[$i],)* at = in(reg64) at, options(nostack, preserves_flags)) };
+            }
+            #[inline(always)]
+            unsafe fn load_shared(at: u32) -> Self {
+                let mut x = [Default::default(); $n];
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("ld.shared.", $suffix, " ", $list, ", [{at}];"), $(out(reg32) x[$i],)* at = in(reg32) at, options(nostack, readonly, preserves_flags)) };
+                x
+            }
+            #[inline(always)]
+            unsafe fn store_shared(at: u32, value: Self) {
+                // SAFETY: the caller's promise.
+                unsafe { asm!(concat!("st.shared.", $suffix, " [{at}], ", $list, ";"), $(in(reg32) value[$i],)* at = in(reg32) at, options(nostack, preserves_flags)) };
+            }
+        }
+    )*};
+}
+vector! {
+    f32, 2, "v2.f32", "{{{}, {}}}", 0 1;
+    f32, 4, "v4.f32", "{{{}, {}, {}, {}}}", 0 1 2 3;
+    u32, 2, "v2.u32", "{{{}, {}}}", 0 1;
+    u32, 4, "v4.u32", "{{{}, {}, {}, {}}}", 0 1 2 3;
+}
+
+/// Copies 16 bytes from global to shared memory behind this thread's back; with `bytes` below 16 the rest is zeros.
+///
+/// # Safety
+/// Both addresses are multiples of 16, `from` readable for `bytes`, `to` not touched before the copy was waited for.
+#[inline(always)]
+pub unsafe fn copy_async(to: u32, from: *const u16, bytes: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("cp.async.cg.shared.global [{}], [{}], 16, {};", in(reg32) to, in(reg64) from, in(reg32) bytes, options(nostack)) };
+}
+
+macro_rules! ldmatrix {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub unsafe fn $name(at: u32) -> [u32; 4] {
+            let (a, b, c, d): (u32, u32, u32, u32);
+            // SAFETY: the caller's promise.
+            unsafe { asm!($text, out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) at, options(nostack)) };
+            [a, b, c, d]
+        }
+    )*};
+}
+ldmatrix! {
+    /// Four 8 x 8 matrices of halves: lane l names row l mod 8 of matrix l/8 (16 bytes), and gets of each matrix elements
+    /// 2 (l mod 4) and the next of row l/4.
+    ///
+    /// # Safety
+    /// As [`Word::load_shared`], for 16 bytes.
+    ldmatrix = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];";
+    /// As [`ldmatrix`], each matrix transposed.
+    ///
+    /// # Safety
+    /// As there.
+    ldmatrix_t = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{}, {}, {}, {}}}, [{}];";
+}
+
+/// The inverse of [`ldmatrix`].
+///
+/// # Safety
+/// As [`Word::store_shared`], for 16 bytes.
+#[inline(always)]
+pub unsafe fn stmatrix(at: u32, x: [u32; 4]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{}], {{{}, {}, {}, {}}};", in(reg32) at, in(reg32) x[0], in(reg32) x[1], in(reg32) x[2], in(reg32) x[3], options(nostack))
+    };
+}
+
+macro_rules! mma {
+    ($($name:ident = $type:literal;)*) => {$(
+        /// [`super::Half::mma`].
+        #[inline(always)]
+        pub fn $name(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+            // SAFETY: registers only; all lanes take part.
+            unsafe {
+                asm!(concat!("mma.sync.aligned.m16n8k16.row.col.f32.", $type, ".", $type, ".f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};"),
+                    inout(reg32) acc[0], inout(reg32) acc[1], inout(reg32) acc[2], inout(reg32) acc[3],
+                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1],
+                    options(pure, nomem, nostack))
+            };
+        }
+    )*};
+}
+mma! {
+    mma_bf16 = "bf16";
+    mma_f16 = "f16";
+}
+
+/// A barrier at `at` that `arrivals` arrivals complete.
+///
+/// # Safety
+/// `at` is 8 bytes of shared memory used for nothing else.
+#[inline(always)]
+pub unsafe fn mbarrier_init(at: u32, arrivals: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) at, in(reg32) arrivals, options(nostack)) };
+}
+/// Arrives, and has the phase wait for `bytes` more of copies.
+///
+/// # Safety
+/// `at` was initialised.
+#[inline(always)]
+pub unsafe fn mbarrier_expect(at: u32, bytes: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};", in(reg32) at, in(reg32) bytes, options(nostack)) };
+}
+/// Arrives.
+///
+/// # Safety
+/// `at` was initialised.
+#[inline(always)]
+pub unsafe fn mbarrier_arrive(at: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) at, options(nostack)) };
+}
+/// Waits until the phase of this parity is complete.
+///
+/// # Safety
+/// `at` was initialised.
+#[inline(always)]
+pub unsafe fn mbarrier_wait(at: u32, parity: u32) {
+    let mut done = 0u32;
+    while done == 0 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("{{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {p}; selp.u32 {r}, 1, 0, p; }}", b = in(reg32) at, p = in(reg32) parity, r = out(reg32) done, options(nostack))
+        };
+    }
+}
+
+/// Copies the box of `map` at (x, y) to shared memory, and counts its bytes at `barrier`.
+///
+/// # Safety
+/// `map` is the address of a kernel argument's [`crate::abi::TensorMap`]; `to` is 128-byte aligned (1024 if swizzled) with room for the box.
+#[inline(always)]
+pub unsafe fn tma_load(to: u32, map: u64, x: u32, y: u32, barrier: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], [{m}, {{{x}, {y}}}], [{b}];", d = in(reg32) to, m = in(reg64) map, x = in(reg32) x, y = in(reg32) y, b = in(reg32) barrier, options(nostack))
+    };
+}
+/// Copies shared memory to the box of `map` at (x, y); outside of the tensor nothing is written.
+///
+/// # Safety
+/// As [`tma_load`]; `fence_async` and a barrier came after the writes.
+#[inline(always)]
+pub unsafe fn tma_store(from: u32, map: u64, x: u32, y: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [{m}, {{{x}, {y}}}], [{s}];", s = in(reg32) from, m = in(reg64) map, x = in(reg32) x, y = in(reg32) y, options(nostack))
+    };
+}
