@@ -2,9 +2,9 @@
 
 use crate::abi::{self, Kernel, Module};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::simt::{Bf16, F16};
-#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::contrast;
+#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+use crate::simt::{Bf16, F16};
 
 /// For each line: on the card an entry point with its launch bounds written beside it, on the host a [`Kernel`].
 macro_rules! entries {

@@ -1,0 +1,289 @@
+//! Tallies and gradients of the logit matrix, through the host twin, against f64.
+
+mod common;
+use common::*;
+use kernels::abi::{Logits, Pull, TILE, Tally};
+use kernels::entries as e;
+use std::ptr::{null, null_mut};
+
+/// A batch with everything that may be special about a pair, and its logits in f64.
+struct Batch {
+    n: usize,
+    m: usize,
+    u: Array<u16>,
+    v: Array<u16>,
+    shift_u: Array<f32>,
+    shift_v: Array<f32>,
+    id: [Array<u32>; 2],
+    ignore: [Array<u32>; 2],
+    /// Octaves; NaN where the pair is ignored.
+    x: Vec<f64>,
+    positive: Vec<bool>,
+    depth: usize,
+    pitch: usize,
+    scale: f32,
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    n: usize,
+    m: usize,
+    depth: usize,
+    scale: f32,
+    /// Ids are drawn below this; 0 for the diagonal.
+    groups: usize,
+    ignore: bool,
+}
+
+impl Batch {
+    fn new(t: Type, s: Shape, rng: &mut Rng) -> Self {
+        let Shape { n, m, depth, scale, .. } = s;
+        let pitch = depth.next_multiple_of(8);
+        let (u, u64s) = halves(t, &rng.vec(n * depth, 1.0), depth, pitch);
+        let (v, v64s) = halves(t, &rng.vec(m * depth, 1.0), depth, pitch);
+        let (shift_u, shift_v) = (rng.vec(n, 1.0), rng.vec(m, 1.0));
+        let mut ids = |len: usize, of: usize| -> Vec<u32> {
+            (0..len).map(|i| if of == 0 { i as u32 } else { rng.below(of) as u32 }).collect()
+        };
+        let id = [ids(n, s.groups), ids(m, s.groups)];
+        let ignore = [ids(n, if s.ignore { 5 } else { usize::MAX }), ids(m, 5)];
+        let (mut x, mut positive) = (vec![0.0; n * m], vec![false; n * m]);
+        for i in 0..n {
+            for j in 0..m {
+                let dot: f64 = (0..depth).map(|k| u64s[i * depth + k] * v64s[j * depth + k]).sum();
+                positive[i * m + j] = id[0][i] == id[1][j];
+                let ignored = s.ignore && ignore[0][i] == ignore[1][j] && !positive[i * m + j];
+                x[i * m + j] = if ignored {
+                    f64::NAN
+                } else {
+                    dot * f64::from(scale) + f64::from(shift_u[i]) + f64::from(shift_v[j])
+                };
+            }
+        }
+        Batch {
+            n,
+            m,
+            u,
+            v,
+            shift_u: Array::of(&shift_u),
+            shift_v: Array::of(&shift_v),
+            id: id.map(|x| Array::of(&x)),
+            ignore: ignore.map(|x| Array::of(&x)),
+            x,
+            positive,
+            depth,
+            pitch,
+            scale,
+        }
+    }
+
+    fn logits(&self, ignore: bool) -> Logits {
+        let [a, b] = &self.ignore;
+        Logits {
+            u: self.u.ptr(),
+            v: self.v.ptr(),
+            shift_u: self.shift_u.ptr(),
+            shift_v: self.shift_v.ptr(),
+            id_u: self.id[0].ptr(),
+            id_v: self.id[1].ptr(),
+            ignore_u: if ignore { a.ptr() } else { null() },
+            ignore_v: if ignore { b.ptr() } else { null() },
+            n: self.n as u32,
+            m: self.m as u32,
+            depth: self.depth as u32,
+            pitch: self.pitch as u32,
+            scale: self.scale,
+            reserved: 0,
+        }
+    }
+}
+
+const SHAPES: [Shape; 6] = [
+    Shape { n: 1, m: 1, depth: 1, scale: 1.0, groups: 0, ignore: false },
+    Shape { n: 130, m: 257, depth: 5, scale: 3.0, groups: 0, ignore: false },
+    Shape { n: 64, m: 300, depth: 33, scale: 0.5, groups: 7, ignore: true },
+    Shape { n: 257, m: 129, depth: 64, scale: 2.0, groups: 0, ignore: true },
+    Shape { n: 131, m: 127, depth: 98, scale: 400.0, groups: 50, ignore: false },
+    Shape { n: 128, m: 256, depth: 160, scale: 1.0, groups: 0, ignore: false },
+];
+
+#[test]
+fn tallies_are_those_of_f64() {
+    for (which, &s) in SHAPES.iter().enumerate() {
+        for (t, kernel) in [(Type::Bf16, e::TALLY_BF16), (Type::F16, e::TALLY_F16)] {
+            let seed = 11 + which as u64;
+            let b = Batch::new(t, s, &mut Rng(seed));
+            let column_tiles = s.m.div_ceil(TILE as usize);
+            for splits in [1, column_tiles] {
+                let slots = Array::<[f32; 4]>::poison(2 * splits * s.n);
+                let all = Array::<[f32; 2]>::poison(2 * splits * s.n);
+                let tiles = column_tiles.div_ceil(splits) as u32;
+                let args = Tally {
+                    logits: b.logits(s.ignore),
+                    slots: slots.ptr_mut(),
+                    all: all.ptr_mut(),
+                    tiles,
+                    reserved: 0,
+                };
+                launch(&kernel, [splits as u32, s.n.div_ceil(TILE as usize) as u32, 1], &args, seed);
+                let (slots, all) = (slots.get(), all.get());
+                let (mut got, mut want) = (vec![], vec![]);
+                for i in 0..s.n {
+                    let parts = (0..2 * splits).map(|p| (slots[p * s.n + i], all[p * s.n + i]));
+                    let max = parts.clone().map(|(p, _)| p[0]).fold(f32::NEG_INFINITY, f32::max);
+                    let mut sums = [0f64; 5];
+                    for (p, a) in parts {
+                        let shrink = f64::from(p[0] - max).exp2();
+                        sums[0] += f64::from(p[1]) * shrink;
+                        sums[1] += f64::from(p[2]) * shrink;
+                        sums[2] += f64::from(p[3]);
+                        sums[3] += f64::from(a[0]);
+                        sums[4] += f64::from(a[1]);
+                    }
+                    let row =
+                        || b.x[i * s.m..(i + 1) * s.m].iter().zip(&b.positive[i * s.m..]).filter(|(x, _)| !x.is_nan());
+                    let top = row().map(|(x, _)| *x).fold(f64::NEG_INFINITY, f64::max);
+                    if top.is_finite() {
+                        assert!((f64::from(max) - top).abs() < 1e-5 * top.abs().max(1.0), "row {i}: {max} and {top}");
+                    }
+                    let sum =
+                        |p: bool| row().filter(|x| *x.1 == p).map(|(x, _)| (x - f64::from(max)).exp2()).sum::<f64>();
+                    got.extend([sums[0], sums[1], sums[2] / 8.0, sums[3] / 64.0, sums[4]]);
+                    let ignored = s.m - row().count();
+                    want.extend([
+                        sum(false),
+                        sum(true),
+                        row().filter(|x| *x.1).map(|(x, _)| x).sum::<f64>() / 8.0,
+                        row().map(|(x, _)| x).sum::<f64>() / 64.0,
+                        ignored as f64,
+                    ]);
+                }
+                let off = distance(got, &want);
+                // Logits of thousands of octaves carry half a unit of their own last place into the exponential.
+                let bound = if s.scale > 100.0 { 1e-3 } else { 1e-5 };
+                assert!(off < bound, "{t:?} {}x{}x{} in {splits}: {off:e}", s.n, s.m, s.depth);
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_of_g_are_those_of_f64() {
+    let kernels = [
+        (Type::Bf16, [e::PULL_SOFTMAX_BF16, e::PULL_SIGMOID_BF16]),
+        (Type::F16, [e::PULL_SOFTMAX_F16, e::PULL_SIGMOID_F16]),
+    ];
+    for (which, &s) in SHAPES.iter().enumerate() {
+        for (t, kernels) in &kernels {
+            for (sigmoid, kernel) in kernels.iter().enumerate() {
+                let seed = 31 + which as u64;
+                let mut rng = Rng(seed);
+                let b = Batch::new(*t, s, &mut rng);
+                // Norms as a softmax has them: above the largest logit, so that exponentials are at most one.
+                let norm = |rng: &mut Rng, len: usize, top: &dyn Fn(usize) -> f64| -> Vec<[f32; 4]> {
+                    (0..len)
+                        .map(|i| [top(i) as f32 + 0.5, 1.0 + rng.unit(), 0.1 * rng.unit(), 1.0 + rng.unit()])
+                        .collect()
+                };
+                let largest = |xs: &mut dyn Iterator<Item = f64>| xs.filter(|x| !x.is_nan()).fold(-1e3, f64::max);
+                let by_row = |i: usize| largest(&mut b.x[i * s.m..(i + 1) * s.m].iter().copied());
+                let by_col = |j: usize| largest(&mut b.x.iter().copied().skip(j).step_by(s.m));
+                let (norm_u, norm_v) = (norm(&mut rng, s.n, &by_row), norm(&mut rng, s.m, &by_col));
+                let (target_u, target_v) = (rng.vec(s.n, 1.0), rng.vec(s.m, 1.0));
+                let (bias, smoothing) = if sigmoid == 1 { (0.7f32, 0.1f32) } else { (0.0, 0.0) };
+                let g_of = |i: usize, j: usize| -> (f64, f64) {
+                    let x = b.x[i * s.m + j];
+                    let positive = b.positive[i * s.m + j];
+                    if x.is_nan() {
+                        return (0.0, 0.0);
+                    }
+                    if sigmoid == 1 {
+                        let y = (x + f64::from(bias)) * std::f64::consts::LN_2;
+                        let e = f64::from(smoothing);
+                        let target = if positive { 1.0 - 0.5 * e } else { 0.5 * e };
+                        let softplus = y.max(0.0) + (-y.abs()).exp().ln_1p();
+                        let share = f64::from(target_u[i]);
+                        // 1/(1+e^-y) - target without losing what is left of one.
+                        let off =
+                            if positive { 0.5 * e - 1.0 / (1.0 + y.exp()) } else { 1.0 / (1.0 + (-y).exp()) - target };
+                        return (share * off, share * (softplus - target * y));
+                    }
+                    let side = |n: &[f32; 4], t: f32| {
+                        let p = (x - f64::from(n[0])).exp2();
+                        if positive {
+                            f64::from(n[3]) * p + f64::from(t)
+                        } else {
+                            f64::from(n[1]) * p - f64::from(n[2])
+                        }
+                    };
+                    (side(&norm_u[i], target_u[i]) + side(&norm_v[j], target_v[j]), 0.0)
+                };
+                let (a_u, a_v) = (Array::of(&norm_u), Array::of(&norm_v));
+                let (t_u, t_v) = (Array::of(&target_u), Array::of(&target_v));
+                // A chunk in the middle, of two tiles each way, and the corner.
+                for (row, col) in [(0, 0), (128 * (s.n / 129), 128 * (s.m / 129))] {
+                    let (rows, cols) = ((s.n - row).min(256), (s.m - col).min(256));
+                    let pitch = cols.next_multiple_of(8);
+                    let tiles = [cols.div_ceil(128), rows.div_ceil(128)];
+                    let g = Array::<u16>::poison(rows * pitch);
+                    let row_sums = Array::<[f32; 4]>::poison(2 * tiles[0] * rows);
+                    let col_sums = Array::<f32>::poison(4 * tiles[1] * cols);
+                    let gain = 4.0;
+                    let args = Pull {
+                        logits: b.logits(s.ignore),
+                        norm_u: if sigmoid == 1 { null() } else { a_u.ptr() },
+                        target_u: t_u.ptr(),
+                        norm_v: if sigmoid == 1 { null() } else { a_v.ptr() },
+                        target_v: t_v.ptr(),
+                        g: g.ptr_mut(),
+                        row_sums: row_sums.ptr_mut(),
+                        col_sums: if which == 0 { null_mut() } else { col_sums.ptr_mut() },
+                        row: row as u32,
+                        col: col as u32,
+                        rows: rows as u32,
+                        cols: cols as u32,
+                        pitch: pitch as u32,
+                        gain,
+                        bias,
+                        smoothing,
+                    };
+                    launch(kernel, [tiles[0] as u32, tiles[1] as u32, 1], &args, seed);
+                    let name = format!("{} {}x{}x{} at {row}, {col}", kernel.name, s.n, s.m, s.depth);
+                    let (g, row_sums, col_sums) = (g.get(), row_sums.get(), col_sums.get());
+                    let mut want = vec![0.0; rows * cols];
+                    let mut by_row = vec![[0.0; 3]; rows];
+                    let mut by_col = vec![0.0; cols];
+                    for i in 0..rows {
+                        for j in 0..cols {
+                            let (g, value) = g_of(row + i, col + j);
+                            want[i * cols + j] = g;
+                            let x = b.x[(row + i) * s.m + col + j];
+                            let x = if x.is_nan() { 0.0 } else { x };
+                            by_row[i] = [by_row[i][0] + value, by_row[i][1] + g, by_row[i][2] + g * x];
+                            by_col[j] += g;
+                        }
+                    }
+                    let got = (0..rows * cols).map(|k| t.value(g[k / cols * pitch + k % cols]) / f64::from(gain));
+                    let off = distance(got, &want);
+                    assert!(off < if *t == Type::Bf16 { 4e-3 } else { 6e-4 }, "{name}: G {off:e}");
+                    for which in 0..3 {
+                        let got = (0..rows)
+                            .map(|i| (0..2 * tiles[0]).map(|p| f64::from(row_sums[p * rows + i][which])).sum::<f64>());
+                        let want: Vec<f64> = by_row.iter().map(|x| x[which]).collect();
+                        if want.iter().any(|x| *x != 0.0) {
+                            let off = distance(got, &want);
+                            let bound = if s.scale > 100.0 { 2e-3 } else { 2e-5 };
+                            assert!(off < bound, "{name}: row sum {which} {off:e}");
+                        }
+                    }
+                    if which != 0 {
+                        let got = (0..cols)
+                            .map(|j| (0..4 * tiles[1]).map(|p| f64::from(col_sums[p * cols + j])).sum::<f64>());
+                        let off = distance(got, &by_col);
+                        assert!(off < if s.scale > 100.0 { 2e-3 } else { 2e-5 }, "{name}: column sums {off:e}");
+                    }
+                }
+            }
+        }
+    }
+}
