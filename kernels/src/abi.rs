@@ -152,3 +152,231 @@ pub struct Pull {
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Pull {}
+
+/// A matrix product `C (+)= op(A) op(B)`; element types and storage are the kernel's, see [`crate::gemm`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Gemm {
+    /// A.
+    pub a: *const (),
+    /// B.
+    pub b: *const (),
+    /// C, f32 `[m, pitch_c]`, one copy a part.
+    pub c: *mut f32,
+    /// Rows of C.
+    pub m: u32,
+    /// Columns of C.
+    pub n: u32,
+    /// Summed dimension.
+    pub k: u32,
+    /// k of a part, a multiple of 8.
+    pub depth: u32,
+    /// Elements from row to row of A as stored; of halves a multiple of 8.
+    pub pitch_a: u32,
+    /// Of B.
+    pub pitch_b: u32,
+    /// Of C.
+    pub pitch_c: u32,
+    /// Not 0: added to what C holds.
+    pub add: u32,
+    /// Elements from one part's copy of C to the next.
+    pub part: u64,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Gemm {}
+
+/// Embeddings on their way to the tile: `out = round((x - shift) / |x|)`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Prepare {
+    /// `[rows, dim]`, f32 or halves as the kernel says.
+    pub x: *const (),
+    /// Subtracted from every row, `[dim]`, or null.
+    pub shift: *const f32,
+    /// In nats, added to the logits of the row, `[rows]`, or null.
+    pub offset: *const f32,
+    /// Halves `[rows, pitch]`, zeros behind `dim`.
+    pub out: *mut u16,
+    /// `[rows]`: 1/|x|, 0 for a row of norm below the normal numbers; null leaves rows as long as they are.
+    pub inverse: *mut f32,
+    /// `[rows]`: `norm_scale |out|^2 + log2(e) offset`, what a tilting adds to the row's logits; or null.
+    pub half_norm: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Embedding dimension.
+    pub dim: u32,
+    /// Halves from row to row of `out`.
+    pub pitch: u32,
+    /// Octaves of a unit of `|out|^2`.
+    pub norm_scale: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Prepare {}
+
+/// Gradients on their way out: `out (+)= scale inverse (acc - pull x)`, `pull` = `<x, acc>` for unit rows,
+/// `gain g_sum` for squared distances, else 0.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Finish {
+    /// `gain G other`, `[rows, dim]`.
+    pub acc: *const f32,
+    /// What the tile saw, halves `[rows, pitch]`.
+    pub x: *const u16,
+    /// As [`Prepare::inverse`], or null.
+    pub inverse: *const f32,
+    /// Row sums of G, `[rows, g_stride]`, the first of each; or null.
+    pub g_sums: *const f32,
+    /// `[rows, dim]`, or null.
+    pub out: *mut f32,
+    /// `sum_i <x_i, acc_i>` over each block's rows, `[ceil(rows / 8)]`, or null.
+    pub along: *mut f64,
+    /// Rows.
+    pub rows: u32,
+    /// Embedding dimension.
+    pub dim: u32,
+    /// Halves from row to row of `x`.
+    pub pitch: u32,
+    /// dS/d product, over the gain.
+    pub scale: f32,
+    /// See [`Pull::gain`].
+    pub gain: f32,
+    /// Elements from row to row of `g_sums`.
+    pub g_stride: u32,
+    /// Not 0: added to what `out` holds.
+    pub add: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Finish {}
+
+/// Slots of a tally into one a row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Merge {
+    /// See [`Tally::slots`], `[slots, n]`.
+    pub tallies: *const [f32; 4],
+    /// See [`Tally::all`], `[slots, n]`, or null.
+    pub all: *const [f32; 2],
+    /// `[n]`.
+    pub row: *mut [f32; 4],
+    /// `[n]`, used with `all`.
+    pub row_all: *mut [f32; 2],
+    /// `[ceil(n / 256)]`: (max, sum) of all the block's logits.
+    pub block: *mut [f32; 2],
+    /// Rows.
+    pub n: u32,
+    /// Slots of a row.
+    pub slots: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Merge {}
+
+/// (max, sum) of all logits.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Total {
+    /// See [`Merge::block`].
+    pub block: *const [f32; 2],
+    /// One.
+    pub out: *mut [f32; 2],
+    /// Of `block`.
+    pub blocks: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Total {}
+
+/// Tallies into norms, targets and the loss.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Normalise {
+    /// See [`Merge::row`].
+    pub row: *const [f32; 4],
+    /// See [`Merge::row_all`], or null.
+    pub row_all: *const [f32; 2],
+    /// Positives of each row, `[n]`.
+    pub positives: *const u32,
+    /// Each row's share of the loss, `[n]`.
+    pub share: *const f32,
+    /// (max, sum) of all logits for the joint loss, else null.
+    pub joint: *const [f32; 2],
+    /// `[n]`, see [`Pull::norm_u`].
+    pub norm: *mut Norm,
+    /// `[n]`, see [`Pull::target_u`].
+    pub target: *mut f32,
+    /// `[ceil(n / 256)]`: `sum_i share_i (r_i - <T_i, S_i>)` in nats; for the joint loss `sum_i share_i <T_i, S_i>` less
+    /// the max of all logits.
+    pub loss: *mut f64,
+    /// Rows.
+    pub n: u32,
+    /// Length of the other side.
+    pub opposite: f32,
+    /// Weight of this side in the loss.
+    pub lambda: f32,
+    /// Label smoothing.
+    pub smoothing: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Normalise {}
+
+/// `out[i] (+)= sum_p parts[p, i]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Fold {
+    /// `[slots, stride]`.
+    pub parts: *const f32,
+    /// `[len]`.
+    pub out: *mut f32,
+    /// Elements from slot to slot.
+    pub stride: u64,
+    /// Elements.
+    pub len: u32,
+    /// Slots.
+    pub slots: u32,
+    /// Not 0: added to what `out` holds.
+    pub add: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Fold {}
+
+/// Column sums of `[n, columns]`, at most 4 columns, in f64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Totals {
+    /// Used if `doubles` is null.
+    pub singles: *const f32,
+    /// Or null.
+    pub doubles: *const f64,
+    /// `[blocks, columns]`.
+    pub out: *mut f64,
+    /// Rows.
+    pub n: u32,
+    /// Columns, 1 to 4.
+    pub columns: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Totals {}
+
+/// `out[p, k] = scale sum of x[i, k] over rows i of part p`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SumColumns {
+    /// `[rows, dim]`, f32 or halves as the kernel says.
+    pub x: *const (),
+    /// `[parts, dim]`.
+    pub out: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub dim: u32,
+    /// Rows of a part.
+    pub part: u32,
+    /// Factor on the sums.
+    pub scale: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for SumColumns {}

@@ -2,9 +2,9 @@
 
 use crate::abi::{self, Kernel, Module};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::contrast;
-#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
+#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+use crate::{contrast, gemm, rows};
 
 /// For each line: on the card an entry point with its launch bounds written beside it, on the host a [`Kernel`].
 macro_rules! entries {
@@ -53,15 +53,67 @@ entries! {
     Portable not(hopper): {
         /// Row tallies of bf16 logits.
         tally_bf16 / TALLY_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::tally::<Bf16>;
+        /// A chunk of G of the softmax losses, bf16.
+        pull_softmax_bf16 / PULL_SOFTMAX_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_softmax::<Bf16>;
+        /// A chunk of G of the sigmoid loss, bf16.
+        pull_sigmoid_bf16 / PULL_SIGMOID_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_sigmoid::<Bf16>;
+        /// G by rows, bf16.
+        gemm_gv_bf16 / GEMM_GV_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_nn::<Bf16>;
+        /// G transposed by rows, bf16.
+        gemm_gu_bf16 / GEMM_GU_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_tn::<Bf16>;
+        /// A product of f32 operands rounded to bf16.
+        gemm_nn_bf16 / GEMM_NN_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_nn::<Bf16>;
+        /// A product of f32 operands rounded to bf16.
+        gemm_nt_bf16 / GEMM_NT_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_nt::<Bf16>;
+        /// A product of f32 operands rounded to bf16.
+        gemm_tn_bf16 / GEMM_TN_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tn::<Bf16>;
+        /// A product of f32 operands rounded to bf16.
+        gemm_tt_bf16 / GEMM_TT_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tt::<Bf16>;
+        /// f32 embeddings to bf16.
+        prepare_bf16_f32 / PREPARE_BF16_F32 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<Bf16, false>;
+        /// Embeddings of bf16 to the same.
+        prepare_bf16_bf16 / PREPARE_BF16_BF16 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<Bf16, true>;
+        /// Gradients of bf16 embeddings.
+        finish_bf16 / FINISH_BF16 (abi::Finish), threads 256, blocks 1, shared 64, rows::finish::<Bf16>;
+        /// Column sums of bf16.
+        sum_columns_bf16 / SUM_COLUMNS_BF16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<Bf16, true>;
         /// Row tallies of f16 logits.
         tally_f16 / TALLY_F16 (abi::Tally), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::tally::<F16>;
-        /// A chunk of G of the softmax losses in bf16.
-        pull_softmax_bf16 / PULL_SOFTMAX_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_softmax::<Bf16>;
-        /// A chunk of G of the softmax losses in f16.
+        /// A chunk of G of the softmax losses, f16.
         pull_softmax_f16 / PULL_SOFTMAX_F16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_softmax::<F16>;
-        /// A chunk of G of the sigmoid loss in bf16.
-        pull_sigmoid_bf16 / PULL_SIGMOID_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_sigmoid::<Bf16>;
-        /// A chunk of G of the sigmoid loss in f16.
+        /// A chunk of G of the sigmoid loss, f16.
         pull_sigmoid_f16 / PULL_SIGMOID_F16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_sigmoid::<F16>;
+        /// G by rows, f16.
+        gemm_gv_f16 / GEMM_GV_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_nn::<F16>;
+        /// G transposed by rows, f16.
+        gemm_gu_f16 / GEMM_GU_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_tn::<F16>;
+        /// A product of f32 operands rounded to f16.
+        gemm_nn_f16 / GEMM_NN_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_nn::<F16>;
+        /// A product of f32 operands rounded to f16.
+        gemm_nt_f16 / GEMM_NT_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_nt::<F16>;
+        /// A product of f32 operands rounded to f16.
+        gemm_tn_f16 / GEMM_TN_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tn::<F16>;
+        /// A product of f32 operands rounded to f16.
+        gemm_tt_f16 / GEMM_TT_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tt::<F16>;
+        /// f32 embeddings to f16.
+        prepare_f16_f32 / PREPARE_F16_F32 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<F16, false>;
+        /// Embeddings of f16 to the same.
+        prepare_f16_f16 / PREPARE_F16_F16 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<F16, true>;
+        /// Gradients of f16 embeddings.
+        finish_f16 / FINISH_F16 (abi::Finish), threads 256, blocks 1, shared 64, rows::finish::<F16>;
+        /// Column sums of f16.
+        sum_columns_f16 / SUM_COLUMNS_F16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<F16, true>;
+        /// Column sums of f32.
+        sum_columns_f32 / SUM_COLUMNS_F32 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<Bf16, false>;
+        /// Slots of tallies into one a row.
+        merge / MERGE (abi::Merge), threads 256, blocks 1, shared 2048, rows::merge;
+        /// The log-sum-exp of everything.
+        total / TOTAL (abi::Total), threads 256, blocks 1, shared 2048, rows::total;
+        /// Tallies into norms, targets and the loss.
+        normalise / NORMALISE (abi::Normalise), threads 256, blocks 1, shared 2048, rows::normalise;
+        /// Slots into their sum.
+        fold / FOLD (abi::Fold), threads 256, blocks 1, shared 0, rows::fold;
+        /// Column sums in f64.
+        totals / TOTALS (abi::Totals), threads 256, blocks 1, shared 2048, rows::totals;
     }
 }

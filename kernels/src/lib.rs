@@ -7,6 +7,8 @@
 //! | [`entries`] | every kernel, once |
 //! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
 //! | `tile` | the portable tile product that losses and encoders share |
+//! | `gemm` | matrix products on the tile |
+//! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
 //!
 //! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
@@ -27,6 +29,8 @@ macro_rules! device {
 }
 device! {
     mod contrast;
+    mod gemm;
+    mod rows;
     mod simt;
     mod tile;
 }

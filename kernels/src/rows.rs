@@ -1,0 +1,413 @@
+//! One pass over rows: embeddings on their way to the tile and gradients on their way out of it, tallies into softmaxes,
+//! and sums in a fixed order.
+//!
+//! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
+
+use crate::abi::{Fold, Finish, HOLE, Merge, Normalise, Prepare, SumColumns, Total, Totals};
+use crate::law;
+use crate::simt::*;
+
+/// Rows of a block where a warp takes one.
+const WARPS: u32 = 8;
+
+/// A row's element as f32.
+#[inline(always)]
+unsafe fn read<T: Half, const HALVES: bool>(x: *const (), at: usize) -> f32 {
+    // SAFETY: the launch contract.
+    unsafe {
+        if HALVES {
+            T::unpack(u32::from(load(x.cast::<u16>().wrapping_add(at))))[0]
+        } else {
+            load(x.cast::<f32>().wrapping_add(at))
+        }
+    }
+}
+
+#[inline(always)]
+fn bits<T: Half>(x: f32) -> u16 {
+    T::pack(x, 0.0) as u16
+}
+
+/// Embeddings as the tile wants them: unit rows or centred rows, rounded to halves, a pitch apart.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Prepare`]; grid ceil(rows / 8).
+#[inline(always)]
+pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
+    let row = block_x() * WARPS + warp();
+    if row >= a.rows {
+        return;
+    }
+    let from = row as usize * a.dim as usize;
+    let shift = |k: u32| {
+        // SAFETY: the launch contract.
+        if a.shift.is_null() { 0.0 } else { unsafe { load(a.shift.wrapping_add(k as usize)) } }
+    };
+    // SAFETY: the launch contract; a row is written by its own warp.
+    unsafe {
+        let mut scale = 1.0;
+        if !a.inverse.is_null() {
+            // Scaled by the largest element, so that squares neither overflow nor vanish.
+            let mut top = 0f32;
+            let mut k = lane();
+            while k < a.dim {
+                let x = read::<T, HALVES>(a.x, from + k as usize);
+                top = law::Num::max(top, law::Num::abs(x));
+                k += 32;
+            }
+            let top = max_lanes(top, 32);
+            let mut sum = 0f32;
+            let mut k = lane();
+            while k < a.dim {
+                let x = read::<T, HALVES>(a.x, from + k as usize) / if top > 0.0 { top } else { 1.0 };
+                sum = fma(x, x, sum);
+                k += 32;
+            }
+            let norm = sqrt(sum_lanes(sum, 32)) * top;
+            scale = if norm < f32::MIN_POSITIVE { 0.0 } else { 1.0 / norm };
+            if lane() == 0 {
+                store(a.inverse.wrapping_add(row as usize), scale);
+            }
+        }
+        let mut sum = 0f32;
+        let mut k = lane();
+        while k < a.pitch {
+            let x = if k < a.dim { (read::<T, HALVES>(a.x, from + k as usize) - shift(k)) * scale } else { 0.0 };
+            let rounded = bits::<T>(x);
+            store(a.out.wrapping_add(row as usize * a.pitch as usize + k as usize), rounded);
+            let x = T::unpack(u32::from(rounded))[0];
+            sum = fma(x, x, sum);
+            k += 32;
+        }
+        if !a.half_norm.is_null() {
+            let sum = sum_lanes(sum, 32);
+            if lane() == 0 {
+                let offset = if a.offset.is_null() { 0.0 } else { load(a.offset.wrapping_add(row as usize)) };
+                let x = fma(offset, core::f32::consts::LOG2_E, sum * a.norm_scale);
+                store(a.half_norm.wrapping_add(row as usize), x);
+            }
+        }
+    }
+}
+
+/// Gradients from `acc = gain G other` through the tilting, see [`Finish`]; and `sum_i <x_i, acc_i>` a block.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Finish`]; grid ceil(rows / 8).
+#[inline(always)]
+pub unsafe fn finish<T: Half>(a: &Finish) {
+    let row = block_x() * WARPS + warp();
+    let mut along = 0f32;
+    // SAFETY: the launch contract; a row is written by its own warp.
+    unsafe {
+        if row < a.rows {
+            let (x_at, at) = (row as usize * a.pitch as usize, row as usize * a.dim as usize);
+            let x = |k: u32| T::unpack(u32::from(load(a.x.wrapping_add(x_at + k as usize))))[0];
+            let mut k = lane();
+            while k < a.dim {
+                along = fma(x(k), load(a.acc.wrapping_add(at + k as usize)), along);
+                k += 32;
+            }
+            along = sum_lanes(along, 32);
+            if !a.out.is_null() {
+                let (mut scale, mut pull) = (a.scale, 0f32);
+                if !a.inverse.is_null() {
+                    // d(x/|x|): off the row's own direction, over its norm.
+                    pull = along;
+                    scale *= load(a.inverse.wrapping_add(row as usize));
+                }
+                if !a.g_sums.is_null() {
+                    // d|u - v|^2 = 2 (u sum G - G v), whose sign is in the scale.
+                    pull = a.gain * load(a.g_sums.wrapping_add(row as usize * a.g_stride as usize));
+                }
+                let mut k = lane();
+                while k < a.dim {
+                    let out = a.out.wrapping_add(at + k as usize);
+                    let old = if a.add != 0 { load(out) } else { 0.0 };
+                    let g = load(a.acc.wrapping_add(at + k as usize));
+                    store(out, old + scale * (g - pull * x(k)));
+                    k += 32;
+                }
+            }
+        }
+        if !a.along.is_null() {
+            let base = shared_base();
+            if lane() == 0 {
+                store_shared(base + warp() * 4, along);
+            }
+            sync();
+            if thread() == 0 {
+                let mut sum = 0f64;
+                let mut w = 0;
+                while w < WARPS {
+                    sum += f64::from(load_shared::<f32>(base + w * 4));
+                    w += 1;
+                }
+                store(a.along.wrapping_add(block_x() as usize), sum);
+            }
+        }
+    }
+}
+
+/// The sum of `x` over the block's 256 threads, in thread 0: one fixed tree.
+#[inline(always)]
+unsafe fn block_sum(x: f64) -> f64 {
+    let (base, t) = (shared_base(), thread());
+    // SAFETY: 2048 bytes of shared memory; halves are separated by barriers.
+    unsafe {
+        store_shared(base + t * 8, x);
+        sync();
+        let mut half = 128;
+        while half > 0 {
+            if t < half {
+                let sum = load_shared::<f64>(base + t * 8) + load_shared::<f64>(base + (t + half) * 8);
+                store_shared(base + t * 8, sum);
+            }
+            sync();
+            half /= 2;
+        }
+        let sum = load_shared::<f64>(base);
+        sync();
+        sum
+    }
+}
+
+/// Slots of [`crate::contrast::tally`] into one tally a row; and the block's rows into one log-sum-exp.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Merge`]; grid ceil(n / 256).
+#[inline(always)]
+pub unsafe fn merge(a: &Merge) {
+    let row = block_x() * 256 + thread();
+    let (mut max, mut sum) = (HOLE, 0f32);
+    // SAFETY: the launch contract.
+    unsafe {
+        if row < a.n {
+            let at = |p: u32| p as usize * a.n as usize + row as usize;
+            let mut p = 0;
+            while p < a.slots {
+                max = law::Num::max(max, load(a.tallies.wrapping_add(at(p)))[0]);
+                p += 1;
+            }
+            let (mut negatives, mut positives, mut pulled) = (0f32, 0f32, 0f32);
+            let mut all = [0f32; 2];
+            let mut p = 0;
+            while p < a.slots {
+                let part: [f32; 4] = load(a.tallies.wrapping_add(at(p)));
+                let shrink = exp2(part[0] - max);
+                negatives = fma(part[1], shrink, negatives);
+                positives = fma(part[2], shrink, positives);
+                pulled += part[3];
+                if !a.all.is_null() {
+                    let part: [f32; 2] = load(a.all.wrapping_add(at(p)));
+                    all = [all[0] + part[0], all[1] + part[1]];
+                }
+                p += 1;
+            }
+            store(a.row.wrapping_add(row as usize), [max, negatives, positives, pulled]);
+            if !a.all.is_null() {
+                store(a.row_all.wrapping_add(row as usize), all);
+            }
+            sum = negatives + positives;
+        }
+        // All 256 threads: the block's largest, then its sum.
+        let (base, t) = (shared_base(), thread());
+        store_shared(base + t * 4, if sum > 0.0 { max } else { HOLE });
+        sync();
+        let mut half = 128;
+        while half > 0 {
+            if t < half {
+                let (x, y) = (load_shared::<f32>(base + t * 4), load_shared::<f32>(base + (t + half) * 4));
+                store_shared(base + t * 4, law::Num::max(x, y));
+            }
+            sync();
+            half /= 2;
+        }
+        let top = load_shared::<f32>(base);
+        sync();
+        let sum = block_sum(if sum > 0.0 { f64::from(sum * exp2(max - top)) } else { 0.0 });
+        if t == 0 {
+            store(a.block.wrapping_add(block_x() as usize), [top, sum as f32]);
+        }
+    }
+}
+
+/// The log-sum-exps of all blocks of [`merge`] into one.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Total`]; one block.
+#[inline(always)]
+pub unsafe fn total(a: &Total) {
+    let t = thread();
+    // SAFETY: the launch contract.
+    unsafe {
+        let mut top = HOLE;
+        let mut b = 0;
+        while b < a.blocks {
+            top = law::Num::max(top, load(a.block.wrapping_add(b as usize))[0]);
+            b += 1;
+        }
+        let mut sum = 0f64;
+        let mut b = t;
+        while b < a.blocks {
+            let part: [f32; 2] = load(a.block.wrapping_add(b as usize));
+            sum += f64::from(part[1] * exp2(part[0] - top));
+            b += 256;
+        }
+        let sum = block_sum(sum);
+        if t == 0 {
+            store(a.out, [top, sum as f32]);
+        }
+    }
+}
+
+/// `log2 x` in nats.
+#[inline(always)]
+fn ln(x: f32) -> f32 {
+    log2(x) * core::f32::consts::LN_2
+}
+
+/// Tallies into what [`crate::contrast::pull`] needs of a row, and the block's share of the loss.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Normalise`]; grid ceil(n / 256).
+#[inline(always)]
+pub unsafe fn normalise(a: &Normalise) {
+    let row = block_x() * 256 + thread();
+    let mut loss = 0f64;
+    // SAFETY: the launch contract.
+    unsafe {
+        if row < a.n {
+            let at = row as usize;
+            let [max, negatives, positives, pulled]: [f32; 4] = load(a.row.wrapping_add(at));
+            let share: f32 = load(a.share.wrapping_add(at));
+            let count = load(a.positives.wrapping_add(at)) as f32;
+            let [all, ignored] = if a.row_all.is_null() { [0.0, 0.0] } else { load(a.row_all.wrapping_add(at)) };
+            let candidates = law::Num::max(a.opposite - ignored, 1.0);
+            let sum = negatives + positives;
+            // Means of logits over the positives and over all that count, in octaves from the largest.
+            let mean = if count > 0.0 { pulled / count - max } else { 0.0 };
+            let smooth_mean = if a.smoothing > 0.0 { all / candidates - max } else { mean };
+            let target = mean + a.smoothing * (smooth_mean - mean);
+            let weight = a.lambda * share;
+            let smooth = weight * a.smoothing / candidates;
+            let pull = if count > 0.0 { weight * (1.0 - a.smoothing) / count } else { 0.0 };
+            if a.joint.is_null() {
+                let weight_row = if sum > 0.0 { weight / sum } else { 0.0 };
+                let only = count == 1.0;
+                // 1 - P of an only positive, from the negatives: P itself may round to one.
+                let others = if sum > 0.0 { weight_row * negatives } else { 0.0 };
+                let t = if only { weight * a.smoothing - others - smooth } else { -pull - smooth };
+                store(a.norm.wrapping_add(at), [max, weight_row, smooth, if only { 0.0 } else { weight_row }]);
+                store(a.target.wrapping_add(at), t);
+                if share > 0.0 {
+                    let ratio = negatives / positives;
+                    let r = if ratio < 1.0 { law::ln_1p(ratio) + ln(positives) } else { ln(sum) };
+                    loss = f64::from(share) * f64::from(r - target * core::f32::consts::LN_2);
+                }
+            } else {
+                let [z, sum]: [f32; 2] = load(a.joint);
+                store(a.norm.wrapping_add(at), [z, 1.0 / sum, smooth, 1.0 / sum]);
+                store(a.target.wrapping_add(at), -pull - smooth);
+                if share > 0.0 {
+                    loss = f64::from(share) * f64::from(target + (max - z)) * core::f64::consts::LN_2;
+                }
+            }
+        }
+        let loss = block_sum(loss);
+        if thread() == 0 {
+            store(a.loss.wrapping_add(block_x() as usize), loss);
+        }
+    }
+}
+
+/// `out[i] (+)= sum_p slots[p, i]`, p in order.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Fold`]; grid ceil(len / 256).
+#[inline(always)]
+pub unsafe fn fold(a: &Fold) {
+    let i = (block_x() * 256 + thread()) as usize;
+    if i < a.len as usize {
+        // SAFETY: the launch contract; an element is written by its own thread.
+        unsafe {
+            let mut sum = if a.add != 0 { load(a.out.wrapping_add(i)) } else { 0.0 };
+            let mut p = 0;
+            while p < a.slots {
+                sum += load(a.parts.wrapping_add(p as usize * a.stride as usize + i));
+                p += 1;
+            }
+            store(a.out.wrapping_add(i), sum);
+        }
+    }
+}
+
+/// Sums of each column of `[n, 4]`, or of one of f64: block b sums rows b, b + blocks, .. of 256 into its slot.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Totals`]; any grid.
+#[inline(always)]
+pub unsafe fn totals(a: &Totals) {
+    let mut sums = [0f64; 4];
+    // SAFETY: the launch contract.
+    unsafe {
+        let mut i = block_x() as usize * 256 + thread() as usize;
+        while i < a.n as usize {
+            let mut c = 0;
+            while c < 4 {
+                if c < a.columns {
+                    let at = i * a.columns as usize + c as usize;
+                    sums[c as usize] += if a.doubles.is_null() {
+                        f64::from(load(a.singles.wrapping_add(at)))
+                    } else {
+                        load(a.doubles.wrapping_add(at))
+                    };
+                }
+                c += 1;
+            }
+            i += grid_x() as usize * 256;
+        }
+        let mut c = 0;
+        while c < 4 {
+            if c < a.columns {
+                let sum = block_sum(sums[c as usize]);
+                if thread() == 0 {
+                    store(a.out.wrapping_add(block_x() as usize * a.columns as usize + c as usize), sum);
+                }
+            }
+            c += 1;
+        }
+    }
+}
+
+/// Sums of columns of a row-major matrix over this block's rows: grid (ceil(dim / 32), parts), 8 rows at a time.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`SumColumns`].
+#[inline(always)]
+pub unsafe fn sum_columns<T: Half, const HALVES: bool>(a: &SumColumns) {
+    let col = block_x() * 32 + lane();
+    let first = block_y() * a.part;
+    let end = (first + a.part).min(a.rows);
+    let mut sum = 0f32;
+    let base = shared_base();
+    // SAFETY: the launch contract.
+    unsafe {
+        let mut i = first + warp();
+        while i < end && col < a.dim {
+            sum += read::<T, HALVES>(a.x, i as usize * a.dim as usize + col as usize);
+            i += WARPS;
+        }
+        store_shared(base + thread() * 4, sum * a.scale);
+        sync();
+        if warp() == 0 && col < a.dim {
+            let mut sum = 0f32;
+            let mut w = 0;
+            while w < WARPS {
+                sum += load_shared::<f32>(base + (w * 32 + lane()) * 4);
+                w += 1;
+            }
+            store(a.out.wrapping_add(block_y() as usize * a.dim as usize + col as usize), sum);
+        }
+    }
+}
