@@ -33,9 +33,9 @@ pub struct Kernel<A> {
     pub blocks: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared: u32,
-    /// The same source, for the host twin: called by every lane.
+    /// The same source, for the host twin: called by every lane, with the argument's address as TMA would have it.
     #[cfg(feature = "shim")]
-    pub body: unsafe fn(&A),
+    pub body: unsafe fn(&A, u64),
     /// Its argument.
     pub args: PhantomData<fn(A)>,
 }

@@ -6,6 +6,20 @@ use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::{contrast, gemm, rows};
 
+/// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
+#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+macro_rules! body {
+    (Portable, $body:expr, $args:expr, $at:expr) => {{
+        let _ = $at;
+        // SAFETY: launched under the contract of the body.
+        unsafe { $body($args) }
+    }};
+    (Hopper, $body:expr, $args:expr, $at:expr) => {
+        // SAFETY: as above.
+        unsafe { $body($args, $at) }
+    };
+}
+
 /// For each line: on the card an entry point with its launch bounds written beside it, on the host a [`Kernel`].
 macro_rules! entries {
     ($($module:ident $flag:meta: {$(
@@ -22,7 +36,7 @@ macro_rules! entries {
                 blocks: $blocks,
                 shared: $shared,
                 #[cfg(feature = "shim")]
-                body: $body,
+                body: |args, at| body!($module, $body, args, at),
                 args: core::marker::PhantomData,
             };
         )*)*
@@ -36,8 +50,16 @@ macro_rules! entries {
                 #[cfg($flag)]
                 #[unsafe(no_mangle)]
                 unsafe extern "ptx-kernel" fn $name(args: $args) {
-                    // SAFETY: the host launches it under the contract of the body.
-                    unsafe { $body(&args) }
+                    let at: u64;
+                    // SAFETY: the address of the argument, taken by its name: a reference would be to a copy of it, which
+                    // is not where TMA finds a map. The host launches the kernel under the contract of the body.
+                    unsafe {
+                        core::arch::asm!(
+                            concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_0; cvta.param.u64 {a}, t; }}"),
+                            a = out(reg64) at, options(pure, nomem, nostack, preserves_flags)
+                        );
+                        body!($module, $body, &args, at)
+                    }
                 }
             )*)*
         }
