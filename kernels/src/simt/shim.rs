@@ -7,6 +7,7 @@
 //! * shared memory: out of bounds, misaligned, uninitialised, in flight, or *raced for*. Every access is checked against
 //!   the last ones by vector clocks that only barriers advance, so a missing barrier is found in any order of lanes;
 //! * global memory: outside of every allocation, or touched by two blocks of a launch one of which writes;
+//! * a lane that returns before its copies and products are over;
 //! * barriers that some lanes never reach, phases that never complete, arrivals too many: the deadlock is reported with
 //!   who waits for what;
 //! * shared memory written by stores and read by TMA or wgmma without `fence_async`.
@@ -763,6 +764,11 @@ fn run_block(
             if let CoroutineResult::Yield(()) = lane.resume(()) {
                 return true;
             }
+            block(|b| {
+                let b = &b.lanes[i];
+                let copies = b.copies.iter().flatten().count() + b.stores.len() + b.products.iter().flatten().count();
+                assert!(copies == 0, "lane {i} returns with {copies} copies or products that it has not waited for");
+            });
             if let Some(lane) = lanes[i].take() {
                 STACKS.with(|s| s.borrow_mut().push(lane.into_stack()));
             }
