@@ -245,6 +245,9 @@ pub enum LossError {
         /// Its domain.
         expected: std::borrow::Cow<'static, str>,
     },
+    /// The machine that was to evaluate it could not.
+    #[error("{0}")]
+    Device(Box<dyn std::error::Error + Send + Sync>),
     /// Infinite or not a number.
     #[error("{what} row {row}: found a value that is not finite, expected finite numbers")]
     NotFinite {

@@ -1,0 +1,918 @@
+//! Losses on a card: which launches make one, in which order, and the numbers around them.
+//!
+//! ```text
+//! prepare   u, v -> halves (unit rows, centred rows), norms
+//! tally     rows of S, and rows of S' -> slots -> merge -> normalise: softmaxes, targets, loss
+//! for every chunk of S, row chunks outside
+//!   pull    G of the chunk, in halves; its row and column sums where they are wanted
+//!   gemm    dU += G V, dV += G' U
+//! finish    dU, dV through the tilting; <u, dU> for d tau
+//! totals    scalars, in f64
+//! ```
+//!
+//! Scratch is O((N + M) D) and one chunk; nothing is allocated when shapes repeat. Sums have one order: no result
+//! depends on which block came first.
+
+use super::CudaError;
+use super::card::{Arena, Card, Dim, Element, MapSpec, Swizzle};
+use crate::objective::{
+    Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Precision, Storage, Value, Write,
+    pairing::Pairing,
+};
+use bytemuck::Pod;
+use kernels::abi::{self, Kernel, Logits, TensorMap};
+use kernels::entries as e;
+use kernels::law::Product;
+use std::collections::HashMap;
+use std::f64::consts::{LN_2, LOG2_E};
+use std::ptr::{null, null_mut};
+use std::sync::Arc;
+
+/// Rows and columns of G kept at a time: 32 MiB of halves, about the cache of a large card.
+const CHUNK: usize = 4096;
+
+/// Blocks of a first pass of ordered sums.
+const PARTS: usize = 256;
+
+/// The kernels of one 16-bit type.
+struct Kernels {
+    element: Element,
+    prepare_f32: Kernel<abi::Prepare>,
+    prepare_half: Kernel<abi::Prepare>,
+    sum_columns: Kernel<abi::SumColumns>,
+    /// Without and with sums over all logits.
+    tally: [Kernel<abi::Tally>; 2],
+    /// Without and with sums of G.
+    softmax: [Kernel<abi::Pull>; 2],
+    sigmoid: Kernel<abi::Pull>,
+    gv: Kernel<abi::Gemm>,
+    gu: Kernel<abi::Gemm>,
+    finish: Kernel<abi::Finish>,
+    hopper: Hopper,
+}
+
+struct Hopper {
+    tally: [Kernel<abi::HopperTally>; 2],
+    softmax: [Kernel<abi::HopperPull>; 2],
+    sigmoid: Kernel<abi::HopperPull>,
+    gv: Kernel<abi::HopperGemm>,
+    gu: Kernel<abi::HopperGemm>,
+}
+
+static BF16: Kernels = Kernels {
+    element: Element::Bf16,
+    prepare_f32: e::PREPARE_BF16_F32,
+    prepare_half: e::PREPARE_BF16_BF16,
+    sum_columns: e::SUM_COLUMNS_BF16,
+    tally: [e::TALLY_BF16, e::TALLY_ALL_BF16],
+    softmax: [e::PULL_SOFTMAX_BF16, e::PULL_SOFTMAX_SUMS_BF16],
+    sigmoid: e::PULL_SIGMOID_BF16,
+    gv: e::GEMM_GV_BF16,
+    gu: e::GEMM_GU_BF16,
+    finish: e::FINISH_BF16,
+    hopper: Hopper {
+        tally: [e::HOPPER_TALLY_BF16, e::HOPPER_TALLY_ALL_BF16],
+        softmax: [e::HOPPER_PULL_SOFTMAX_BF16, e::HOPPER_PULL_SOFTMAX_SUMS_BF16],
+        sigmoid: e::HOPPER_PULL_SIGMOID_BF16,
+        gv: e::HOPPER_GEMM_GV_BF16,
+        gu: e::HOPPER_GEMM_GU_BF16,
+    },
+};
+
+static F16: Kernels = Kernels {
+    element: Element::F16,
+    prepare_f32: e::PREPARE_F16_F32,
+    prepare_half: e::PREPARE_F16_F16,
+    sum_columns: e::SUM_COLUMNS_F16,
+    tally: [e::TALLY_F16, e::TALLY_ALL_F16],
+    softmax: [e::PULL_SOFTMAX_F16, e::PULL_SOFTMAX_SUMS_F16],
+    sigmoid: e::PULL_SIGMOID_F16,
+    gv: e::GEMM_GV_F16,
+    gu: e::GEMM_GU_F16,
+    finish: e::FINISH_F16,
+    hopper: Hopper {
+        tally: [e::HOPPER_TALLY_F16, e::HOPPER_TALLY_ALL_F16],
+        softmax: [e::HOPPER_PULL_SOFTMAX_F16, e::HOPPER_PULL_SOFTMAX_SUMS_F16],
+        sigmoid: e::HOPPER_PULL_SIGMOID_F16,
+        gv: e::HOPPER_GEMM_GV_F16,
+        gu: e::HOPPER_GEMM_GU_F16,
+    },
+};
+
+/// Rows of embeddings on the card.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// `[rows, dim]`, f32 or the 16-bit type of the loss.
+    pub at: *const (),
+    /// Whether they are f32.
+    pub singles: bool,
+    /// Number of rows.
+    pub rows: usize,
+    /// Numbers of each.
+    pub dim: usize,
+}
+
+/// Where gradients go on the card.
+#[derive(Clone, Copy, Debug)]
+pub enum Out {
+    /// Nowhere.
+    None,
+    /// Over what is there.
+    Set(*mut f32),
+    /// Added to what is there.
+    Add(*mut f32),
+}
+
+/// The loss engine of one card: scratch, and what it remembers of the last batch.
+#[derive(Debug)]
+pub struct Contrast<C: Card> {
+    card: Arc<C>,
+    arena: Arena<C>,
+    pairing: Pairing,
+    /// Sizes of the last batch whose pairs were the plain diagonal: nothing to upload if the next one's are the same.
+    plain: Option<[usize; 2]>,
+    chunk: usize,
+    hopper: bool,
+}
+
+/// One side, prepared.
+#[derive(Clone, Copy)]
+struct Side {
+    halves: *const u16,
+    inverse: *const f32,
+    shift: *const f32,
+    id: *const u32,
+    ignore: *const u32,
+    positives: *const u32,
+    share: *const f32,
+    norm: *const abi::Norm,
+    target: *const f32,
+    rows: usize,
+}
+
+/// Names of a side's slots in the arena.
+struct Slots {
+    halves: &'static str,
+    inverse: &'static str,
+    shift: &'static str,
+    id: &'static str,
+    ignore: &'static str,
+    positives: &'static str,
+    share: &'static str,
+    norm: &'static str,
+    target: &'static str,
+    acc: &'static str,
+}
+
+const U: Slots = Slots {
+    halves: "u",
+    inverse: "1/|u|",
+    shift: "shift of u",
+    id: "id of u",
+    ignore: "ignore of u",
+    positives: "positives of u",
+    share: "share of u",
+    norm: "norm of u",
+    target: "target of u",
+    acc: "acc of u",
+};
+const V: Slots = Slots {
+    halves: "v",
+    inverse: "1/|v|",
+    shift: "shift of v",
+    id: "id of v",
+    ignore: "ignore of v",
+    positives: "positives of v",
+    share: "share of v",
+    norm: "norm of v",
+    target: "target of v",
+    acc: "acc of v",
+};
+
+/// Scalars of a call, in the slot "scalars".
+mod scalar {
+    pub const ROW_LOSS: usize = 0;
+    pub const COL_LOSS: usize = 1;
+    pub const ALONG: usize = 2;
+    /// Value, G and G x, over everything.
+    pub const SUMS: usize = 3;
+    pub const COUNT: usize = 7;
+}
+
+fn blocks(n: usize, of: usize) -> u32 {
+    n.div_ceil(of) as u32
+}
+
+impl<C: Card> Contrast<C> {
+    /// An engine without scratch yet.
+    pub fn new(card: &Arc<C>) -> Self {
+        let hopper = card.capability() == [9, 0];
+        Contrast {
+            card: Arc::clone(card),
+            arena: Arena::new(card),
+            pairing: Pairing::default(),
+            plain: None,
+            chunk: CHUNK,
+            hopper,
+        }
+    }
+
+    /// Another edge of the chunk of G: rounded up to a multiple of 256.
+    pub fn with_chunk(mut self, edge: usize) -> Self {
+        self.chunk = edge.max(1).next_multiple_of(256);
+        self
+    }
+
+    /// Portable kernels even where Hopper's would run.
+    pub fn portable(mut self) -> Self {
+        self.hopper = false;
+        self
+    }
+
+    /// Bytes of scratch on the card.
+    pub fn scratch_bytes(&self) -> usize {
+        self.arena.bytes() + self.pairing.bytes()
+    }
+
+    /// Evaluates a validated batch of host memory: the embeddings go to the card, the gradients come back.
+    ///
+    /// # Errors
+    /// [`LossError::Parameter`] for what only the CPU evaluates, [`LossError::Device`] for what the card refuses.
+    pub fn loss(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        batch: &Batch<'_>,
+        gradients: Gradients<'_>,
+    ) -> Result<Value, LossError> {
+        let (u, v) = (self.upload(batch.u, "input u")?, self.upload(batch.v, "input v")?);
+        let offset = match batch.offset_v {
+            Some(x) => self.put("offset of v", x)?.cast_const(),
+            None => null(),
+        };
+        let mut host = [gradients.u, gradients.v];
+        let mut out = [Out::None; 2];
+        for (which, (host, out)) in host.iter_mut().zip(&mut out).enumerate() {
+            let (slot, rows) = [("gradient of u", u.rows), ("gradient of v", v.rows)][which];
+            *out = match host {
+                Some(Write::Set(_)) => Out::Set(self.arena.get(slot, rows * u.dim)?),
+                Some(Write::Add(x)) => Out::Add(self.put(slot, x)?),
+                None => Out::None,
+            };
+        }
+        let value = self.evaluate(loss, precision, [u, v], offset, batch, out, gradients.offset_v)?;
+        for (slot, host) in ["gradient of u", "gradient of v"].into_iter().zip(host) {
+            if let Some(Write::Set(x) | Write::Add(x)) = host {
+                self.arena.download(slot, x)?;
+            }
+        }
+        Ok(value)
+    }
+
+    /// Evaluates embeddings that are on the card; `batch` gives everything else, its embeddings' data are not looked at.
+    ///
+    /// # Errors
+    /// As [`Contrast::loss`].
+    #[allow(clippy::too_many_arguments, reason = "the public calls name them")]
+    pub(super) fn evaluate(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        rows: [Rows; 2],
+        offset: *const f32,
+        batch: &Batch<'_>,
+        out: [Out; 2],
+        out_offset: Option<Write<&mut [f32]>>,
+    ) -> Result<Value, LossError> {
+        let kernels = match precision {
+            Precision::Bf16 => &BF16,
+            Precision::F16 => &F16,
+            Precision::F32 => return Err(only_cpu("precision", "f32", "bf16 or f16 on cuda, or --device cpu")),
+        };
+        let form = Form::of(loss)?;
+        let [n, m] = rows.map(|r| r.rows);
+        let dim = rows[0].dim;
+        self.pairs(&batch.pairs, batch, matches!(form, Form::Sigmoid { .. }))?;
+        let mut call = Call {
+            kernels,
+            tilt: loss.tilting.scale() / loss.tau,
+            squared: loss.tilting.product() == Product::SquaredDistance,
+            unit: loss.tilting.unit_rows(),
+            smoothing: loss.smoothing,
+            dim,
+            pitch: dim.next_multiple_of(8),
+            form,
+            u: self.side(&U, rows[0].rows, batch.pairs.ignore.is_some())?,
+            v: self.side(&V, rows[1].rows, batch.pairs.ignore.is_some())?,
+        };
+        self.prepare(&mut call, rows, offset)?;
+        let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
+        self.softmaxes(&mut call, scalars)?;
+
+        // Gradients.
+        let with_sums = call.squared || !offset.is_null() || out_offset.is_some() || matches!(form, Form::Sigmoid { .. });
+        let sums = if with_sums {
+            let row: *mut f32 = self.arena.get("row sums", 4 * n)?;
+            let col: *mut f32 = self.arena.get("column sums", m)?;
+            Some((row, col))
+        } else {
+            None
+        };
+        let gain = call.gain(&self.pairing);
+        let acc_u = match out[0] {
+            Out::Set(at) => at,
+            // Also without a gradient: <u, G V> is what d tau is made of.
+            Out::Add(_) | Out::None => self.arena.get(U.acc, n * dim)?,
+        };
+        let acc_v = match out[1] {
+            Out::Set(at) => Some(at),
+            Out::Add(_) => Some(self.arena.get(V.acc, m * dim)?),
+            Out::None => None,
+        };
+        self.pull(&call, gain, sums, acc_u, acc_v)?;
+        let along: *mut f64 = self.arena.get("along", n.div_ceil(8))?;
+        let g_sums = call.squared.then_some(sums).flatten();
+        self.finish(&call, &call.u, gain, acc_u, out[0], g_sums.map(|(row, _)| (row.wrapping_add(1), 4)), along)?;
+        if let Some(acc) = acc_v {
+            self.finish(&call, &call.v, gain, acc, out[1], g_sums.map(|(_, col)| (col, 1)), null_mut())?;
+        }
+        self.total(null(), along, n.div_ceil(8), 1, scalars.wrapping_add(scalar::ALONG))?;
+        if let Some((row, _)) = sums {
+            self.total(row, null(), n, 4, scalars.wrapping_add(scalar::SUMS))?;
+        }
+        self.value(&call, loss, gain, batch, out_offset)
+    }
+
+    /// Reads the scalars back and puts the loss together.
+    fn value(
+        &mut self,
+        call: &Call,
+        loss: &Loss,
+        gain: f64,
+        batch: &Batch<'_>,
+        out_offset: Option<Write<&mut [f32]>>,
+    ) -> Result<Value, LossError> {
+        let (n, m) = (call.u.rows, call.v.rows);
+        let mut s = [0f64; scalar::COUNT];
+        self.arena.download("scalars", &mut s)?;
+        let mut col_sums = vec![];
+        if batch.offset_v.is_some() || out_offset.is_some() {
+            col_sums.resize(m, 0f32);
+            self.arena.download("column sums", &mut col_sums)?;
+        }
+        match out_offset {
+            Some(Write::Set(out)) => out.copy_from_slice(&col_sums),
+            Some(Write::Add(out)) => out.iter_mut().zip(&col_sums).for_each(|(o, g)| *o += g),
+            None => {}
+        }
+        // Sum of G times what tau divides of S.
+        let moment = if call.squared {
+            let offset = batch.offset_v.unwrap_or_default();
+            let shifted: f64 = offset.iter().zip(&col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum();
+            s[scalar::SUMS + 2] * LN_2 - shifted
+        } else {
+            call.tilt * s[scalar::ALONG] / gain
+        };
+        let mut value = Value { loss: 0.0, grad_tau: -moment / loss.tau, grad_bias: 0.0 };
+        match call.form {
+            Form::Conditional { lambda_u, lambda_v } => {
+                let by = |lambda: f64, loss: f64, count: usize| {
+                    if lambda > 0.0 { 0.5 * lambda * (loss - (count as f64).ln()) } else { 0.0 }
+                };
+                value.loss = by(lambda_v, s[scalar::ROW_LOSS], m) + by(lambda_u, s[scalar::COL_LOSS], n);
+            }
+            Form::Joint => {
+                let mut total = [0f32; 2];
+                self.arena.download("joint", &mut total)?;
+                value.loss =
+                    f64::from(total[1]).ln() - ((n as f64).ln() + (m as f64).ln()) - s[scalar::ROW_LOSS];
+            }
+            Form::Sigmoid { .. } => {
+                value.loss = s[scalar::SUMS];
+                value.grad_bias = s[scalar::SUMS + 1];
+            }
+        }
+        Ok(value)
+    }
+
+    /// Positives, ignored pairs and weights: counted on the host, as dense ids on the card.
+    fn pairs(&mut self, pairs: &Pairs<'_>, batch: &Batch<'_>, all_rows: bool) -> Result<(), LossError> {
+        let (n, m) = (batch.u.rows, batch.v.rows);
+        let diagonal = matches!(pairs.positives, Positives::Diagonal);
+        let plain = diagonal && pairs.weights_u.is_none() && pairs.weights_v.is_none() && !(all_rows && n > m);
+        if plain && pairs.ignore.is_none() && self.plain == Some([n, m]) {
+            return Ok(());
+        }
+        self.plain = None;
+        self.pairing.prepare(batch);
+        if all_rows {
+            self.pairing.share_all_rows(batch);
+        }
+        let iota = |len: usize| (0..len as u32).collect::<Vec<_>>();
+        let (id_u, id_v) = match pairs.positives {
+            Positives::Diagonal => (iota(n), iota(m)),
+            Positives::Index(index) => (index.to_vec(), iota(m)),
+            Positives::Groups { u, v } => dense(u, v),
+        };
+        self.put(U.id, &id_u)?;
+        self.put(V.id, &id_v)?;
+        if let Some((u, v)) = pairs.ignore {
+            let (u, v) = dense(u, v);
+            self.put(U.ignore, &u)?;
+            self.put(V.ignore, &v)?;
+        }
+        let Pairing { row_positives, col_positives, row_share, col_share, .. } = std::mem::take(&mut self.pairing);
+        self.put(U.positives, &row_positives)?;
+        self.put(V.positives, &col_positives)?;
+        self.put(U.share, &row_share)?;
+        self.put(V.share, &col_share)?;
+        self.pairing = Pairing { row_positives, col_positives, row_share, col_share, ..Pairing::default() };
+        if plain && pairs.ignore.is_none() {
+            self.plain = Some([n, m]);
+        }
+        Ok(())
+    }
+
+    fn side(&mut self, slots: &Slots, rows: usize, ignore: bool) -> Result<Side, CudaError> {
+        Ok(Side {
+            halves: null(),
+            inverse: null(),
+            shift: null(),
+            id: self.arena.get(slots.id, rows)?,
+            ignore: if ignore { self.arena.get(slots.ignore, rows)? } else { null() },
+            positives: self.arena.get(slots.positives, rows)?,
+            share: self.arena.get(slots.share, rows)?,
+            norm: null(),
+            target: null(),
+            rows,
+        })
+    }
+
+    /// Embeddings as the tile wants them.
+    fn prepare(&mut self, call: &mut Call, rows: [Rows; 2], offset: *const f32) -> Result<(), CudaError> {
+        let (dim, pitch) = (call.dim, call.pitch);
+        let mut shift = null_mut();
+        if call.squared {
+            // Centred rows: squared distances lose nothing to a common mean.
+            let parts = rows.map(|r| r.rows.div_ceil(1024));
+            let slots: *mut f32 = self.arena.get("sums of columns", (parts[0] + parts[1]) * dim)?;
+            let mut to = slots;
+            for (r, parts) in rows.into_iter().zip(parts) {
+                let args = abi::SumColumns {
+                    x: r.at,
+                    out: to,
+                    rows: r.rows as u32,
+                    dim: dim as u32,
+                    part: 1024,
+                    scale: 1.0 / (rows[0].rows + rows[1].rows) as f32,
+                };
+                let kernel = if r.singles { &e::SUM_COLUMNS_F32 } else { &call.kernels.sum_columns };
+                self.run(kernel, [blocks(dim, 32), parts as u32, 1], &args)?;
+                to = to.wrapping_add(parts * dim);
+            }
+            shift = self.arena.get("mean row", dim)?;
+            self.fold(slots, dim as u64, dim, parts[0] + parts[1], shift, false)?;
+        }
+        for (which, (r, slots)) in rows.into_iter().zip([&U, &V]).enumerate() {
+            let offset = if which == 1 { offset } else { null() };
+            let halves: *mut u16 = self.arena.get(slots.halves, r.rows * pitch)?;
+            let inverse = if call.unit { self.arena.get(slots.inverse, r.rows)? } else { null_mut() };
+            let half_norm =
+                if call.squared || !offset.is_null() { self.arena.get(slots.shift, r.rows)? } else { null_mut() };
+            let args = abi::Prepare {
+                x: r.at,
+                shift,
+                offset,
+                out: halves,
+                inverse,
+                half_norm,
+                rows: r.rows as u32,
+                dim: dim as u32,
+                pitch: pitch as u32,
+                norm_scale: if call.squared { (call.tilt * LOG2_E) as f32 } else { 0.0 },
+            };
+            let kernel = if r.singles { &call.kernels.prepare_f32 } else { &call.kernels.prepare_half };
+            self.run(kernel, [blocks(r.rows, 8), 1, 1], &args)?;
+            let side = if which == 0 { &mut call.u } else { &mut call.v };
+            (side.halves, side.inverse, side.shift) = (halves, inverse, half_norm);
+        }
+        Ok(())
+    }
+
+    /// The softmaxes that the form wants, their targets, and the loss.
+    fn softmaxes(&mut self, call: &mut Call, scalars: *mut f64) -> Result<(), CudaError> {
+        let (by_row, by_col, joint) = match call.form {
+            Form::Conditional { lambda_u, lambda_v } => (0.5 * lambda_v, 0.5 * lambda_u, false),
+            Form::Joint => (1.0, 0.0, true),
+            Form::Sigmoid { .. } => {
+                call.u.target = call.u.share;
+                return Ok(());
+            }
+        };
+        for (which, lambda) in [by_row, by_col].into_iter().enumerate() {
+            if lambda == 0.0 {
+                continue;
+            }
+            let (slots, this, other) = if which == 0 { (&U, call.u, call.v) } else { (&V, call.v, call.u) };
+            let n = this.rows;
+            let with_all = call.smoothing > 0.0;
+            let (tallies, all, count) = self.tally(call, &this, &other, with_all)?;
+            let row: *mut [f32; 4] = self.arena.get("tally", n)?;
+            let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
+            let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
+            let args = abi::Merge { tallies, all, row, row_all, block, n: n as u32, slots: count as u32 };
+            self.run(&e::MERGE, [blocks(n, 256), 1, 1], &args)?;
+            let mut total: *mut [f32; 2] = null_mut();
+            if joint {
+                total = self.arena.get("joint", 1)?;
+                let args = abi::Total { block, out: total, blocks: blocks(n, 256), reserved: 0 };
+                self.run(&e::TOTAL, [1, 1, 1], &args)?;
+            }
+            let norm: *mut abi::Norm = self.arena.get(slots.norm, n)?;
+            let target: *mut f32 = self.arena.get(slots.target, n)?;
+            let losses: *mut f64 = self.arena.get("losses of blocks", n.div_ceil(256))?;
+            let args = abi::Normalise {
+                row,
+                row_all,
+                positives: this.positives,
+                share: this.share,
+                joint: total,
+                norm,
+                target,
+                loss: losses,
+                n: n as u32,
+                opposite: other.rows as f32,
+                lambda: lambda as f32,
+                smoothing: call.smoothing as f32,
+            };
+            self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)?;
+            let at = [scalar::ROW_LOSS, scalar::COL_LOSS][which];
+            self.total(null(), losses, n.div_ceil(256), 1, scalars.wrapping_add(at))?;
+            let side = if which == 0 { &mut call.u } else { &mut call.v };
+            (side.norm, side.target) = (norm, target);
+        }
+        Ok(())
+    }
+
+    /// Row tallies of `this` against `other`: slots, sums over all logits, and how many slots.
+    #[allow(clippy::type_complexity, reason = "two arrays and their length")]
+    fn tally(
+        &mut self,
+        call: &Call,
+        this: &Side,
+        other: &Side,
+        with_all: bool,
+    ) -> Result<(*const [f32; 4], *const [f32; 2], usize), CudaError> {
+        let (tile, per_split) = if self.hopper { (abi::HOPPER_COLS, 1) } else { (abi::TILE, 2) };
+        let across = other.rows.div_ceil(tile as usize);
+        let down = this.rows.div_ceil(abi::TILE as usize);
+        // Rows alone may not fill the card: then the columns of a row tile are split.
+        let splits = (self.card.multiprocessors() as usize).div_ceil(down).clamp(1, across);
+        let tiles = across.div_ceil(splits);
+        let splits = across.div_ceil(tiles);
+        let count = per_split * splits;
+        let slots: *mut [f32; 4] = self.arena.get("tallies", count * this.rows)?;
+        let all: *mut [f32; 2] = if with_all { self.arena.get("tallies of all", count * this.rows)? } else { null_mut() };
+        let tally = abi::Tally { logits: call.logits(this, other), slots, all, tiles: tiles as u32, reserved: 0 };
+        let grid = [splits as u32, down as u32, 1];
+        if self.hopper {
+            let maps = [
+                self.map(call, this.halves, [this.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
+                self.map(call, other.halves, [other.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
+            ];
+            self.run(&call.kernels.hopper.tally[usize::from(with_all)], grid, &abi::HopperTally { maps, tally })?;
+        } else {
+            self.run(&call.kernels.tally[usize::from(with_all)], grid, &tally)?;
+        }
+        Ok((slots, all, count))
+    }
+
+    /// `gain G V` and `gain G' U`, chunk by chunk.
+    fn pull(
+        &mut self,
+        call: &Call,
+        gain: f64,
+        sums: Option<(*mut f32, *mut f32)>,
+        acc_u: *mut f32,
+        acc_v: Option<*mut f32>,
+    ) -> Result<(), CudaError> {
+        let (n, m, dim) = (call.u.rows, call.v.rows, call.dim);
+        let (tile, row_slots, col_slots) =
+            if self.hopper { (abi::HOPPER_COLS as usize, 1, 8) } else { (abi::TILE as usize, 2, 4) };
+        let (rows_most, cols_most) = (self.chunk.min(n), self.chunk.min(m));
+        let pitch = cols_most.next_multiple_of(8);
+        let g: *mut u16 = self.arena.get("g", rows_most * pitch)?;
+        let row_part_slots = row_slots * cols_most.div_ceil(tile);
+        let col_part_slots = col_slots * rows_most.div_ceil(128);
+        let (mut row_parts, mut col_parts): (*mut [f32; 4], *mut f32) = (null_mut(), null_mut());
+        if sums.is_some() {
+            row_parts = self.arena.get("row sums of tiles", row_part_slots * rows_most)?;
+            col_parts = self.arena.get("column sums of tiles", col_part_slots * cols_most)?;
+        }
+        for row in (0..n).step_by(self.chunk) {
+            let rows = self.chunk.min(n - row);
+            for col in (0..m).step_by(self.chunk) {
+                let cols = self.chunk.min(m - col);
+                let (bias, smoothing) = match call.form {
+                    Form::Sigmoid { bias } => ((bias * LOG2_E) as f32, call.smoothing as f32),
+                    _ => (0.0, 0.0),
+                };
+                let args = abi::Pull {
+                    logits: call.logits(&call.u, &call.v),
+                    norm_u: call.u.norm,
+                    target_u: call.u.target,
+                    norm_v: call.v.norm,
+                    target_v: call.v.target,
+                    g,
+                    row_sums: row_parts,
+                    col_sums: col_parts,
+                    row: row as u32,
+                    col: col as u32,
+                    rows: rows as u32,
+                    cols: cols as u32,
+                    pitch: pitch as u32,
+                    gain: gain as f32,
+                    bias,
+                    smoothing,
+                };
+                self.chunk_of_g(call, args, sums.is_some())?;
+                self.product(call, false, &args, call.v.halves, acc_u.wrapping_add(row * dim), col > 0)?;
+                if let Some(acc) = acc_v {
+                    self.product(call, true, &args, call.u.halves, acc.wrapping_add(col * dim), row > 0)?;
+                }
+                if let Some((row_sums, col_sums)) = sums {
+                    let count = row_slots * cols.div_ceil(tile);
+                    let to = row_sums.wrapping_add(4 * row);
+                    self.fold(row_parts.cast(), 4 * rows as u64, 4 * rows, count, to, col > 0)?;
+                    let count = col_slots * rows.div_ceil(128);
+                    self.fold(col_parts, cols as u64, cols, count, col_sums.wrapping_add(col), row > 0)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn chunk_of_g(&self, call: &Call, args: abi::Pull, with_sums: bool) -> Result<(), CudaError> {
+        let (rows, cols) = (args.rows as usize, args.cols as usize);
+        let sigmoid = matches!(call.form, Form::Sigmoid { .. });
+        if self.hopper {
+            let maps = [
+                self.map(call, call.u.halves, [call.u.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
+                self.map(call, call.v.halves, [call.v.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
+                self.map(call, args.g, [rows, cols], args.pitch as usize, 64)?,
+            ];
+            let hopper = &call.kernels.hopper;
+            let kernel = if sigmoid { &hopper.sigmoid } else { &hopper.softmax[usize::from(with_sums)] };
+            let tiles = rows.div_ceil(abi::HOPPER_ROWS as usize) * cols.div_ceil(abi::HOPPER_COLS as usize);
+            return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperPull { maps, pull: args });
+        }
+        let kernel =
+            if sigmoid { &call.kernels.sigmoid } else { &call.kernels.softmax[usize::from(with_sums)] };
+        self.run(kernel, [blocks(cols, abi::TILE as usize), blocks(rows, abi::TILE as usize), 1], &args)
+    }
+
+    /// `out (+)= G other`, or with `transposed` G' times the rows of the chunk.
+    fn product(
+        &self,
+        call: &Call,
+        transposed: bool,
+        chunk: &abi::Pull,
+        other: *const u16,
+        out: *mut f32,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        let (rows, cols) = (chunk.rows as usize, chunk.cols as usize);
+        let (m, k, first) =
+            if transposed { (cols, rows, chunk.row as usize) } else { (rows, cols, chunk.col as usize) };
+        let other = other.wrapping_add(first * call.pitch);
+        let gemm = abi::Gemm {
+            a: chunk.g.cast_const().cast(),
+            b: other.cast(),
+            c: out,
+            m: m as u32,
+            n: call.dim as u32,
+            k: k as u32,
+            depth: k.next_multiple_of(8) as u32,
+            pitch_a: chunk.pitch,
+            pitch_b: call.pitch as u32,
+            pitch_c: call.dim as u32,
+            add: u32::from(add),
+            part: 0,
+        };
+        if self.hopper {
+            let tile = if transposed { 64 } else { abi::HOPPER_ROWS };
+            let maps = [
+                self.map(call, chunk.g, [rows, cols], chunk.pitch as usize, tile)?,
+                self.map(call, other, [k, call.dim], call.pitch, 64)?,
+            ];
+            let kernel = if transposed { &call.kernels.hopper.gu } else { &call.kernels.hopper.gv };
+            let tiles = m.div_ceil(abi::HOPPER_ROWS as usize) * call.dim.div_ceil(abi::HOPPER_COLS as usize);
+            return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperGemm { maps, gemm });
+        }
+        let kernel = if transposed { &call.kernels.gu } else { &call.kernels.gv };
+        self.run(kernel, [blocks(call.dim, abi::TILE as usize), blocks(m, abi::TILE as usize), 1], &gemm)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one launch")]
+    fn finish(
+        &self,
+        call: &Call,
+        side: &Side,
+        gain: f64,
+        acc: *const f32,
+        out: Out,
+        g_sums: Option<(*mut f32, u32)>,
+        along: *mut f64,
+    ) -> Result<(), CudaError> {
+        let (out, add) = match out {
+            Out::None => (null_mut(), 0),
+            Out::Set(at) => (at, 0),
+            Out::Add(at) => (at, 1),
+        };
+        let scale = if call.squared { -2.0 * call.tilt } else { call.tilt };
+        let (g_sums, g_stride) = g_sums.unwrap_or((null_mut(), 0));
+        let args = abi::Finish {
+            acc,
+            x: side.halves,
+            inverse: side.inverse,
+            g_sums,
+            out,
+            along,
+            rows: side.rows as u32,
+            dim: call.dim as u32,
+            pitch: call.pitch as u32,
+            scale: (scale / gain) as f32,
+            gain: gain as f32,
+            g_stride,
+            add,
+            reserved: 0,
+        };
+        self.run(&call.kernels.finish, [blocks(side.rows, 8), 1, 1], &args)
+    }
+
+    fn fold(
+        &self,
+        parts: *const f32,
+        stride: u64,
+        len: usize,
+        slots: usize,
+        out: *mut f32,
+        add: bool,
+    ) -> Result<(), CudaError> {
+        let args =
+            abi::Fold { parts, out, stride, len: len as u32, slots: slots as u32, add: u32::from(add), reserved: 0 };
+        self.run(&e::FOLD, [blocks(len, 256), 1, 1], &args)
+    }
+
+    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts.
+    fn total(
+        &mut self,
+        singles: *const f32,
+        doubles: *const f64,
+        n: usize,
+        columns: usize,
+        out: *mut f64,
+    ) -> Result<(), CudaError> {
+        let parts = n.div_ceil(256).min(PARTS);
+        let slots: *mut f64 = self.arena.get("totals of parts", PARTS * 4)?;
+        let args = abi::Totals { singles, doubles, out: slots, n: n as u32, columns: columns as u32 };
+        self.run(&e::TOTALS, [parts as u32, 1, 1], &args)?;
+        let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
+        self.run(&e::TOTALS, [1, 1, 1], &args)
+    }
+
+    fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
+        let (at, singles): (*const (), bool) = match matrix.data {
+            Storage::F32(x) => (self.put(slot, x)?.cast_const().cast(), true),
+            Storage::Bf16(x) => (self.put(slot, x)?.cast_const().cast(), false),
+            Storage::F16(x) => (self.put(slot, x)?.cast_const().cast(), false),
+        };
+        Ok(Rows { at, singles, rows: matrix.rows, dim: matrix.dim })
+    }
+
+    fn put<T: Pod>(&mut self, slot: &'static str, data: &[T]) -> Result<*mut T, CudaError> {
+        let at = self.arena.get(slot, data.len())?;
+        // SAFETY: the slot holds as many numbers, in one allocation that lives as long as the arena.
+        unsafe { self.card.upload(bytemuck::cast_slice(data), at.cast()) }?;
+        Ok(at)
+    }
+
+    fn map(
+        &self,
+        call: &Call,
+        at: *const u16,
+        [rows, cols]: [usize; 2],
+        pitch: usize,
+        tile: u32,
+    ) -> Result<TensorMap, CudaError> {
+        let dims = [
+            Dim { size: cols as u64, stride: 2, tile: 64 },
+            Dim { size: rows as u64, stride: 2 * pitch as u64, tile },
+        ];
+        let element = call.kernels.element;
+        self.card.tensor_map(&MapSpec { base: at.cast(), element, dims: &dims, swizzle: Swizzle::B128 })
+    }
+
+    /// Blocks of a kernel that walks over tiles by itself.
+    fn resident(&self, tiles: usize) -> u32 {
+        tiles.min(self.card.multiprocessors() as usize) as u32
+    }
+
+    fn run<A: abi::Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
+        // SAFETY: every address in `args` is of a slot of the arena that was asked for at the extent the kernel's argument
+        // states, or of the caller's rows and gradients, which hold `[rows, dim]` numbers; what a kernel writes is this
+        // engine's, which is borrowed mutably, or the caller's output.
+        unsafe { self.card.launch(kernel, grid, args) }
+    }
+}
+
+/// Which softmaxes and which law an objective takes.
+#[derive(Clone, Copy)]
+enum Form {
+    Conditional { lambda_u: f64, lambda_v: f64 },
+    Joint,
+    Sigmoid { bias: f64 },
+}
+
+impl Form {
+    fn of(loss: &Loss) -> Result<Self, LossError> {
+        match loss.objective {
+            Objective::Conditional { lambda_u, lambda_v } => Ok(Form::Conditional { lambda_u, lambda_v }),
+            Objective::Joint => Ok(Form::Joint),
+            Objective::Sigmoid { bias } => Ok(Form::Sigmoid { bias }),
+            _ => {
+                Err(only_cpu("objective", "mmd, joint-mmd or the shuffled joint loss", "one that cuda has, or --device cpu"))
+            }
+        }
+    }
+}
+
+/// What the launches of one call share.
+struct Call {
+    kernels: &'static Kernels,
+    /// dS/d product.
+    tilt: f64,
+    squared: bool,
+    unit: bool,
+    smoothing: f64,
+    dim: usize,
+    pitch: usize,
+    form: Form,
+    u: Side,
+    v: Side,
+}
+
+impl Call {
+    fn logits(&self, rows: &Side, cols: &Side) -> Logits {
+        // |u - v|^2 = |u|^2 + |v|^2 - 2 <u, v>; the norms are the shifts.
+        let scale = if self.squared { -2.0 * self.tilt } else { self.tilt };
+        Logits {
+            u: rows.halves,
+            v: cols.halves,
+            shift_u: rows.shift,
+            shift_v: cols.shift,
+            id_u: rows.id,
+            id_v: cols.id,
+            ignore_u: rows.ignore,
+            ignore_v: cols.ignore,
+            n: rows.rows as u32,
+            m: cols.rows as u32,
+            depth: self.dim as u32,
+            pitch: self.pitch as u32,
+            scale: (scale * LOG2_E) as f32,
+            reserved: 0,
+        }
+    }
+
+    /// A power of two that brings G as close to the end of f16's range as its bound allows.
+    fn gain(&self, pairing: &Pairing) -> f64 {
+        let largest = |share: &[f32]| f64::from(share.iter().copied().fold(0.0, f32::max));
+        let (by_row, by_col) = (largest(&pairing.row_share), largest(&pairing.col_share));
+        let bound = match self.form {
+            Form::Conditional { lambda_u, lambda_v } => 0.5 * (lambda_v * by_row + lambda_u * by_col),
+            Form::Joint => 1.0 + by_row,
+            Form::Sigmoid { .. } => by_row,
+        };
+        (32768.0 / bound.clamp(1e-30, 1e30)).log2().floor().exp2()
+    }
+}
+
+fn only_cpu(what: &'static str, found: &str, expected: &'static str) -> LossError {
+    LossError::Parameter { what, found: found.into(), expected: expected.into() }
+}
+
+/// Ids as small numbers, equal where the ids are.
+fn dense(u: &[i64], v: &[i64]) -> (Vec<u32>, Vec<u32>) {
+    let mut known = HashMap::new();
+    let mut number = |id: &i64| {
+        let next = known.len() as u32;
+        *known.entry(*id).or_insert(next)
+    };
+    (u.iter().map(&mut number).collect(), v.iter().map(&mut number).collect())
+}
+
+impl From<CudaError> for LossError {
+    fn from(error: CudaError) -> Self {
+        LossError::Device(Box::new(error))
+    }
+}
