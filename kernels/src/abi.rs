@@ -33,9 +33,9 @@ pub struct Kernel<A> {
     pub blocks: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared: u32,
-    /// The same source, for the host twin: called by every lane.
+    /// The same source, for the host twin: called by every lane, with the argument's address as TMA would have it.
     #[cfg(feature = "shim")]
-    pub body: unsafe fn(&A),
+    pub body: unsafe fn(&A, u64),
     /// Its argument.
     pub args: PhantomData<fn(A)>,
 }
@@ -51,6 +51,15 @@ pub const TILE: u32 = 128;
 pub const TILE_STAGES: u32 = 4;
 /// Shared memory of a portable tile product.
 pub const TILE_SHARED: u32 = TILE_STAGES * 2 * TILE * 32 * 2;
+
+/// Bytes of shared memory for each of a tally's columns.
+pub const COLUMN_TALLY: u32 = 12;
+/// Bytes of shared memory for each of a pull's columns.
+pub const COLUMN_PULL: u32 = 32;
+/// Shared memory of a portable tally.
+pub const TALLY_SHARED: u32 = TILE_SHARED + 2 * TILE * COLUMN_TALLY;
+/// Shared memory of a portable pull.
+pub const PULL_SHARED: u32 = TILE_SHARED + TILE * COLUMN_PULL;
 
 /// A batch of logits as a tile sees it: `x_ij = scale <u_i, v_j> + shift_u[i] + shift_v[j]`, in octaves.
 ///
@@ -100,7 +109,7 @@ pub struct Tally {
     /// `[2 splits, n]`: largest logit of the part, sum of `2^(x - max)` over negatives, over positives, and the sum of
     /// positives' logits.
     pub slots: *mut [f32; 4],
-    /// `[2 splits, n]`: sum of all logits that count, and how many are ignored; or null.
+    /// `[2 splits, n]`: sum of all logits that count, and how many are ignored; of the kernels that make it.
     pub all: *mut [f32; 2],
     /// Column tiles of a block; the grid is (splits, row tiles).
     pub tiles: u32,
@@ -380,3 +389,56 @@ pub struct SumColumns {
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for SumColumns {}
+
+/// Rows of a Hopper tile.
+pub const HOPPER_ROWS: u32 = 128;
+/// Columns of a Hopper tile.
+pub const HOPPER_COLS: u32 = 256;
+/// Stages of a Hopper product's ring.
+pub const HOPPER_STAGES_GEMM: u32 = 4;
+/// Stages where a tile of G has to find room beside them.
+pub const HOPPER_STAGES_PULL: u32 = 3;
+const HOPPER_STAGE: u32 = (HOPPER_ROWS + HOPPER_COLS) * 64 * 2;
+/// Shared memory of a Hopper product.
+pub const HOPPER_SHARED_GEMM: u32 = HOPPER_STAGES_GEMM * (HOPPER_STAGE + 16);
+/// Shared memory of a Hopper tally.
+pub const HOPPER_SHARED_TALLY: u32 = HOPPER_SHARED_GEMM + 2 * HOPPER_COLS * COLUMN_TALLY;
+/// Shared memory of a Hopper pull.
+pub const HOPPER_SHARED_PULL: u32 =
+    HOPPER_STAGES_PULL * (HOPPER_STAGE + 16) + HOPPER_ROWS * HOPPER_COLS * 2 + 2 * HOPPER_COLS * COLUMN_PULL;
+
+/// [`Tally`] with its maps, 128-byte swizzle: u in boxes of 64 k x 128 rows, v of 64 k x 256 rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperTally {
+    /// u, v.
+    pub maps: [TensorMap; 2],
+    /// The rest; `tiles` counts tiles of [`HOPPER_COLS`], slots are `[splits, n]`.
+    pub tally: Tally,
+}
+// SAFETY: scalars, device pointers and maps.
+unsafe impl Args for HopperTally {}
+
+/// [`Pull`] with its maps: as [`HopperTally`], and the chunk of G in boxes of 64 x 64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperPull {
+    /// u, v, g.
+    pub maps: [TensorMap; 3],
+    /// The rest; row sums have a slot each column tile of [`HOPPER_COLS`], column sums 8 each row tile.
+    pub pull: Pull,
+}
+// SAFETY: scalars, device pointers and maps.
+unsafe impl Args for HopperPull {}
+
+/// [`Gemm`] with its maps: A in boxes of 64 k x 128 rows, or 64 x 64 where it is stored transposed; B of 64 x 64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperGemm {
+    /// A, B.
+    pub maps: [TensorMap; 2],
+    /// C and sizes; one part.
+    pub gemm: Gemm,
+}
+// SAFETY: scalars, device pointers and maps.
+unsafe impl Args for HopperGemm {}

@@ -1,10 +1,13 @@
-//! The fused passes over the logit matrix, portable path.
+//! The fused passes over the logit matrix.
 //!
 //! ```text
 //! tally   rows of S: (max, sums over negatives and positives) of a part of the columns, one slot each
 //! merge   slots -> the row's softmax (`rows.rs`); columns are the rows of the swapped logits
 //! pull    a chunk of G = dL/dS from the tile of S, rounded to halves; its products are `gemm`s
 //! ```
+//!
+//! What happens to a tile of S is written once, over [`Fragments`]; the mainloops that make it are `tile.rs` (portable,
+//! here) and `hopper.rs`.
 //!
 //! Logits count in octaves. A softmax of one side knows, of its row i (or column), the norm `(max, weight, smooth, pos)`
 //! and the target `t`, and adds to G
@@ -14,7 +17,7 @@
 //!   `pos = 0` and `t` holds `-(1 - P)` made from the sum over negatives, because P may round to one,
 //! * 0 at an ignored pair.
 
-use crate::abi::{HOLE, Logits, Norm, Pull, TILE, Tally};
+use crate::abi::{COLUMN_PULL, COLUMN_TALLY, HOLE, Logits, Norm, Pull, TILE, TILE_SHARED, Tally};
 use crate::law::{self, Num, Softmax};
 use crate::simt::*;
 use crate::tile::{Acc, ByK, Halves, Place, product};
@@ -28,43 +31,106 @@ unsafe fn optional<T: Word>(array: *const T, i: u32, none: T) -> T {
     if array.is_null() { none } else { unsafe { load(array.wrapping_add(i as usize)) } }
 }
 
-/// What a lane knows of one of its columns.
+/// What the block knows of a tile's columns: staged in shared memory, so that the epilogue, which is all unrolled, reads
+/// it at constant offsets. Two buffers, used in turn: a barrier a tile is enough.
 #[derive(Clone, Copy)]
-struct Column {
-    shift: f32,
-    id: u32,
-    ignore: u32,
-    inside: bool,
+pub struct Columns {
+    /// Shared address: shifts, ids, ignore ids of the columns; then, for a pull, norms and targets.
+    at: u32,
+    count: u32,
 }
 
-impl Column {
+impl Columns {
+    /// The buffer of turn `turn` of two at `base`, `count` columns each; `bytes` is [`crate::abi::COLUMN_TALLY`] or
+    /// [`crate::abi::COLUMN_PULL`].
     #[inline(always)]
-    unsafe fn of(l: &Logits, j: u32) -> Self {
-        let inside = j < l.m;
-        let at = if inside { j } else { 0 };
-        // SAFETY: `at` is a column.
-        unsafe {
-            Column {
-                shift: optional(l.shift_v, at, 0.0),
-                id: load(l.id_v.wrapping_add(at as usize)),
-                ignore: optional(l.ignore_v, at, u32::MAX),
-                inside,
+    pub fn new(base: u32, turn: u32, count: u32, bytes: u32) -> Self {
+        Columns { at: base + (turn & 1) * count * bytes, count }
+    }
+
+    /// Thread `t` brings column `col + t`. A column past the last has a shift of -inf.
+    ///
+    /// # Safety
+    /// The launch contract of `l`; the buffer is not being read.
+    #[inline(always)]
+    pub unsafe fn stage(self, l: &Logits, col: u32, t: u32) {
+        let j = col + t;
+        let to = self.at + 4 * t;
+        if t < self.count {
+            let inside = j < l.m;
+            let from = if inside { j } else { 0 };
+            // SAFETY: `from` is a column.
+            unsafe {
+                let shift = optional(l.shift_v, from, 0.0);
+                store_shared(to, if inside { shift } else { f32::NEG_INFINITY });
+                store_shared(to + 4 * self.count, load(l.id_v.wrapping_add(from as usize)));
+                let ignore = optional(l.ignore_v, from, u32::MAX);
+                store_shared(to + 8 * self.count, if inside { ignore } else { u32::MAX });
             }
         }
     }
+
+    /// What [`pull`] needs besides.
+    ///
+    /// # Safety
+    /// As [`Columns::stage`], for `a`.
+    #[inline(always)]
+    pub unsafe fn stage_norms(self, a: &Pull, col: u32, t: u32) {
+        if t < self.count {
+            let from = if col + t < a.logits.m { col + t } else { 0 };
+            let to = self.at + 12 * self.count;
+            // SAFETY: `from` is a column.
+            unsafe {
+                store_shared(to + 16 * t, norm(a.norm_v, from));
+                store_shared(to + 16 * self.count + 4 * t, optional(a.target_v, from, 0.0));
+            }
+        }
+    }
+
+    /// The pair whose first is column `j` of the tile.
+    #[inline(always)]
+    unsafe fn pair(self, j: u32) -> Pair {
+        let at = self.at + 4 * j;
+        // SAFETY: staged.
+        unsafe {
+            Pair { shift: load_shared(at), id: self.ids(j), ignore: load_shared(at + 8 * self.count) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn ids(self, j: u32) -> [u32; 2] {
+        // SAFETY: staged.
+        unsafe { load_shared(self.at + 4 * j + 4 * self.count) }
+    }
+    #[inline(always)]
+    unsafe fn norm(self, j: u32) -> Norm {
+        // SAFETY: staged.
+        unsafe { load_shared(self.at + 12 * self.count + 16 * j) }
+    }
+    #[inline(always)]
+    unsafe fn targets(self, j: u32) -> [f32; 2] {
+        // SAFETY: staged.
+        unsafe { load_shared(self.at + 28 * self.count + 4 * j) }
+    }
+}
+
+/// Two neighbouring columns.
+#[derive(Clone, Copy)]
+struct Pair {
+    shift: [f32; 2],
+    id: [u32; 2],
+    ignore: [u32; 2],
 }
 
 /// What a lane knows of one of its rows.
 #[derive(Clone, Copy)]
-struct Row {
+pub struct Row {
     shift: f32,
     id: u32,
     ignore: u32,
-    at: u32,
-    inside: bool,
 }
 
 impl Row {
+    /// Row `i`; one past the last has a shift of -inf.
     #[inline(always)]
     unsafe fn of(l: &Logits, i: u32) -> Self {
         let inside = i < l.n;
@@ -72,130 +138,168 @@ impl Row {
         // SAFETY: `at` is a row.
         unsafe {
             Row {
-                shift: optional(l.shift_u, at, 0.0),
+                shift: if inside { optional(l.shift_u, at, 0.0) } else { f32::NEG_INFINITY },
                 id: load(l.id_u.wrapping_add(at as usize)),
                 ignore: optional(l.ignore_u, at, u32::MAX - 1),
-                at,
-                inside,
             }
         }
     }
 
-    /// The logit of a product with column `c`, a hole where there is no pair that counts.
+    /// The logit of a product with column c of `pair`: a hole where the pair is ignored, -inf outside of the matrix.
     #[inline(always)]
-    fn logit(&self, c: &Column, product: f32, scale: f32) -> f32 {
-        let x = fma(product, scale, self.shift + c.shift);
-        let counts = self.inside & c.inside & ((self.ignore != c.ignore) | (self.id == c.id));
-        if counts { x } else { HOLE }
+    fn logit(&self, pair: &Pair, c: usize, product: f32, scale: f32) -> f32 {
+        let x = fma(product, scale, self.shift + pair.shift[c]);
+        if (self.ignore != pair.ignore[c]) | (self.id == pair.id[c]) { x } else { HOLE }
     }
 }
 
-/// The four rows of a lane: fragments 0 and 8, elements 0 and 2.
+/// A tile's products in a lane's registers: R rows of the tile by pairs of neighbouring columns.
+pub trait Fragments<const R: usize> {
+    /// Pairs of columns of a lane.
+    const PAIRS: usize;
+    /// Row of the tile.
+    fn row(&self, r: usize) -> u32;
+    /// Column of the tile, the first of pair `p`.
+    fn col(&self, p: usize) -> u32;
+    /// The product of row r and column c of pair p.
+    fn get(&self, r: usize, p: usize, c: usize) -> f32;
+    /// Replaces it.
+    fn set(&mut self, r: usize, p: usize, c: usize, x: f32);
+    /// Takes pair `p` of G of all rows, as halves; pairs come in order.
+    ///
+    /// # Safety
+    /// The launch contract of the chunk.
+    unsafe fn put(&mut self, p: usize, g: [u32; R]);
+}
+
+/// The rows of a lane in the tile whose first is `row`.
 #[inline(always)]
-unsafe fn rows_of(l: &Logits, place: Place, row: u32) -> [Row; 4] {
+pub unsafe fn rows_of<F: Fragments<R>, const R: usize>(l: &Logits, tile: &F, row: u32) -> [Row; R] {
     // SAFETY: as the callee.
-    unsafe {
-        [
-            Row::of(l, row + place.row_of(0, 0)),
-            Row::of(l, row + place.row_of(0, 2)),
-            Row::of(l, row + place.row_of(8, 0)),
-            Row::of(l, row + place.row_of(8, 2)),
-        ]
+    let mut rows = [unsafe { Row::of(l, row + tile.row(0)) }; R];
+    let mut r = 1;
+    while r < R {
+        // SAFETY: as the callee.
+        rows[r] = unsafe { Row::of(l, row + tile.row(r)) };
+        r += 1;
+    }
+    rows
+}
+
+/// Now and then a fence for the assembler's scheduler: it would bring all columns first, and run out of registers.
+#[inline(always)]
+fn hold(pair: usize) {
+    if pair % 8 == 0 {
+        sync_warp();
     }
 }
 
-/// The tile of products at (`row`, `col`).
-#[inline(always)]
-unsafe fn products<T: Half>(l: &Logits, row: u32, col: u32) -> Acc {
-    let u = ByK { source: Halves { at: l.u, pitch: l.pitch }, count: l.n, depth: l.depth };
-    let v = ByK { source: Halves { at: l.v, pitch: l.pitch }, count: l.m, depth: l.depth };
-    // SAFETY: the launch contract.
-    unsafe { product::<T, _, _>(u, v, row, col, l.depth) }
+/// A lane's tallies of its rows; with ALL, sums over all logits too. Every lane keeps a running maximum of its own, so that none waits for another.
+pub struct RowTallies<const R: usize, const ALL: bool> {
+    max: [f32; R],
+    negatives: [f32; R],
+    positives: [f32; R],
+    pulled: [f32; R],
+    all: [f32; R],
+    ignored: [f32; R],
 }
 
-/// Tallies of a row tile against `tiles` column tiles; grid (splits, row tiles).
-///
-/// Every lane keeps a running maximum of its own for each of its rows, so that no lane waits for another inside the loop.
-///
-/// # Safety
-/// The launch contract: all of [`Tally`]'s arrays have the extents stated there.
-#[inline(always)]
-pub unsafe fn tally<T: Half>(a: &Tally) {
-    let l = &a.logits;
-    let place = Place::new();
-    let row = block_y() * TILE;
-    let with_all = !a.all.is_null();
-    // SAFETY: the launch contract; slots are this block's own.
-    unsafe {
-        let rows = rows_of(l, place, row);
-        let mut max = [HOLE; 4];
-        let (mut negatives, mut positives, mut pulled) = ([0f32; 4], [0f32; 4], [0f32; 4]);
-        let (mut all, mut ignored) = ([0f32; 4], [0f32; 4]);
-        let first = block_x() * a.tiles;
-        let mut t = first;
-        while t < first + a.tiles && t * TILE < l.m {
-            let mut acc = products::<T>(l, row, t * TILE);
-            let mut top = max;
-            let mut j = 0;
-            while j < 16 {
-                let column = Column::of(l, t * TILE + place.col_of(j >> 1, j & 1));
+impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
+    /// Of nothing.
+    #[inline(always)]
+    pub fn new() -> Self {
+        let none = [0.0; R];
+        RowTallies { max: [HOLE; R], negatives: none, positives: none, pulled: none, all: none, ignored: none }
+    }
+
+    /// Adds a tile of `columns`; its products become logits.
+    ///
+    /// # Safety
+    /// The launch contract of [`Tally`].
+    #[inline(always)]
+    pub unsafe fn add<F: Fragments<R>>(&mut self, a: &Tally, rows: &[Row; R], tile: &mut F, columns: Columns) {
+        let l = &a.logits;
+        let mut top = self.max;
+        let mut p = 0;
+        while p < F::PAIRS {
+            // SAFETY: staged.
+            let pair = unsafe { columns.pair(tile.col(p)) };
+            let mut c = 0;
+            while c < 2 {
                 let mut r = 0;
-                while r < 4 {
-                    let x = &mut acc[(r >> 1) * 8 + (j >> 1)][(r & 1) * 2 + (j & 1)];
-                    *x = rows[r].logit(&column, *x, l.scale);
-                    top[r] = Num::max(top[r], *x);
-                    if with_all {
-                        let counts = *x > NO_PAIR;
-                        all[r] += if counts { *x } else { 0.0 };
-                        ignored[r] += if column.inside & !counts { 1.0 } else { 0.0 };
+                while r < R {
+                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), l.scale);
+                    tile.set(r, p, c, x);
+                    top[r] = Num::max(top[r], x);
+                    if ALL {
+                        self.all[r] += if x > NO_PAIR { x } else { 0.0 };
+                        self.ignored[r] += if x == HOLE { 1.0 } else { 0.0 };
                     }
                     r += 1;
                 }
-                j += 1;
+                c += 1;
             }
-            let mut r = 0;
-            while r < 4 {
-                let shrink = exp2(max[r] - top[r]);
-                negatives[r] *= shrink;
-                positives[r] *= shrink;
-                max[r] = top[r];
-                r += 1;
-            }
-            let mut j = 0;
-            while j < 16 {
-                let id = Column::of(l, t * TILE + place.col_of(j >> 1, j & 1)).id;
+            p += 1;
+            hold(p);
+        }
+        let mut r = 0;
+        while r < R {
+            let shrink = exp2(self.max[r] - top[r]);
+            self.negatives[r] *= shrink;
+            self.positives[r] *= shrink;
+            self.max[r] = top[r];
+            r += 1;
+        }
+        let mut p = 0;
+        while p < F::PAIRS {
+            // SAFETY: staged.
+            let id = unsafe { columns.ids(tile.col(p)) };
+            let mut c = 0;
+            while c < 2 {
                 let mut r = 0;
-                while r < 4 {
-                    let x = acc[(r >> 1) * 8 + (j >> 1)][(r & 1) * 2 + (j & 1)];
+                while r < R {
+                    let x = tile.get(r, p, c);
                     let counts = x > NO_PAIR;
-                    let e = if counts { exp2(x - max[r]) } else { 0.0 };
-                    let positive = counts & (id == rows[r].id);
-                    negatives[r] += if positive { 0.0 } else { e };
-                    positives[r] += if positive { e } else { 0.0 };
-                    pulled[r] += if positive { x } else { 0.0 };
+                    let e = if counts { exp2(x - self.max[r]) } else { 0.0 };
+                    let positive = counts & (id[c] == rows[r].id);
+                    self.negatives[r] += if positive { 0.0 } else { e };
+                    self.positives[r] += if positive { e } else { 0.0 };
+                    self.pulled[r] += if positive { x } else { 0.0 };
                     r += 1;
                 }
-                j += 1;
+                c += 1;
             }
-            t += 1;
+            p += 1;
+            hold(p);
         }
-        // The four lanes of a row.
-        let slot = (block_x() * 2 + (warp() & 1)) as usize * l.n as usize;
+    }
+
+    /// Joins the four lanes of each row of the tile at `row`, and writes its slot.
+    ///
+    /// # Safety
+    /// The launch contract of [`Tally`]; the slot is this warp's alone.
+    #[inline(always)]
+    pub unsafe fn store<F: Fragments<R>>(&self, a: &Tally, tile: &F, row: u32, slot: u32) {
+        let slot = slot as usize * a.logits.n as usize;
         let mut r = 0;
-        while r < 4 {
-            let top = max_lanes(max[r], 4);
-            let shrink = exp2(max[r] - top);
+        while r < R {
+            let top = max_lanes(self.max[r], 4);
+            let shrink = exp2(self.max[r] - top);
             let tally = [
                 top,
-                sum_lanes(negatives[r] * shrink, 4),
-                sum_lanes(positives[r] * shrink, 4),
-                sum_lanes(pulled[r], 4),
+                sum_lanes(self.negatives[r] * shrink, 4),
+                sum_lanes(self.positives[r] * shrink, 4),
+                sum_lanes(self.pulled[r], 4),
             ];
-            let whole = [sum_lanes(all[r], 4), sum_lanes(ignored[r], 4)];
-            if rows[r].inside && lane() & 3 == 0 {
-                store(a.slots.wrapping_add(slot + rows[r].at as usize), tally);
-                if with_all {
-                    store(a.all.wrapping_add(slot + rows[r].at as usize), whole);
+            let whole = if ALL { [sum_lanes(self.all[r], 4), sum_lanes(self.ignored[r], 4)] } else { [0.0; 2] };
+            let i = row + tile.row(r);
+            if i < a.logits.n && lane() & 3 == 0 {
+                // SAFETY: the launch contract.
+                unsafe {
+                    store(a.slots.wrapping_add(slot + i as usize), tally);
+                    if ALL {
+                        store(a.all.wrapping_add(slot + i as usize), whole);
+                    }
                 }
             }
             r += 1;
@@ -203,16 +307,19 @@ pub unsafe fn tally<T: Half>(a: &Tally) {
     }
 }
 
-/// G and what is summed over the tile, for a logit in octaves.
-trait Law: Copy {
-    /// What it knows of a row or a column.
-    type Side: Copy;
-    unsafe fn row(&self, a: &Pull, i: u32) -> Self::Side;
-    unsafe fn col(&self, a: &Pull, j: u32) -> Self::Side;
-    /// (G, value) of a pair that is no positive.
-    fn negative(&self, row: &Self::Side, col: &Self::Side, x: f32) -> (f32, f32);
-    /// (G, value) of a positive.
-    unsafe fn positive(&self, a: &Pull, row: (u32, &Self::Side), col: (u32, &Self::Side), x: f32) -> (f32, f32);
+/// G and what is summed over the tile, for a logit in octaves. Without branches: a positive is a choice of numbers.
+pub trait Law: Copy {
+    /// Whether columns have norms.
+    const NORMS: bool;
+    /// What it knows of a row.
+    type Row: Copy;
+    /// Of row `i`.
+    ///
+    /// # Safety
+    /// The launch contract.
+    unsafe fn row(&self, a: &Pull, i: u32) -> Self::Row;
+    /// (G, value) of a pair in a column of norm and target `col`.
+    fn of(&self, a: &Pull, row: &Self::Row, col: (&Norm, f32), positive: bool, x: f32) -> (f32, f32);
 }
 
 /// Conditional and joint losses, and plain probabilities: a sum of a row and a column softmax.
@@ -225,99 +332,96 @@ unsafe fn norm(norms: *const Norm, i: u32) -> Norm {
     unsafe { optional(norms, i, [f32::INFINITY, 0.0, 0.0, 0.0]) }
 }
 
+/// `weight 2^(x - max)`.
 #[inline(always)]
 fn softmax(max: f32, weight: f32, x: f32) -> f32 {
     Softmax { max: Octave(max), weight: Octave(weight) }.of(Octave(x)).0
 }
 
 impl Law for SoftmaxLaw {
-    type Side = Norm;
+    const NORMS: bool = true;
+    type Row = (Norm, f32);
     #[inline(always)]
-    unsafe fn row(&self, a: &Pull, i: u32) -> Norm {
+    unsafe fn row(&self, a: &Pull, i: u32) -> (Norm, f32) {
         // SAFETY: the launch contract.
-        unsafe { norm(a.norm_u, i) }
+        unsafe { (norm(a.norm_u, i), optional(a.target_u, i, 0.0)) }
     }
     #[inline(always)]
-    unsafe fn col(&self, a: &Pull, j: u32) -> Norm {
-        // SAFETY: the launch contract.
-        unsafe { norm(a.norm_v, j) }
-    }
-    #[inline(always)]
-    fn negative(&self, row: &Norm, col: &Norm, x: f32) -> (f32, f32) {
-        (softmax(row[0], row[1], x) + softmax(col[0], col[1], x) - (row[2] + col[2]), 0.0)
-    }
-    #[inline(always)]
-    unsafe fn positive(&self, a: &Pull, (i, row): (u32, &Norm), (j, col): (u32, &Norm), x: f32) -> (f32, f32) {
-        // SAFETY: the launch contract.
-        let (t_u, t_v) = unsafe { (optional(a.target_u, i, 0.0), optional(a.target_v, j, 0.0)) };
-        (softmax(row[0], row[3], x) + softmax(col[0], col[3], x) + (t_u + t_v), 0.0)
+    fn of(&self, _: &Pull, (row, t): &(Norm, f32), (col, s): (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
+        let (by_row, by_col) = if positive { (row[3], col[3]) } else { (row[1], col[1]) };
+        let rest = if positive { t + s } else { -(row[2] + col[2]) };
+        (softmax(row[0], by_row, x) + (softmax(col[0], by_col, x) + rest), 0.0)
     }
 }
 
-/// The sigmoid loss; a row's norm is its share of the loss.
+/// The sigmoid loss; a row's target is its share of the loss.
 #[derive(Clone, Copy)]
 pub struct SigmoidLaw;
 
 impl Law for SigmoidLaw {
-    type Side = f32;
+    const NORMS: bool = false;
+    type Row = f32;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> f32 {
         // SAFETY: the launch contract.
         unsafe { load(a.target_u.wrapping_add(i as usize)) }
     }
     #[inline(always)]
-    unsafe fn col(&self, a: &Pull, _: u32) -> f32 {
-        a.smoothing
-    }
-    #[inline(always)]
-    fn negative(&self, share: &f32, smoothing: &f32, x: f32) -> (f32, f32) {
+    fn of(&self, a: &Pull, share: &f32, _: (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
+        // softplus(x) - (1 - e/2) x = softplus(-x) + e/2 x, and sigmoid(x) - 1 = -sigmoid(-x): a positive is a negative
+        // of the opposite logit, pulled the other way.
+        let (x, signed) = if positive { (-x, -share) } else { (x, *share) };
         let (value, sigma) = law::softplus_sigmoid(Octave(x));
-        (share * (sigma.0 - 0.5 * smoothing), share * (value.0 - 0.5 * smoothing * Octave::NATS * x))
-    }
-    #[inline(always)]
-    unsafe fn positive(&self, _: &Pull, (_, share): (u32, &f32), (_, smoothing): (u32, &f32), x: f32) -> (f32, f32) {
-        // softplus(x) - (1 - e/2) x = softplus(-x) + e/2 x, and sigmoid(x) - 1 = -sigmoid(-x).
-        let (value, sigma) = law::softplus_sigmoid(Octave(-x));
-        (share * (0.5 * smoothing - sigma.0), share * (value.0 + 0.5 * smoothing * Octave::NATS * x))
+        let half = 0.5 * a.smoothing;
+        (signed * (sigma.0 - half), share * (value.0 - half * Octave::NATS * x))
     }
 }
 
-/// One tile of a chunk of `gain G`; grid (column tiles, row tiles) of the chunk.
+/// One tile of a chunk of `gain G`, at (`in_row`, `in_col`) of the chunk: handed to [`Fragments::put`], and with SUMS its
+/// sums to the slots `row_slot` and `col_slot`, which are this warp's.
 ///
 /// # Safety
 /// The launch contract: all of [`Pull`]'s arrays have the extents stated there.
 #[inline(always)]
-unsafe fn pull<T: Half, L: Law>(a: &Pull, law: L) {
+pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS: bool>(
+    a: &Pull,
+    law: L,
+    tile: &mut F,
+    columns: Columns,
+    [in_row, in_col]: [u32; 2],
+    [row_slot, col_slot]: [u32; 2],
+) {
     let l = &a.logits;
-    let place = Place::new();
-    let (in_row, in_col) = (block_y() * TILE, block_x() * TILE);
-    let (row, col) = (a.row + in_row, a.col + in_col);
-    let (with_rows, with_cols) = (!a.row_sums.is_null(), !a.col_sums.is_null());
-    // SAFETY: the launch contract; every block has its own part of the chunk and its own slots.
+    let row = a.row + in_row;
+    // SAFETY: the launch contract.
     unsafe {
-        let acc = products::<T>(l, row, col);
-        let rows = rows_of(l, place, row);
-        let sides = [law.row(a, rows[0].at), law.row(a, rows[1].at), law.row(a, rows[2].at), law.row(a, rows[3].at)];
-        let (mut value, mut sum, mut moment) = ([0f32; 4], [0f32; 4], [0f32; 4]);
-        let mut f = 0;
-        while f < 8 {
-            let mut g = [[0f32; 2]; 4];
+        let rows = rows_of(l, tile, row);
+        let side = |r: usize| law.row(a, (row + tile.row(r)).min(l.n.saturating_sub(1)));
+        let mut sides = [side(0); R];
+        let mut r = 1;
+        while r < R {
+            sides[r] = side(r);
+            r += 1;
+        }
+        let (mut value, mut sum, mut moment) = ([0f32; R], [0f32; R], [0f32; R]);
+        let mut p = 0;
+        while p < F::PAIRS {
+            let mut g = [[0f32; 2]; R];
+            let j = tile.col(p);
+            let pair = columns.pair(j);
+            let targets = if L::NORMS { columns.targets(j) } else { [0.0; 2] };
             let mut c = 0;
             while c < 2 {
-                let j = col + place.col_of(f, c);
-                let column = Column::of(l, j);
-                let other = law.col(a, if column.inside { j } else { 0 });
+                let norm = if L::NORMS { columns.norm(j + c as u32) } else { [0.0; 4] };
                 let mut by_col = 0f32;
                 let mut r = 0;
-                while r < 4 {
-                    let x = rows[r].logit(&column, acc[(r >> 1) * 8 + f][(r & 1) * 2 + c], l.scale);
+                while r < R {
+                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), l.scale);
                     let counts = x > NO_PAIR;
                     let x = if counts { x + a.bias } else { 0.0 };
-                    let (mut g_ij, mut v_ij) = law.negative(&sides[r], &other, x);
-                    if counts & (column.id == rows[r].id) {
-                        (g_ij, v_ij) = law.positive(a, (rows[r].at, &sides[r]), (j, &other), x);
-                    }
-                    g_ij = if counts { g_ij } else { 0.0 };
+                    let positive = pair.id[c] == rows[r].id;
+                    let (g_ij, v_ij) = law.of(a, &sides[r], (&norm, targets[c]), positive, x);
+                    let g_ij = if counts { g_ij } else { 0.0 };
                     value[r] += if counts { v_ij } else { 0.0 };
                     sum[r] += g_ij;
                     moment[r] = fma(g_ij, x - a.bias, moment[r]);
@@ -325,38 +429,34 @@ unsafe fn pull<T: Half, L: Law>(a: &Pull, law: L) {
                     g[r][c] = g_ij * a.gain;
                     r += 1;
                 }
-                if with_cols {
+                if SUMS {
                     // Lanes that differ in bits 2 to 4 hold other rows of this column.
                     by_col += shuffle_xor(by_col, 4);
                     by_col += shuffle_xor(by_col, 8);
                     by_col += shuffle_xor(by_col, 16);
-                    let inside = in_col + place.col_of(f, c);
-                    if column.inside && lane() < 4 && inside < a.cols {
-                        let slot = (block_y() * 4 + (warp() >> 1)) as usize;
-                        store(a.col_sums.wrapping_add(slot * a.cols as usize + inside as usize), by_col);
+                    let inside = in_col + j + c as u32;
+                    if lane() < 4 && inside < a.cols {
+                        store(a.col_sums.wrapping_add(col_slot as usize * a.cols as usize + inside as usize), by_col);
                     }
                 }
                 c += 1;
             }
-            let at = in_col + place.col_of(f, 0);
+            let mut words = [0; R];
             let mut r = 0;
-            while r < 4 {
-                let i = in_row + place.row_of((r >> 1) * 8, (r & 1) * 2);
-                if i < a.rows && at < a.pitch {
-                    let to = a.g.wrapping_add(i as usize * a.pitch as usize + at as usize);
-                    store(to.cast::<u32>(), T::pack(g[r][0], g[r][1]));
-                }
+            while r < R {
+                words[r] = T::pack(g[r][0], g[r][1]);
                 r += 1;
             }
-            f += 1;
+            tile.put(p, words);
+            p += 1;
         }
-        if with_rows {
-            let slot = (block_x() * 2 + (warp() & 1)) as usize * a.rows as usize;
+        if SUMS {
+            let slot = row_slot as usize * a.rows as usize;
             let mut r = 0;
-            while r < 4 {
+            while r < R {
                 let sums = [sum_lanes(value[r], 4), sum_lanes(sum[r], 4), sum_lanes(moment[r], 4), 0.0];
-                let i = in_row + place.row_of((r >> 1) * 8, (r & 1) * 2);
-                if rows[r].inside && lane() & 3 == 0 && i < a.rows {
+                let i = in_row + tile.row(r);
+                if lane() & 3 == 0 && i < a.rows {
                     store(a.row_sums.wrapping_add(slot + i as usize), sums);
                 }
                 r += 1;
@@ -365,22 +465,118 @@ unsafe fn pull<T: Half, L: Law>(a: &Pull, law: L) {
     }
 }
 
-/// [`Pull`] of the softmax losses.
+/// The portable tile as fragments: four rows of a lane by eight pairs.
+struct Portable<'a> {
+    acc: Acc,
+    place: Place,
+    /// Where G goes, if it goes anywhere, and where in the chunk the tile is.
+    chunk: Option<(&'a Pull, [u32; 2])>,
+}
+
+impl Fragments<4> for Portable<'_> {
+    const PAIRS: usize = 8;
+    #[inline(always)]
+    fn row(&self, r: usize) -> u32 {
+        self.place.row_of((r >> 1) * 8, (r & 1) * 2)
+    }
+    #[inline(always)]
+    fn col(&self, p: usize) -> u32 {
+        self.place.col_of(p, 0)
+    }
+    #[inline(always)]
+    fn get(&self, r: usize, p: usize, c: usize) -> f32 {
+        self.acc[(r >> 1) * 8 + p][(r & 1) * 2 + c]
+    }
+    #[inline(always)]
+    fn set(&mut self, r: usize, p: usize, c: usize, x: f32) {
+        self.acc[(r >> 1) * 8 + p][(r & 1) * 2 + c] = x;
+    }
+    #[inline(always)]
+    unsafe fn put(&mut self, p: usize, g: [u32; 4]) {
+        let Some((a, [row, col])) = self.chunk else { return };
+        let at = col + self.col(p);
+        let mut r = 0;
+        while r < 4 {
+            let i = row + self.row(r);
+            if i < a.rows && at < a.pitch {
+                let to = a.g.wrapping_add(i as usize * a.pitch as usize + at as usize);
+                // SAFETY: inside the chunk; every block has its own part of it.
+                unsafe { store(to.cast::<u32>(), g[r]) };
+            }
+            r += 1;
+        }
+    }
+}
+
+/// The tile of products at (`row`, `col`).
+#[inline(always)]
+unsafe fn products<T: Half>(l: &Logits, row: u32, col: u32) -> Acc {
+    let u = ByK { source: Halves { at: l.u, pitch: l.pitch }, count: l.n, depth: l.depth };
+    let v = ByK { source: Halves { at: l.v, pitch: l.pitch }, count: l.m, depth: l.depth };
+    // SAFETY: the launch contract.
+    unsafe { product::<T, _, _>(u, v, row, col, l.depth) }
+}
+
+/// [`Tally`] of a row tile against `tiles` column tiles; grid (splits, row tiles), two slots a split; with ALL,
+/// [`Tally::all`] too.
+///
+/// # Safety
+/// The launch contract: all of [`Tally`]'s arrays have the extents stated there.
+#[inline(always)]
+pub unsafe fn tally<T: Half, const ALL: bool>(a: &Tally) {
+    let l = &a.logits;
+    let row = block_y() * TILE;
+    let mut tile = Portable { acc: [[0.0; 4]; 16], place: Place::new(), chunk: None };
+    // SAFETY: the launch contract; slots are this warp's own.
+    unsafe {
+        let rows = rows_of(l, &tile, row);
+        let mut tallies = RowTallies::<4, ALL>::new();
+        let first = block_x() * a.tiles;
+        let mut t = first;
+        while t < first + a.tiles && t * TILE < l.m {
+            let columns = Columns::new(shared_base() + TILE_SHARED, t, TILE, COLUMN_TALLY);
+            columns.stage(l, t * TILE, thread());
+            tile.acc = products::<T>(l, row, t * TILE);
+            tallies.add(a, &rows, &mut tile, columns);
+            t += 1;
+        }
+        tallies.store(a, &tile, row, block_x() * 2 + (warp() & 1));
+    }
+}
+
+#[inline(always)]
+unsafe fn pull_portable<T: Half, L: Law, const SUMS: bool>(a: &Pull, law: L) {
+    let at = [block_y() * TILE, block_x() * TILE];
+    let slots = [block_x() * 2 + (warp() & 1), block_y() * 4 + (warp() >> 1)];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let columns = Columns::new(shared_base() + TILE_SHARED, 0, TILE, COLUMN_PULL);
+        columns.stage(&a.logits, a.col + at[1], thread());
+        if L::NORMS {
+            columns.stage_norms(a, a.col + at[1], thread());
+        }
+        let acc = products::<T>(&a.logits, a.row + at[0], a.col + at[1]);
+        let mut tile = Portable { acc, place: Place::new(), chunk: Some((a, at)) };
+        pull::<T, L, _, 4, SUMS>(a, law, &mut tile, columns, at, slots);
+    }
+}
+
+/// [`Pull`] of the softmax losses, with its sums or without; grid (column tiles, row tiles) of the chunk.
 ///
 /// # Safety
 /// The launch contract.
 #[inline(always)]
-pub unsafe fn pull_softmax<T: Half>(a: &Pull) {
+pub unsafe fn pull_softmax<T: Half, const SUMS: bool>(a: &Pull) {
     // SAFETY: the caller's promise.
-    unsafe { pull::<T, _>(a, SoftmaxLaw) }
+    unsafe { pull_portable::<T, _, SUMS>(a, SoftmaxLaw) }
 }
 
-/// [`Pull`] of the sigmoid loss.
+/// [`Pull`] of the sigmoid loss; grid (column tiles, row tiles) of the chunk.
 ///
 /// # Safety
 /// The launch contract.
 #[inline(always)]
 pub unsafe fn pull_sigmoid<T: Half>(a: &Pull) {
     // SAFETY: the caller's promise.
-    unsafe { pull::<T, _>(a, SigmoidLaw) }
+    unsafe { pull_portable::<T, _, true>(a, SigmoidLaw) }
 }

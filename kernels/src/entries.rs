@@ -2,9 +2,26 @@
 
 use crate::abi::{self, Kernel, Module};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+#[cfg(any(all(target_arch = "nvptx64", hopper), feature = "shim"))]
+use crate::hopper;
+#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::{contrast, gemm, rows};
+
+/// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
+#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
+macro_rules! body {
+    (Portable, $body:expr, $args:expr, $at:expr) => {{
+        let _ = $at;
+        // SAFETY: launched under the contract of the body.
+        unsafe { $body($args) }
+    }};
+    (Hopper, $body:expr, $args:expr, $at:expr) => {
+        // SAFETY: as above.
+        unsafe { $body($args, $at) }
+    };
+}
 
 /// For each line: on the card an entry point with its launch bounds written beside it, on the host a [`Kernel`].
 macro_rules! entries {
@@ -22,7 +39,7 @@ macro_rules! entries {
                 blocks: $blocks,
                 shared: $shared,
                 #[cfg(feature = "shim")]
-                body: $body,
+                body: |args, at| body!($module, $body, args, at),
                 args: core::marker::PhantomData,
             };
         )*)*
@@ -36,8 +53,16 @@ macro_rules! entries {
                 #[cfg($flag)]
                 #[unsafe(no_mangle)]
                 unsafe extern "ptx-kernel" fn $name(args: $args) {
-                    // SAFETY: the host launches it under the contract of the body.
-                    unsafe { $body(&args) }
+                    let at: u64;
+                    // SAFETY: the address of the argument, taken by its name: a reference would be to a copy of it, which
+                    // is not where TMA finds a map. The host launches the kernel under the contract of the body.
+                    unsafe {
+                        core::arch::asm!(
+                            concat!("{{ .reg .b64 t; mov.b64 t, ", stringify!($name), "_param_0; cvta.param.u64 {a}, t; }}"),
+                            a = out(reg64) at, options(pure, nomem, nostack, preserves_flags)
+                        );
+                        body!($module, $body, &args, at)
+                    }
                 }
             )*)*
         }
@@ -52,11 +77,15 @@ macro_rules! entries {
 entries! {
     Portable not(hopper): {
         /// Row tallies of bf16 logits.
-        tally_bf16 / TALLY_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::tally::<Bf16>;
+        tally_bf16 / TALLY_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, false>;
+        /// Row tallies of bf16 logits, sums over all of them too.
+        tally_all_bf16 / TALLY_ALL_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, true>;
         /// A chunk of G of the softmax losses, bf16.
-        pull_softmax_bf16 / PULL_SOFTMAX_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_softmax::<Bf16>;
+        pull_softmax_bf16 / PULL_SOFTMAX_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<Bf16, false>;
+        /// A chunk of G of the softmax losses with its sums, bf16.
+        pull_softmax_sums_bf16 / PULL_SOFTMAX_SUMS_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<Bf16, true>;
         /// A chunk of G of the sigmoid loss, bf16.
-        pull_sigmoid_bf16 / PULL_SIGMOID_BF16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_sigmoid::<Bf16>;
+        pull_sigmoid_bf16 / PULL_SIGMOID_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_sigmoid::<Bf16>;
         /// G by rows, bf16.
         gemm_gv_bf16 / GEMM_GV_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_nn::<Bf16>;
         /// G transposed by rows, bf16.
@@ -78,11 +107,15 @@ entries! {
         /// Column sums of bf16.
         sum_columns_bf16 / SUM_COLUMNS_BF16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<Bf16, true>;
         /// Row tallies of f16 logits.
-        tally_f16 / TALLY_F16 (abi::Tally), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::tally::<F16>;
+        tally_f16 / TALLY_F16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, false>;
+        /// Row tallies of f16 logits, sums over all of them too.
+        tally_all_f16 / TALLY_ALL_F16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, true>;
         /// A chunk of G of the softmax losses, f16.
-        pull_softmax_f16 / PULL_SOFTMAX_F16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_softmax::<F16>;
+        pull_softmax_f16 / PULL_SOFTMAX_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<F16, false>;
+        /// A chunk of G of the softmax losses with its sums, f16.
+        pull_softmax_sums_f16 / PULL_SOFTMAX_SUMS_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<F16, true>;
         /// A chunk of G of the sigmoid loss, f16.
-        pull_sigmoid_f16 / PULL_SIGMOID_F16 (abi::Pull), threads 256, blocks 1, shared abi::TILE_SHARED, contrast::pull_sigmoid::<F16>;
+        pull_sigmoid_f16 / PULL_SIGMOID_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_sigmoid::<F16>;
         /// G by rows, f16.
         gemm_gv_f16 / GEMM_GV_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_nn::<F16>;
         /// G transposed by rows, f16.
@@ -115,5 +148,35 @@ entries! {
         fold / FOLD (abi::Fold), threads 256, blocks 1, shared 0, rows::fold;
         /// Column sums in f64.
         totals / TOTALS (abi::Totals), threads 256, blocks 1, shared 2048, rows::totals;
+    }
+    Hopper hopper: {
+        /// Row tallies of bf16 logits.
+        hopper_tally_bf16 / HOPPER_TALLY_BF16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<Bf16, false>;
+        /// Row tallies of bf16 logits, sums over all of them too.
+        hopper_tally_all_bf16 / HOPPER_TALLY_ALL_BF16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<Bf16, true>;
+        /// A chunk of G of the softmax losses, bf16.
+        hopper_pull_softmax_bf16 / HOPPER_PULL_SOFTMAX_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, false>;
+        /// A chunk of G of the softmax losses with its sums, bf16.
+        hopper_pull_softmax_sums_bf16 / HOPPER_PULL_SOFTMAX_SUMS_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, true>;
+        /// A chunk of G of the sigmoid loss, bf16.
+        hopper_pull_sigmoid_bf16 / HOPPER_PULL_SIGMOID_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_sigmoid::<Bf16>;
+        /// G by rows, bf16.
+        hopper_gemm_gv_bf16 / HOPPER_GEMM_GV_BF16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm_gv::<Bf16>;
+        /// G transposed by rows, bf16.
+        hopper_gemm_gu_bf16 / HOPPER_GEMM_GU_BF16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm_gu::<Bf16>;
+        /// Row tallies of f16 logits.
+        hopper_tally_f16 / HOPPER_TALLY_F16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<F16, false>;
+        /// Row tallies of f16 logits, sums over all of them too.
+        hopper_tally_all_f16 / HOPPER_TALLY_ALL_F16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<F16, true>;
+        /// A chunk of G of the softmax losses, f16.
+        hopper_pull_softmax_f16 / HOPPER_PULL_SOFTMAX_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, false>;
+        /// A chunk of G of the softmax losses with its sums, f16.
+        hopper_pull_softmax_sums_f16 / HOPPER_PULL_SOFTMAX_SUMS_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, true>;
+        /// A chunk of G of the sigmoid loss, f16.
+        hopper_pull_sigmoid_f16 / HOPPER_PULL_SIGMOID_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_sigmoid::<F16>;
+        /// G by rows, f16.
+        hopper_gemm_gv_f16 / HOPPER_GEMM_GV_F16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm_gv::<F16>;
+        /// G transposed by rows, f16.
+        hopper_gemm_gu_f16 / HOPPER_GEMM_GU_F16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm_gu::<F16>;
     }
 }

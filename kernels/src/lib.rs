@@ -8,6 +8,7 @@
 //! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
 //! | `tile` | the portable tile product that losses and encoders share |
 //! | `gemm` | matrix products on the tile |
+//! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
 //!
@@ -30,6 +31,7 @@ macro_rules! device {
 device! {
     mod contrast;
     mod gemm;
+    mod hopper;
     mod rows;
     mod simt;
     mod tile;

@@ -2,9 +2,10 @@
 
 mod common;
 use common::*;
-use kernels::abi::{Logits, Pull, TILE, Tally};
+use kernels::abi::{HopperPull, HopperTally, Kernel, Logits, Pull, Tally, TensorMap};
 use kernels::entries as e;
-use std::ptr::{null, null_mut};
+use kernels::simt::shim::MapSpec;
+use std::ptr::null;
 
 /// A batch with everything that may be special about a pair, and its logits in f64.
 struct Batch {
@@ -98,6 +99,78 @@ impl Batch {
     }
 }
 
+/// A map of halves in boxes of 64 x `rows`, as TMA brings them.
+fn map(at: *const u16, [rows, cols]: [usize; 2], pitch: usize, tile_rows: u32) -> TensorMap {
+    let size = [cols as u32, rows as u32];
+    MapSpec { address: at as u64, size, pitch: 2 * pitch as u64, tile: [64, tile_rows], element: 2, swizzle: true }
+        .encode()
+}
+
+/// The two mainloops: their tiles, and their slots a tile.
+enum TallyPath {
+    Portable(Kernel<Tally>),
+    Hopper(Kernel<HopperTally>),
+}
+
+impl TallyPath {
+    /// Columns of a tile, slots of a split.
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            TallyPath::Portable(_) => (128, 2),
+            TallyPath::Hopper(_) => (256, 1),
+        }
+    }
+    fn run(&self, b: &Batch, splits: usize, args: Tally, seed: u64) -> &'static str {
+        let grid = [splits as u32, b.n.div_ceil(128) as u32, 1];
+        match self {
+            TallyPath::Portable(kernel) => {
+                launch(kernel, grid, &args, seed);
+                kernel.name
+            }
+            TallyPath::Hopper(kernel) => {
+                let maps = [map(b.u.ptr(), [b.n, b.depth], b.pitch, 128), map(b.v.ptr(), [b.m, b.depth], b.pitch, 256)];
+                launch(kernel, grid, &HopperTally { maps, tally: args }, seed);
+                kernel.name
+            }
+        }
+    }
+}
+
+enum PullPath {
+    Portable(Kernel<Pull>),
+    Hopper(Kernel<HopperPull>),
+}
+
+impl PullPath {
+    /// Columns of a tile, row slots a column tile, column slots a row tile.
+    fn shape(&self) -> (usize, usize, usize) {
+        match self {
+            PullPath::Portable(_) => (128, 2, 4),
+            PullPath::Hopper(_) => (256, 1, 8),
+        }
+    }
+    fn run(&self, b: &Batch, args: Pull, seed: u64) -> &'static str {
+        let tiles = [args.cols.div_ceil(self.shape().0 as u32), args.rows.div_ceil(128)];
+        match self {
+            PullPath::Portable(kernel) => {
+                launch(kernel, [tiles[0], tiles[1], 1], &args, seed);
+                kernel.name
+            }
+            PullPath::Hopper(kernel) => {
+                let maps = [
+                    map(b.u.ptr(), [b.n, b.depth], b.pitch, 128),
+                    map(b.v.ptr(), [b.m, b.depth], b.pitch, 256),
+                    map(args.g, [args.rows as usize, args.cols as usize], args.pitch as usize, 64),
+                ];
+                // Fewer blocks than tiles, so that some take two.
+                let blocks = (tiles[0] * tiles[1]).div_ceil(2);
+                launch(kernel, [blocks, 1, 1], &HopperPull { maps, pull: args }, seed);
+                kernel.name
+            }
+        }
+    }
+}
+
 const SHAPES: [Shape; 6] = [
     Shape { n: 1, m: 1, depth: 1, scale: 1.0, groups: 0, ignore: false },
     Shape { n: 130, m: 257, depth: 5, scale: 3.0, groups: 0, ignore: false },
@@ -110,13 +183,19 @@ const SHAPES: [Shape; 6] = [
 #[test]
 fn tallies_are_those_of_f64() {
     for (which, &s) in SHAPES.iter().enumerate() {
-        for (t, kernel) in [(Type::Bf16, e::TALLY_BF16), (Type::F16, e::TALLY_F16)] {
+        for (t, path) in [
+            (Type::Bf16, TallyPath::Portable(e::TALLY_ALL_BF16)),
+            (Type::F16, TallyPath::Portable(e::TALLY_ALL_F16)),
+            (Type::Bf16, TallyPath::Hopper(e::HOPPER_TALLY_ALL_BF16)),
+            (Type::F16, TallyPath::Hopper(e::HOPPER_TALLY_ALL_F16)),
+        ] {
+            let (tile, per_split) = path.shape();
             let seed = 11 + which as u64;
             let b = Batch::new(t, s, &mut Rng(seed));
-            let column_tiles = s.m.div_ceil(TILE as usize);
+            let column_tiles = s.m.div_ceil(tile);
             for splits in [1, column_tiles] {
-                let slots = Array::<[f32; 4]>::poison(2 * splits * s.n);
-                let all = Array::<[f32; 2]>::poison(2 * splits * s.n);
+                let slots = Array::<[f32; 4]>::poison(per_split * splits * s.n);
+                let all = Array::<[f32; 2]>::poison(per_split * splits * s.n);
                 let tiles = column_tiles.div_ceil(splits) as u32;
                 let args = Tally {
                     logits: b.logits(s.ignore),
@@ -125,11 +204,11 @@ fn tallies_are_those_of_f64() {
                     tiles,
                     reserved: 0,
                 };
-                launch(&kernel, [splits as u32, s.n.div_ceil(TILE as usize) as u32, 1], &args, seed);
+                let kernel = path.run(&b, splits, args, seed);
                 let (slots, all) = (slots.get(), all.get());
                 let (mut got, mut want) = (vec![], vec![]);
                 for i in 0..s.n {
-                    let parts = (0..2 * splits).map(|p| (slots[p * s.n + i], all[p * s.n + i]));
+                    let parts = (0..per_split * splits).map(|p| (slots[p * s.n + i], all[p * s.n + i]));
                     let max = parts.clone().map(|(p, _)| p[0]).fold(f32::NEG_INFINITY, f32::max);
                     let mut sums = [0f64; 5];
                     for (p, a) in parts {
@@ -161,7 +240,7 @@ fn tallies_are_those_of_f64() {
                 let off = distance(got, &want);
                 // Logits of thousands of octaves carry half a unit of their own last place into the exponential.
                 let bound = if s.scale > 100.0 { 1e-3 } else { 1e-5 };
-                assert!(off < bound, "{t:?} {}x{}x{} in {splits}: {off:e}", s.n, s.m, s.depth);
+                assert!(off < bound, "{kernel} {}x{}x{} in {splits}: {off:e}", s.n, s.m, s.depth);
             }
         }
     }
@@ -169,13 +248,17 @@ fn tallies_are_those_of_f64() {
 
 #[test]
 fn chunks_of_g_are_those_of_f64() {
+    use PullPath::{Hopper, Portable};
     let kernels = [
-        (Type::Bf16, [e::PULL_SOFTMAX_BF16, e::PULL_SIGMOID_BF16]),
-        (Type::F16, [e::PULL_SOFTMAX_F16, e::PULL_SIGMOID_F16]),
+        (Type::Bf16, [Portable(e::PULL_SOFTMAX_SUMS_BF16), Portable(e::PULL_SIGMOID_BF16)]),
+        (Type::F16, [Portable(e::PULL_SOFTMAX_SUMS_F16), Portable(e::PULL_SIGMOID_F16)]),
+        (Type::Bf16, [Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_BF16), Hopper(e::HOPPER_PULL_SIGMOID_BF16)]),
+        (Type::F16, [Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_F16), Hopper(e::HOPPER_PULL_SIGMOID_F16)]),
     ];
     for (which, &s) in SHAPES.iter().enumerate() {
         for (t, kernels) in &kernels {
-            for (sigmoid, kernel) in kernels.iter().enumerate() {
+            for (sigmoid, path) in kernels.iter().enumerate() {
+                let (tile, row_slots, col_slots) = path.shape();
                 let seed = 31 + which as u64;
                 let mut rng = Rng(seed);
                 let b = Batch::new(*t, s, &mut rng);
@@ -224,10 +307,10 @@ fn chunks_of_g_are_those_of_f64() {
                 for (row, col) in [(0, 0), (128 * (s.n / 129), 128 * (s.m / 129))] {
                     let (rows, cols) = ((s.n - row).min(256), (s.m - col).min(256));
                     let pitch = cols.next_multiple_of(8);
-                    let tiles = [cols.div_ceil(128), rows.div_ceil(128)];
+                    let tiles = [cols.div_ceil(tile), rows.div_ceil(128)];
                     let g = Array::<u16>::poison(rows * pitch);
-                    let row_sums = Array::<[f32; 4]>::poison(2 * tiles[0] * rows);
-                    let col_sums = Array::<f32>::poison(4 * tiles[1] * cols);
+                    let row_sums = Array::<[f32; 4]>::poison(row_slots * tiles[0] * rows);
+                    let col_sums = Array::<f32>::poison(col_slots * tiles[1] * cols);
                     let gain = 4.0;
                     let args = Pull {
                         logits: b.logits(s.ignore),
@@ -237,7 +320,7 @@ fn chunks_of_g_are_those_of_f64() {
                         target_v: t_v.ptr(),
                         g: g.ptr_mut(),
                         row_sums: row_sums.ptr_mut(),
-                        col_sums: if which == 0 { null_mut() } else { col_sums.ptr_mut() },
+                        col_sums: col_sums.ptr_mut(),
                         row: row as u32,
                         col: col as u32,
                         rows: rows as u32,
@@ -247,8 +330,8 @@ fn chunks_of_g_are_those_of_f64() {
                         bias,
                         smoothing,
                     };
-                    launch(kernel, [tiles[0] as u32, tiles[1] as u32, 1], &args, seed);
-                    let name = format!("{} {}x{}x{} at {row}, {col}", kernel.name, s.n, s.m, s.depth);
+                    let kernel = path.run(&b, args, seed);
+                    let name = format!("{kernel} {}x{}x{} at {row}, {col}", s.n, s.m, s.depth);
                     let (g, row_sums, col_sums) = (g.get(), row_sums.get(), col_sums.get());
                     let mut want = vec![0.0; rows * cols];
                     let mut by_row = vec![[0.0; 3]; rows];
@@ -267,8 +350,9 @@ fn chunks_of_g_are_those_of_f64() {
                     let off = distance(got, &want);
                     assert!(off < if *t == Type::Bf16 { 4e-3 } else { 6e-4 }, "{name}: G {off:e}");
                     for which in 0..3 {
-                        let got = (0..rows)
-                            .map(|i| (0..2 * tiles[0]).map(|p| f64::from(row_sums[p * rows + i][which])).sum::<f64>());
+                        let got = (0..rows).map(|i| {
+                            (0..row_slots * tiles[0]).map(|p| f64::from(row_sums[p * rows + i][which])).sum::<f64>()
+                        });
                         let want: Vec<f64> = by_row.iter().map(|x| x[which]).collect();
                         if want.iter().any(|x| *x != 0.0) {
                             let off = distance(got, &want);
@@ -276,9 +360,9 @@ fn chunks_of_g_are_those_of_f64() {
                             assert!(off < bound, "{name}: row sum {which} {off:e}");
                         }
                     }
-                    if which != 0 {
+                    if by_col.iter().any(|x| *x != 0.0) {
                         let got = (0..cols)
-                            .map(|j| (0..4 * tiles[1]).map(|p| f64::from(col_sums[p * cols + j])).sum::<f64>());
+                            .map(|j| (0..col_slots * tiles[1]).map(|p| f64::from(col_sums[p * cols + j])).sum::<f64>());
                         let off = distance(got, &by_col);
                         assert!(off < if s.scale > 100.0 { 2e-3 } else { 2e-5 }, "{name}: column sums {off:e}");
                     }

@@ -425,3 +425,65 @@ pub unsafe fn tma_store(from: u32, map: u64, x: u32, y: u32) {
         asm!("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [{m}, {{{x}, {y}}}], [{s}];", s = in(reg32) from, m = in(reg64) map, x = in(reg32) x, y = in(reg32) y, options(nostack))
     };
 }
+
+/// Products of `wgmma` in a lane's registers, 2 rows a lane: element `4 j + e` is of row `16 (warp mod 4) + lane/4 + 8 (e/2)`
+/// and column `8 j + 2 (lane mod 4) + e mod 2`. Not to be read before `wgmma_wait`.
+pub type Accumulator<const N: usize> = [f32; N];
+
+/// An accumulator of zeros.
+#[inline(always)]
+pub fn accumulator<const N: usize>() -> Accumulator<N> {
+    [0.0; N]
+}
+
+macro_rules! wgmma {
+    ($($name:ident $from_registers:ident $columns:literal $type:literal: $first:literal $($i:literal)*;)*) => {$(
+        /// `acc = a b + (acc if accumulate)`, both operands in shared memory; see [`super::Half`].
+        ///
+        /// # Safety
+        /// Descriptors of live, fenced operands, not overwritten before `wgmma_wait`; all lanes of the warpgroup take part.
+        #[inline(always)]
+        pub unsafe fn $name<const A_ALONG_TILE: u32, const B_ALONG_TILE: u32>(
+            acc: &mut Accumulator<{ $columns / 2 }>,
+            a: u64,
+            b: u64,
+            accumulate: u32,
+        ) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {s}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $type, ".", $type,
+                        " {{{", $first, "}", $(", {", $i, "}",)* "}}, {a}, {b}, p, 1, 1, {ta}, {tb}; }}"),
+                    inout(reg32) acc[$first], $(inout(reg32) acc[$i],)*
+                    a = in(reg64) a, b = in(reg64) b, s = in(reg32) accumulate, ta = const A_ALONG_TILE, tb = const B_ALONG_TILE, options(nostack))
+            };
+        }
+        /// As the other, with A in registers as `mma` takes it.
+        ///
+        /// # Safety
+        /// As there.
+        #[inline(always)]
+        pub unsafe fn $from_registers<const B_ALONG_TILE: u32>(
+            acc: &mut Accumulator<{ $columns / 2 }>,
+            a: [u32; 4],
+            b: u64,
+            accumulate: u32,
+        ) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {s}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $type, ".", $type,
+                        " {{{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, p, 1, 1, {tb}; }}"),
+                    inout(reg32) acc[$first], $(inout(reg32) acc[$i],)*
+                    a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
+                    b = in(reg64) b, s = in(reg32) accumulate, tb = const B_ALONG_TILE, options(nostack))
+            };
+        }
+    )*};
+}
+wgmma! {
+    wgmma_n64_bf16 wgmma_n64_bf16_registers 64 "bf16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31;
+    wgmma_n64_f16 wgmma_n64_f16_registers 64 "f16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31;
+    wgmma_n128_bf16 wgmma_n128_bf16_registers 128 "bf16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63;
+    wgmma_n128_f16 wgmma_n128_f16_registers 128 "f16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63;
+    wgmma_n256_bf16 wgmma_n256_bf16_registers 256 "bf16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115 116 117 118 119 120 121 122 123 124 125 126 127;
+    wgmma_n256_f16 wgmma_n256_f16_registers 256 "f16": 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115 116 117 118 119 120 121 122 123 124 125 126 127;
+}

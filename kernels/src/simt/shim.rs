@@ -7,6 +7,7 @@
 //! * shared memory: out of bounds, misaligned, uninitialised, in flight, or *raced for*. Every access is checked against
 //!   the last ones by vector clocks that only barriers advance, so a missing barrier is found in any order of lanes;
 //! * global memory: outside of every allocation, or touched by two blocks of a launch one of which writes;
+//! * a lane that returns before its copies and products are over;
 //! * barriers that some lanes never reach, phases that never complete, arrivals too many: the deadlock is reported with
 //!   who waits for what;
 //! * shared memory written by stores and read by TMA or wgmma without `fence_async`.
@@ -47,7 +48,6 @@ struct Shadow {
 enum Meeting {
     Barrier(u32),
     Warp(u32),
-    WarpGroup(u32),
 }
 
 #[derive(Default)]
@@ -82,7 +82,81 @@ struct Lane {
     copies: VecDeque<Vec<(u32, Rc<Cell<bool>>)>>,
     /// TMA stores not yet known to have read.
     stores: Vec<(u32, Rc<Cell<bool>>)>,
+    /// `wgmma`, by group, the last still open.
+    products: VecDeque<Vec<Product>>,
+    /// `wgmma_fence`s so far.
+    fences: u64,
     yielder: *const Yielder<(), ()>,
+}
+
+/// A lane's share of a `wgmma` that nobody has waited for.
+struct Product {
+    acc: Rc<Registers>,
+    a: Left,
+    b: u64,
+    b_along_tile: bool,
+    accumulate: bool,
+    unpack: fn(u32) -> [f32; 2],
+}
+
+enum Left {
+    Shared { descriptor: u64, along_tile: bool },
+    /// Rows lane/4 and lane/4 + 8.
+    Registers([[f32; 16]; 2]),
+}
+
+/// What an accumulator is behind its lane's back.
+struct Registers {
+    values: Vec<Cell<f32>>,
+    /// Products that have not been waited for.
+    flying: Cell<u32>,
+    /// Fences there had been when ordinary code last touched it.
+    touched: Cell<u64>,
+}
+
+impl Product {
+    /// Reads the operands, now, and writes the products.
+    fn retire(self) {
+        let (warp, lane) = (me() as u32 / 32 % 4, me() as u32 % 32);
+        let unpack = |word: u16| (self.unpack)(u32::from(word))[0];
+        let read = |descriptor: u64, along_tile: bool, index: u32| -> [f32; 16] {
+            std::array::from_fn(|k| {
+                let at = operand(descriptor, along_tile, index, k as u32);
+                block(|b| {
+                    b.check_read(at, 2, "wgmma", true);
+                    unpack(u16::from_le_bytes([b.shared[at as usize], b.shared[at as usize + 1]]))
+                })
+            })
+        };
+        let row = |half: u32| match &self.a {
+            Left::Registers(rows) => rows[half as usize],
+            Left::Shared { descriptor, along_tile } => read(*descriptor, *along_tile, warp * 16 + lane / 4 + 8 * half),
+        };
+        let rows = [row(0), row(1)];
+        for j in 0..self.acc.values.len() / 4 {
+            for c in 0..2 {
+                let col = read(self.b, self.b_along_tile, 8 * j as u32 + 2 * (lane % 4) + c);
+                for (half, row) in rows.iter().enumerate() {
+                    let value = &self.acc.values[4 * j + 2 * half + c as usize];
+                    let sum: f32 = row.iter().zip(&col).map(|(a, b)| a * b).sum();
+                    value.set(if self.accumulate { value.get() + sum } else { sum });
+                }
+            }
+        }
+        self.acc.flying.set(self.acc.flying.get() - 1);
+    }
+}
+
+/// Where element (`index`, k) of the operand behind a descriptor lies: the address is swizzled last, as the card does.
+fn operand(descriptor: u64, along_tile: bool, index: u32, k: u32) -> u32 {
+    let field = |shift: u32| ((descriptor >> shift & 0x3fff) << 4) as u32;
+    let (start, block, group) = (field(0), field(16), field(32));
+    assert_eq!(descriptor >> 62, 1, "wgmma: only the 128-byte swizzle is modelled");
+    swizzle(if along_tile {
+        start + index / 64 * block + k / 8 * group + k % 8 * 128 + index % 64 * 2
+    } else {
+        start + index / 8 * group + index % 8 * 128 + k * 2
+    })
 }
 
 /// A copy on its way.
@@ -605,7 +679,7 @@ pub unsafe fn launch<A: crate::abi::Args>(kernel: &crate::abi::Kernel<A>, grid: 
             let (body, args) = (kernel.body, shared.0);
             let run = std::panic::AssertUnwindSafe(|| {
                 // SAFETY: the pointer is to `args`, which outlives the workers.
-                run_block(kernel.threads, kernel.shared, at, grid, launch, seed, move || unsafe { body(&*args.cast()) })
+                run_block(kernel.threads, kernel.shared, at, grid, launch, seed, move || unsafe { body(&*args.cast(), args as u64) })
             });
             if let Err(panic) = std::panic::catch_unwind(run) {
                 failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(panic);
@@ -646,6 +720,8 @@ fn run_block(
         fenced: 0,
         copies: VecDeque::from([Vec::new()]),
         stores: Vec::new(),
+        products: VecDeque::from([Vec::new()]),
+        fences: 1,
         yielder: std::ptr::null(),
     };
     BLOCK.set(Some(Block {
@@ -688,6 +764,11 @@ fn run_block(
             if let CoroutineResult::Yield(()) = lane.resume(()) {
                 return true;
             }
+            block(|b| {
+                let b = &b.lanes[i];
+                let copies = b.copies.iter().flatten().count() + b.stores.len() + b.products.iter().flatten().count();
+                assert!(copies == 0, "lane {i} returns with {copies} copies or products that it has not waited for");
+            });
             if let Some(lane) = lanes[i].take() {
                 STACKS.with(|s| s.borrow_mut().push(lane.into_stack()));
             }
@@ -933,7 +1014,7 @@ pub mod words {
         }
     }
     pub fn mma_bf16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
-        mma(acc, a, b, |x| [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)]);
+        mma(acc, a, b, unpack_bf16);
     }
     pub fn mma_f16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
         mma(acc, a, b, unpack_f16);
@@ -1014,6 +1095,95 @@ pub mod words {
             }
             b.lanes[me()].seen = Rc::new(seen);
         });
+    }
+    /// Products of `wgmma`: reading them in flight panics.
+    pub struct Accumulator<const N: usize>(Rc<Registers>);
+
+    pub fn accumulator<const N: usize>() -> Accumulator<N> {
+        let touched = Cell::new(block(|b| b.lanes[me()].fences));
+        Accumulator(Rc::new(Registers { values: vec![Cell::new(0.0); N], flying: Cell::new(0), touched }))
+    }
+    impl<const N: usize> Accumulator<N> {
+        fn touch(&self) {
+            assert_eq!(self.0.flying.get(), 0, "lane {} touches an accumulator whose products are in flight", me());
+            self.0.touched.set(block(|b| b.lanes[me()].fences));
+        }
+    }
+    impl<const N: usize> std::ops::Index<usize> for Accumulator<N> {
+        type Output = f32;
+        fn index(&self, i: usize) -> &f32 {
+            self.touch();
+            // SAFETY: the cell is written by `IndexMut`, which excludes this borrow, and by `wgmma_wait`, which this lane
+            // calls only when the borrow of a copyable number is over.
+            unsafe { &*self.0.values[i].as_ptr() }
+        }
+    }
+    impl<const N: usize> std::ops::IndexMut<usize> for Accumulator<N> {
+        fn index_mut(&mut self, i: usize) -> &mut f32 {
+            self.touch();
+            // SAFETY: as above.
+            unsafe { &mut *self.0.values[i].as_ptr() }
+        }
+    }
+
+    fn issue<const N: usize>(
+        acc: &mut Accumulator<N>,
+        a: Left,
+        b: u64,
+        b_along_tile: bool,
+        accumulate: u32,
+        unpack: fn(u32) -> [f32; 2],
+    ) {
+        let fences = block(|b| b.lanes[me()].fences);
+        assert!(acc.0.touched.get() < fences, "wgmma: lane {} has not fenced this accumulator since it touched it", me());
+        acc.0.flying.set(acc.0.flying.get() + 1);
+        let product =
+            Product { acc: Rc::clone(&acc.0), a, b, b_along_tile, accumulate: accumulate != 0, unpack };
+        block(|b| b.lanes[me()].products.back_mut().expect("an open group").push(product));
+    }
+    fn from_registers(a: [u32; 4], unpack: fn(u32) -> [f32; 2]) -> Left {
+        let all = exchange([a[0], a[1], a[2], a[3], 0, 0, 0, 0]);
+        let row = |half: usize| {
+            std::array::from_fn(|k| unpack(all[lane() as usize / 4 * 4 + k % 8 / 2][half + 2 * (k / 8)])[k % 2])
+        };
+        Left::Registers([row(0), row(1)])
+    }
+    fn unpack_bf16(x: u32) -> [f32; 2] {
+        [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)]
+    }
+
+    macro_rules! wgmma {
+        ($($name:ident $registers:ident $n:literal $unpack:ident;)*) => {$(
+            pub unsafe fn $name<const TA: u32, const TB: u32>(acc: &mut Accumulator<$n>, a: u64, b: u64, accumulate: u32) {
+                issue(acc, Left::Shared { descriptor: a, along_tile: TA == 1 }, b, TB == 1, accumulate, $unpack);
+            }
+            pub unsafe fn $registers<const TB: u32>(acc: &mut Accumulator<$n>, a: [u32; 4], b: u64, accumulate: u32) {
+                issue(acc, from_registers(a, $unpack), b, TB == 1, accumulate, $unpack);
+            }
+        )*};
+    }
+    wgmma! {
+        wgmma_n64_bf16 wgmma_n64_bf16_registers 32 unpack_bf16;
+        wgmma_n128_bf16 wgmma_n128_bf16_registers 64 unpack_bf16;
+        wgmma_n256_bf16 wgmma_n256_bf16_registers 128 unpack_bf16;
+        wgmma_n64_f16 wgmma_n64_f16_registers 32 unpack_f16;
+        wgmma_n128_f16 wgmma_n128_f16_registers 64 unpack_f16;
+        wgmma_n256_f16 wgmma_n256_f16_registers 128 unpack_f16;
+    }
+    pub fn wgmma_fence() {
+        block(|b| b.lanes[me()].fences += 1);
+    }
+    pub fn wgmma_commit() {
+        block(|b| b.lanes[me()].products.push_back(Vec::new()));
+    }
+    pub fn wgmma_wait<const N: u32>() {
+        let due = block(|b| (b.lanes[me()].products.len() - 1).saturating_sub(N as usize));
+        for _ in 0..due {
+            let group = block(|b| b.lanes[me()].products.pop_front()).expect("as many as are due");
+            group.into_iter().for_each(Product::retire);
+        }
+        // The warp's reads are over for all its lanes: any of them may release the operands.
+        sync_warp();
     }
     pub fn registers_up<const N: u32>() {}
     pub fn registers_down<const N: u32>() {}

@@ -1,0 +1,462 @@
+//! The mainloop of Hopper: tiles of 128 x 256 by `wgmma`, operands brought by TMA, for all D.
+//!
+//! ```text
+//! warpgroups 0, 1   64 rows of the tile each: wait full[s]; 4 wgmma of k 16; wait for those before; arrive empty[s']
+//! warp 8            one lane: wait empty[s]; TMA A and B slices of k 64 into stage s, counted at full[s]
+//! ```
+//!
+//! 3 x 128 threads, of which the products take nearly all registers (`setmaxnreg`). The ring of stages runs on across
+//! tiles, so that the first slices of the next tile come in under the epilogue of this one. The epilogues are those of
+//! `contrast.rs`; G leaves by `stmatrix` and TMA.
+
+use crate::abi::{
+    COLUMN_PULL, COLUMN_TALLY, HOPPER_COLS, HOPPER_ROWS,  HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm, HopperPull, HopperTally,
+};
+use crate::contrast::{Columns, Fragments, Law, RowTallies, SigmoidLaw, SoftmaxLaw, pull, rows_of};
+use crate::simt::*;
+
+/// k of a slice.
+const DEPTH: u32 = 64;
+/// Bytes of a slice of A.
+const SLICE_A: u32 = HOPPER_ROWS * DEPTH * 2;
+/// Bytes of a slice of B.
+const SLICE_B: u32 = HOPPER_COLS * DEPTH * 2;
+/// Bytes of a block of 64 x 64, one box of an operand stored along the tile.
+const BLOCK: u32 = 64 * 64 * 2;
+/// Bytes of a stage.
+const STAGE: u32 = SLICE_A + SLICE_B;
+/// Registers of a consumer's thread, and of the producer's.
+const CONSUMER: u32 = 240;
+const PRODUCER: u32 = 24;
+
+/// A ring of stages, as one role sees it.
+#[derive(Clone, Copy)]
+struct Ring {
+    base: u32,
+    bars: u32,
+    stage: u32,
+    parity: u32,
+}
+
+impl Ring {
+    /// The ring at `base`, its barriers at `bars`; consumers start at parity 0, the producer at 1: all stages are empty.
+    #[inline(always)]
+    fn new(base: u32, bars: u32, parity: u32) -> Self {
+        Ring { base, bars, stage: 0, parity }
+    }
+    #[inline(always)]
+    fn full(self) -> u32 {
+        self.bars + self.stage * 16
+    }
+    #[inline(always)]
+    fn empty(self) -> u32 {
+        self.bars + self.stage * 16 + 8
+    }
+    #[inline(always)]
+    fn at(self) -> u32 {
+        self.base + self.stage * STAGE
+    }
+    #[inline(always)]
+    fn advance<const STAGES: u32>(&mut self) {
+        self.stage += 1;
+        if self.stage == STAGES {
+            self.stage = 0;
+            self.parity ^= 1;
+        }
+    }
+}
+
+/// Barriers of the ring, by one thread, seen by all.
+#[inline(always)]
+unsafe fn set_up<const STAGES: u32>(bars: u32) {
+    if thread() == 0 {
+        let mut s = 0;
+        while s < STAGES {
+            // SAFETY: 16 bytes a stage at `bars`. The producer fills, eight warps empty.
+            unsafe {
+                mbarrier_init(bars + s * 16, 1);
+                mbarrier_init(bars + s * 16 + 8, 8);
+            }
+            s += 1;
+        }
+        fence_init();
+    }
+    sync();
+}
+
+/// Brings all slices of the tile at (`row`, `col`). `TA`, `TB`: 1 where the operand is stored with the tile's rows
+/// (columns) running fastest.
+#[inline(always)]
+unsafe fn produce<const STAGES: u32, const TA: u32, const TB: u32>(
+    ring: &mut Ring,
+    [a, b]: [u64; 2],
+    row: u32,
+    col: u32,
+    depth: u32,
+) {
+    let mut k = 0;
+    while k < depth {
+        // SAFETY: the stage is empty once its last readers have arrived; maps are the kernel's argument.
+        unsafe {
+            mbarrier_wait(ring.empty(), ring.parity);
+            mbarrier_expect(ring.full(), STAGE);
+            let (to, full) = (ring.at(), ring.full());
+            if TA == 1 {
+                tma_load(to, a, row, k, full);
+                tma_load(to + BLOCK, a, row + 64, k, full);
+            } else {
+                tma_load(to, a, k, row, full);
+            }
+            let to = to + SLICE_A;
+            if TB == 1 {
+                let mut q = 0;
+                while q < 4 {
+                    tma_load(to + q * BLOCK, b, col + q * 64, k, full);
+                    q += 1;
+                }
+            } else {
+                tma_load(to, b, k, col, full);
+            }
+        }
+        ring.advance::<STAGES>();
+        k += DEPTH;
+    }
+}
+
+/// The warpgroup's 64 x 256 products of one tile, all of them retired.
+#[inline(always)]
+unsafe fn consume<T: Half, const STAGES: u32, const TA: u32, const TB: u32>(
+    ring: &mut Ring,
+    acc: &mut Accumulator<128>,
+    depth: u32,
+) {
+    let group = warp() >> 2;
+    let mut before = *ring;
+    let mut k = 0;
+    while k < depth {
+        // SAFETY: the stage is full; its readers release it below, after their wait.
+        unsafe {
+            mbarrier_wait(ring.full(), ring.parity);
+            wgmma_fence();
+            let at = ring.at() + group * BLOCK;
+            let a = if TA == 1 { descriptor_mn(at, BLOCK) } else { descriptor_k(at) };
+            let at = ring.at() + SLICE_A;
+            let b = if TB == 1 { descriptor_mn(at, BLOCK) } else { descriptor_k(at) };
+            let step = |along_tile: u32| if along_tile == 1 { 128u64 } else { 2 };
+            let mut q = 0;
+            while q < 4 {
+                T::wgmma_n256::<TA, TB>(acc, a + q * step(TA), b + q * step(TB), k | q as u32);
+                q += 1;
+            }
+            wgmma_commit();
+            if k != 0 {
+                wgmma_wait::<1>();
+                if lane() == 0 {
+                    mbarrier_arrive(before.empty());
+                }
+            }
+        }
+        before = *ring;
+        ring.advance::<STAGES>();
+        k += DEPTH;
+    }
+    wgmma_wait::<0>();
+    if lane() == 0 {
+        // SAFETY: initialised.
+        unsafe { mbarrier_arrive(before.empty()) };
+    }
+}
+
+/// A lane's share of a tile: two rows by 32 pairs of columns.
+struct Wide<'a> {
+    acc: &'a mut Accumulator<128>,
+    /// Staging of the warpgroup's 64 x 256 halves, as four swizzled blocks; only written by `put`.
+    staging: u32,
+    /// The lane's first row in the tile.
+    row: u32,
+    /// The last even pair.
+    even: [u32; 2],
+}
+
+impl<'a> Wide<'a> {
+    #[inline(always)]
+    fn new(acc: &'a mut Accumulator<128>, staging: u32) -> Self {
+        Wide { acc, staging, row: warp() * 16 + (lane() >> 2), even: [0; 2] }
+    }
+}
+
+impl Fragments<2> for Wide<'_> {
+    const PAIRS: usize = 32;
+    #[inline(always)]
+    fn row(&self, r: usize) -> u32 {
+        self.row + 8 * r as u32
+    }
+    #[inline(always)]
+    fn col(&self, p: usize) -> u32 {
+        8 * p as u32 + 2 * (lane() & 3)
+    }
+    #[inline(always)]
+    fn get(&self, r: usize, p: usize, c: usize) -> f32 {
+        self.acc[4 * p + 2 * r + c]
+    }
+    #[inline(always)]
+    fn set(&mut self, r: usize, p: usize, c: usize, x: f32) {
+        self.acc[4 * p + 2 * r + c] = x;
+    }
+    #[inline(always)]
+    unsafe fn put(&mut self, p: usize, g: [u32; 2]) {
+        if p % 2 == 0 {
+            self.even = g;
+            return;
+        }
+        let sixteen = p as u32 / 2;
+        let row = (self.row & 48) + (lane() & 15);
+        let chunk = sixteen % 4 * 2 + (lane() >> 4);
+        let to = self.staging + sixteen / 4 * BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4);
+        // SAFETY: the warpgroup's own staging, whose last store has been read.
+        unsafe { stmatrix(to, [self.even[0], self.even[1], g[0], g[1]]) };
+    }
+}
+
+/// Barrier 3: the 256 threads that consume.
+#[inline(always)]
+fn consumer_barrier() {
+    named_barrier::<3, 256>();
+}
+
+/// Barriers 1 and 2: the 128 threads of a warpgroup.
+#[inline(always)]
+fn warpgroup_barrier() {
+    if warp() < 4 {
+        named_barrier::<1, 128>();
+    } else {
+        named_barrier::<2, 128>();
+    }
+}
+
+/// [`crate::abi::Tally`] of a row tile against `tiles` column tiles of 256; grid (splits, row tiles), one slot a split;
+/// with ALL, [`crate::abi::Tally::all`] too.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
+    const STAGES: u32 = HOPPER_STAGES_GEMM;
+    let (a, maps) = (&a.tally, [at, at + 128]);
+    let base = shared_base();
+    let bars = base + STAGES * STAGE;
+    let row = block_y() * HOPPER_ROWS;
+    let first = block_x() * a.tiles;
+    let (l, end) = (&a.logits, first + a.tiles);
+    // SAFETY: the launch contract.
+    unsafe {
+        set_up::<STAGES>(bars);
+        if warp() >= 8 {
+            registers_down::<PRODUCER>();
+            if warp() == 8 && lane() == 0 {
+                let mut ring = Ring::new(base, bars, 1);
+                let mut t = first;
+                while t < end && t * HOPPER_COLS < l.m {
+                    produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, l.depth);
+                    t += 1;
+                }
+            }
+        } else {
+            registers_up::<CONSUMER>();
+            let mut ring = Ring::new(base, bars, 0);
+            let mut acc = accumulator::<128>();
+            let mut tallies = RowTallies::<2, ALL>::new();
+            let rows = rows_of(l, &Wide::new(&mut acc, 0), row);
+            let mut t = first;
+            while t < end && t * HOPPER_COLS < l.m {
+                let columns = Columns::new(bars + STAGES * 16, t, HOPPER_COLS, COLUMN_TALLY);
+                columns.stage(l, t * HOPPER_COLS, thread());
+                consumer_barrier();
+                consume::<T, STAGES, 0, 0>(&mut ring, &mut acc, l.depth);
+                let mut tile = Wide::new(&mut acc, 0);
+                tallies.add(a, &rows, &mut tile, columns);
+                t += 1;
+            }
+            tallies.store(a, &Wide::new(&mut acc, 0), row, block_x());
+        }
+    }
+}
+
+/// [`crate::abi::Pull`] over all tiles of a chunk, each block taking every `grid`-th.
+#[inline(always)]
+unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64, law: L) {
+    const STAGES: u32 = HOPPER_STAGES_PULL;
+    let (a, maps, map_g) = (&a.pull, [at, at + 128], at + 256);
+    let base = shared_base();
+    let staging = base + STAGES * STAGE;
+    let bars = staging + HOPPER_ROWS * HOPPER_COLS * 2;
+    let (down, across) = (a.rows.div_ceil(HOPPER_ROWS), a.cols.div_ceil(HOPPER_COLS));
+    if across == 0 {
+        return;
+    }
+    let depth = a.logits.depth;
+    // SAFETY: the launch contract.
+    unsafe {
+        set_up::<STAGES>(bars);
+        if warp() >= 8 {
+            registers_down::<PRODUCER>();
+            if warp() == 8 && lane() == 0 {
+                let mut ring = Ring::new(base, bars, 1);
+                let mut t = block_x();
+                while t < down * across {
+                    let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
+                    produce::<STAGES, 0, 0>(&mut ring, maps, a.row + row, a.col + col, depth);
+                    t += grid_x();
+                }
+            }
+        } else {
+            registers_up::<CONSUMER>();
+            let mut ring = Ring::new(base, bars, 0);
+            let mut acc = accumulator::<128>();
+            let staging = staging + (warp() >> 2) * 4 * BLOCK;
+            let (mut t, mut turn) = (block_x(), 0);
+            while t < down * across {
+                let (in_row, in_col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
+                let columns = Columns::new(bars + STAGES * 16, turn, HOPPER_COLS, COLUMN_PULL);
+                columns.stage(&a.logits, a.col + in_col, thread());
+                if L::NORMS {
+                    columns.stage_norms(a, a.col + in_col, thread());
+                }
+                consumer_barrier();
+                consume::<T, STAGES, 0, 0>(&mut ring, &mut acc, depth);
+                // The thread that stores the staging knows when it has been read.
+                let stores = warp() & 3 == 0 && lane() == 0;
+                if stores {
+                    bulk_wait_read();
+                }
+                warpgroup_barrier();
+                let slots = [t % across, t / across * 8 + warp()];
+                let mut tile = Wide::new(&mut acc, staging);
+                pull::<T, L, _, 2, SUMS>(a, law, &mut tile, columns, [in_row, in_col], slots);
+                fence_async();
+                warpgroup_barrier();
+                if stores {
+                    let mut q = 0;
+                    while q < 4 {
+                        tma_store(staging + q * BLOCK, map_g, in_col + q * 64, in_row + (warp() >> 2) * 64);
+                        q += 1;
+                    }
+                    bulk_commit();
+                }
+                t += grid_x();
+                turn += 1;
+            }
+            // Shared memory must outlive its readers.
+            if warp() & 3 == 0 && lane() == 0 {
+                bulk_wait_read();
+            }
+        }
+    }
+}
+
+/// [`crate::abi::Pull`] of the softmax losses, with its sums or without; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn pull_softmax<T: Half, const SUMS: bool>(a: &HopperPull, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_tiles::<T, _, SUMS>(a, at, SoftmaxLaw) }
+}
+
+/// [`crate::abi::Pull`] of the sigmoid loss; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn pull_sigmoid<T: Half>(a: &HopperPull, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_tiles::<T, _, true>(a, at, SigmoidLaw) }
+}
+
+/// [`crate::abi::Gemm`] of halves, `C (+)= op(A) B`, `B` `[k, n]`; each block takes every `grid`-th tile.
+#[inline(always)]
+unsafe fn gemm<T: Half, const TA: u32>(a: &HopperGemm, at: u64) {
+    const STAGES: u32 = HOPPER_STAGES_GEMM;
+    let (g, maps) = (&a.gemm, [at, at + 128]);
+    let base = shared_base();
+    let bars = base + STAGES * STAGE;
+    let (down, across) = (g.m.div_ceil(HOPPER_ROWS), g.n.div_ceil(HOPPER_COLS));
+    if across == 0 {
+        return;
+    }
+    // SAFETY: the launch contract; every tile of C is one block's.
+    unsafe {
+        set_up::<STAGES>(bars);
+        if warp() >= 8 {
+            registers_down::<PRODUCER>();
+            if warp() == 8 && lane() == 0 {
+                let mut ring = Ring::new(base, bars, 1);
+                let mut t = block_x();
+                while t < down * across {
+                    let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
+                    produce::<STAGES, TA, 1>(&mut ring, maps, row, col, g.k);
+                    t += grid_x();
+                }
+            }
+        } else {
+            registers_up::<CONSUMER>();
+            let mut ring = Ring::new(base, bars, 0);
+            let mut acc = accumulator::<128>();
+            let even = g.pitch_c % 2 == 0;
+            let mut t = block_x();
+            while t < down * across {
+                consume::<T, STAGES, TA, 1>(&mut ring, &mut acc, g.k);
+                let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
+                let tile = Wide::new(&mut acc, 0);
+                let mut p = 0;
+                while p < 32 {
+                    let mut r = 0;
+                    while r < 2 {
+                        let (i, j) = (row + tile.row(r), col + tile.col(p));
+                        if i < g.m && j < g.n {
+                            let to = g.c.wrapping_add(i as usize * g.pitch_c as usize + j as usize);
+                            let (x, y) = (tile.get(r, p, 0), tile.get(r, p, 1));
+                            if even && j + 1 < g.n {
+                                let to = to.cast::<[f32; 2]>();
+                                let old = if g.add != 0 { load(to) } else { [0.0; 2] };
+                                store(to, [old[0] + x, old[1] + y]);
+                            } else {
+                                let old = if g.add != 0 { load(to) } else { 0.0 };
+                                store(to, old + x);
+                                if j + 1 < g.n {
+                                    let to = to.wrapping_add(1);
+                                    let old = if g.add != 0 { load(to) } else { 0.0 };
+                                    store(to, old + y);
+                                }
+                            }
+                        }
+                        r += 1;
+                    }
+                    p += 1;
+                }
+                t += grid_x();
+            }
+        }
+    }
+}
+
+/// `C (+)= A B`: G `[m, k]` by rows `[k, n]`; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn gemm_gv<T: Half>(a: &HopperGemm, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { gemm::<T, 0>(a, at) }
+}
+
+/// `C (+)= A' B`: G `[k, m]` by rows `[k, n]`; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn gemm_gu<T: Half>(a: &HopperGemm, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { gemm::<T, 1>(a, at) }
+}
