@@ -1,6 +1,8 @@
-//! Tells the program which commit it was built from. Nothing else happens at build time.
+//! Tells the program which commit it was built from, and embeds the GPU kernels' PTX. Nothing else happens at build time.
 
+use std::path::Path;
 use std::process::Command;
+use std::{env, fs};
 
 fn main() {
     let commit = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output().ok();
@@ -8,4 +10,12 @@ fn main() {
     println!("cargo::rustc-env=CONTRASTIVE_COMMIT={}", commit.as_deref().map_or("unknown", str::trim));
     println!("cargo::rerun-if-changed=.git/HEAD");
     println!("cargo::rerun-if-changed=.git/refs/heads");
+
+    // An empty file stands for a module that is not there; src/device/cuda/mod.rs says so when it is asked for.
+    let out = env::var_os("OUT_DIR").expect("cargo sets it");
+    for module in ["portable.ptx", "hopper.ptx"] {
+        let text = fs::read(Path::new("kernels/ptx").join(module)).unwrap_or_default();
+        fs::write(Path::new(&out).join(module), text).expect("cargo's own folder can be written");
+    }
+    println!("cargo::rerun-if-changed=kernels/ptx");
 }

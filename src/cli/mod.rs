@@ -258,7 +258,7 @@ impl Common {
 fn why_not_cuda() -> String {
     match crate::device::cuda::cards() {
         Ok(cards) if cards.is_empty() => "the driver sees no card".into(),
-        Ok(_) => "this version has no CUDA kernels".into(),
+        Ok(_) => "this version has no engine on cards yet".into(),
         Err(e) => e.to_string(),
     }
 }
@@ -308,32 +308,91 @@ fn devices(common: &Common) -> Result<(), Failure> {
         format!("cpu: {threads} threads; instruction sets {}; kernels run on {}", isas.join(", "), isas[0]),
         format!("build: {} {}", env!("CARGO_PKG_VERSION"), env!("CONTRASTIVE_COMMIT")),
     ];
-    #[cfg(feature = "cuda")]
-    let cards = crate::device::cuda::cards().unwrap_or_default();
-    #[cfg(feature = "cuda")]
-    for (k, card) in cards.iter().enumerate() {
-        let [major, minor] = card.capability;
-        lines.push(format!(
-            "cuda:{k}: {}, {} GiB, sm_{major}{minor}; no kernels in this version",
-            card.name,
-            card.memory >> 30
-        ));
-    }
-    #[cfg(not(feature = "cuda"))]
-    let cards: Vec<()> = Vec::new();
+    let (cards, kernels) = cards();
+    lines.extend(cards.iter().map(|(line, _)| line.clone()));
     if cards.is_empty() {
         lines.push(format!("cuda: none, {}", why_not_cuda()));
     }
+    let cards: Vec<_> = cards.into_iter().map(|(_, json)| json).collect();
     let json = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("CONTRASTIVE_COMMIT"),
         "cpu": {"threads": threads, "isa": isas[0], "available": isas},
-        "cuda": {"cards": cards, "kernels": [], "why_not": why_not_cuda()},
+        "cuda": {"cards": cards, "kernels": kernels, "why_not": why_not_cuda()},
     });
     common.print(&json, &lines)
+}
+
+/// Each card, to read and as JSON, and the GPU kernels of this build.
+#[cfg(feature = "cuda")]
+fn cards() -> (Vec<(String, serde_json::Value)>, Vec<&'static str>) {
+    use crate::device::cuda;
+    let carried = cuda::carried();
+    let found = cuda::cards().unwrap_or_default();
+    let cards = found.iter().enumerate().map(|(k, info)| card(k, info, info.module(&carried))).collect();
+    (cards, carried.into_iter().map(cuda::name).collect())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cards() -> (Vec<(String, serde_json::Value)>, Vec<&'static str>) {
+    (Vec::new(), Vec::new())
+}
+
+/// Card `k` and the kernels it would run, or why it runs none.
+#[cfg(feature = "cuda")]
+fn card(
+    k: usize,
+    info: &crate::device::cuda::CardInfo,
+    module: Result<crate::device::cuda::Module, crate::device::cuda::CudaError>,
+) -> (String, serde_json::Value) {
+    use crate::device::cuda;
+    let module = module.map(cuda::name).map_err(|why| why.to_string());
+    let [major, minor] = info.capability;
+    let (gib, driver) = (info.memory >> 30, cuda::version(info.driver));
+    let runs = module.as_ref().map_or_else(|why| format!("no kernels: {why}"), |name| format!("kernels: {name}"));
+    let line = format!("cuda:{k}: {}, {gib} GiB, sm_{major}{minor}, driver of CUDA {driver}; {runs}", info.name);
+    let mut json = serde_json::json!(info);
+    json["module"] = serde_json::json!(module.as_ref().ok());
+    json["why_not"] = serde_json::json!(module.as_ref().err());
+    (line, json)
 }
 
 /// Whether a progress bar has somebody to look at it.
 fn on_terminal() -> bool {
     std::io::stderr().is_terminal()
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::card;
+    use crate::device::cuda::{CardInfo, Module};
+
+    fn shown(driver: u32, capability: [u32; 2], carried: &[Module]) -> (String, serde_json::Value) {
+        let info = CardInfo { name: "NVIDIA X".into(), memory: 80 << 30, capability, driver };
+        card(1, &info, info.module(carried))
+    }
+
+    #[test]
+    fn each_card_is_shown_with_its_kernels_or_why_it_has_none() {
+        let both = [Module::Portable, Module::Hopper];
+        let (line, json) = shown(12_040, [9, 0], &both);
+        assert_eq!(line, "cuda:1: NVIDIA X, 80 GiB, sm_90, driver of CUDA 12.4; kernels: hopper");
+        assert_eq!(json["module"], "hopper");
+        assert!(json["why_not"].is_null());
+        // What was shown before is shown still.
+        assert_eq!(json["name"], "NVIDIA X");
+        assert_eq!(json["memory"], 80u64 << 30);
+        assert_eq!(json["capability"], serde_json::json!([9, 0]));
+
+        assert!(shown(12_040, [8, 6], &both).0.ends_with("sm_86, driver of CUDA 12.4; kernels: portable"));
+        for (driver, capability, carried, why) in [
+            (11_080, [9, 0], &both[..], "of CUDA 11.8, and 12.0 is needed"),
+            (12_040, [7, 5], &both, "capability 7.5, and 8.0 or later is needed"),
+            (12_040, [9, 0], &[], "this build carries no GPU kernels"),
+        ] {
+            let (line, json) = shown(driver, capability, carried);
+            assert!(line.contains("; no kernels: ") && line.contains(why), "{line}");
+            assert!(json["module"].is_null() && json["why_not"].as_str().unwrap().contains(why), "{json}");
+        }
+    }
 }
