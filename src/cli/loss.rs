@@ -302,6 +302,7 @@ fn refused(args: &Loss, e: LossError) -> Failure {
             (what, found, "finite numbers".into())
         }
         LossError::Parameter { what, found, expected } => (what, found, expected.into_owned()),
+        e @ LossError::Device(_) => return e.into(),
         LossError::Shape { what, found, expected } => (what, found, expected),
     };
     let file = match what {

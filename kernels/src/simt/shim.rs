@@ -119,23 +119,29 @@ impl Product {
     fn retire(self) {
         let (warp, lane) = (me() as u32 / 32 % 4, me() as u32 % 32);
         let unpack = |word: u16| (self.unpack)(u32::from(word))[0];
-        let read = |descriptor: u64, along_tile: bool, index: u32| -> [f32; 16] {
-            std::array::from_fn(|k| {
-                let at = operand(descriptor, along_tile, index, k as u32);
-                block(|b| {
-                    b.check_read(at, 2, "wgmma", true);
+        // Eight lanes of a warp read the same column, four the same row: one of them checks.
+        let read = |descriptor: u64, along_tile: bool, index: u32, check: bool| -> [f32; 16] {
+            block(|b| {
+                std::array::from_fn(|k| {
+                    let at = operand(descriptor, along_tile, index, k as u32);
+                    if check {
+                        b.check_read(at, 2, "wgmma", true);
+                    }
                     unpack(u16::from_le_bytes([b.shared[at as usize], b.shared[at as usize + 1]]))
                 })
             })
         };
         let row = |half: u32| match &self.a {
             Left::Registers(rows) => rows[half as usize],
-            Left::Shared { descriptor, along_tile } => read(*descriptor, *along_tile, warp * 16 + lane / 4 + 8 * half),
+            Left::Shared { descriptor, along_tile } => {
+                read(*descriptor, *along_tile, warp * 16 + lane / 4 + 8 * half, lane.is_multiple_of(4))
+            }
         };
         let rows = [row(0), row(1)];
         for j in 0..self.acc.values.len() / 4 {
             for c in 0..2 {
-                let col = read(self.b, self.b_along_tile, 8 * j as u32 + 2 * (lane % 4) + c);
+                let check = j as u32 % 8 == lane / 4;
+                let col = read(self.b, self.b_along_tile, 8 * j as u32 + 2 * (lane % 4) + c, check);
                 for (half, row) in rows.iter().enumerate() {
                     let value = &self.acc.values[4 * j + 2 * half + c as usize];
                     let sum: f32 = row.iter().zip(&col).map(|(a, b)| a * b).sum();

@@ -15,6 +15,7 @@
 
 use super::CudaError;
 use super::card::{Arena, Card, Dim, Element, MapSpec, Swizzle};
+use crate::device::Engine;
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Precision, Storage, Value, Write,
     pairing::Pairing,
@@ -125,7 +126,7 @@ pub enum Out {
 
 /// The loss engine of one card: scratch, and what it remembers of the last batch.
 #[derive(Debug)]
-pub struct Contrast<C: Card> {
+pub struct Cuda<C: Card> {
     card: Arc<C>,
     arena: Arena<C>,
     pairing: Pairing,
@@ -133,6 +134,7 @@ pub struct Contrast<C: Card> {
     plain: Option<[usize; 2]>,
     chunk: usize,
     hopper: bool,
+    precision: Precision,
 }
 
 /// One side, prepared.
@@ -203,17 +205,18 @@ fn blocks(n: usize, of: usize) -> u32 {
     n.div_ceil(of) as u32
 }
 
-impl<C: Card> Contrast<C> {
-    /// An engine without scratch yet.
-    pub fn new(card: &Arc<C>) -> Self {
+impl<C: Card> Cuda<C> {
+    /// An engine without scratch yet, which rounds f32 embeddings to `precision`, bf16 or f16.
+    pub fn new(card: &Arc<C>, precision: Precision) -> Self {
         let hopper = card.capability() == [9, 0];
-        Contrast {
+        Cuda {
             card: Arc::clone(card),
             arena: Arena::new(card),
             pairing: Pairing::default(),
             plain: None,
             chunk: CHUNK,
             hopper,
+            precision,
         }
     }
 
@@ -229,50 +232,10 @@ impl<C: Card> Contrast<C> {
         self
     }
 
-    /// Bytes of scratch on the card.
-    pub fn scratch_bytes(&self) -> usize {
-        self.arena.bytes() + self.pairing.bytes()
-    }
-
-    /// Evaluates a validated batch of host memory: the embeddings go to the card, the gradients come back.
-    ///
-    /// # Errors
-    /// [`LossError::Parameter`] for what only the CPU evaluates, [`LossError::Device`] for what the card refuses.
-    pub fn loss(
-        &mut self,
-        loss: &Loss,
-        precision: Precision,
-        batch: &Batch<'_>,
-        gradients: Gradients<'_>,
-    ) -> Result<Value, LossError> {
-        let (u, v) = (self.upload(batch.u, "input u")?, self.upload(batch.v, "input v")?);
-        let offset = match batch.offset_v {
-            Some(x) => self.put("offset of v", x)?.cast_const(),
-            None => null(),
-        };
-        let mut host = [gradients.u, gradients.v];
-        let mut out = [Out::None; 2];
-        for (which, (host, out)) in host.iter_mut().zip(&mut out).enumerate() {
-            let (slot, rows) = [("gradient of u", u.rows), ("gradient of v", v.rows)][which];
-            *out = match host {
-                Some(Write::Set(_)) => Out::Set(self.arena.get(slot, rows * u.dim)?),
-                Some(Write::Add(x)) => Out::Add(self.put(slot, x)?),
-                None => Out::None,
-            };
-        }
-        let value = self.evaluate(loss, precision, [u, v], offset, batch, out, gradients.offset_v)?;
-        for (slot, host) in ["gradient of u", "gradient of v"].into_iter().zip(host) {
-            if let Some(Write::Set(x) | Write::Add(x)) = host {
-                self.arena.download(slot, x)?;
-            }
-        }
-        Ok(value)
-    }
-
     /// Evaluates embeddings that are on the card; `batch` gives everything else, its embeddings' data are not looked at.
     ///
     /// # Errors
-    /// As [`Contrast::loss`].
+    /// As [`Engine::loss`] of this engine.
     #[allow(clippy::too_many_arguments, reason = "the public calls name them")]
     pub(super) fn evaluate(
         &mut self,
@@ -310,7 +273,8 @@ impl<C: Card> Contrast<C> {
         self.softmaxes(&mut call, scalars)?;
 
         // Gradients.
-        let with_sums = call.squared || !offset.is_null() || out_offset.is_some() || matches!(form, Form::Sigmoid { .. });
+        let with_sums =
+            call.squared || !offset.is_null() || out_offset.is_some() || matches!(form, Form::Sigmoid { .. });
         let sums = if with_sums {
             let row: *mut f32 = self.arena.get("row sums", 4 * n)?;
             let col: *mut f32 = self.arena.get("column sums", m)?;
@@ -384,8 +348,7 @@ impl<C: Card> Contrast<C> {
             Form::Joint => {
                 let mut total = [0f32; 2];
                 self.arena.download("joint", &mut total)?;
-                value.loss =
-                    f64::from(total[1]).ln() - ((n as f64).ln() + (m as f64).ln()) - s[scalar::ROW_LOSS];
+                value.loss = f64::from(total[1]).ln() - ((n as f64).ln() + (m as f64).ln()) - s[scalar::ROW_LOSS];
             }
             Form::Sigmoid { .. } => {
                 value.loss = s[scalar::SUMS];
@@ -421,12 +384,11 @@ impl<C: Card> Contrast<C> {
             self.put(U.ignore, &u)?;
             self.put(V.ignore, &v)?;
         }
-        let Pairing { row_positives, col_positives, row_share, col_share, .. } = std::mem::take(&mut self.pairing);
-        self.put(U.positives, &row_positives)?;
-        self.put(V.positives, &col_positives)?;
-        self.put(U.share, &row_share)?;
-        self.put(V.share, &col_share)?;
-        self.pairing = Pairing { row_positives, col_positives, row_share, col_share, ..Pairing::default() };
+        let Cuda { card, arena, pairing, .. } = self;
+        put(card, arena, U.positives, &pairing.row_positives)?;
+        put(card, arena, V.positives, &pairing.col_positives)?;
+        put(card, arena, U.share, &pairing.row_share)?;
+        put(card, arena, V.share, &pairing.col_share)?;
         if plain && pairs.ignore.is_none() {
             self.plain = Some([n, m]);
         }
@@ -572,7 +534,8 @@ impl<C: Card> Contrast<C> {
         let splits = across.div_ceil(tiles);
         let count = per_split * splits;
         let slots: *mut [f32; 4] = self.arena.get("tallies", count * this.rows)?;
-        let all: *mut [f32; 2] = if with_all { self.arena.get("tallies of all", count * this.rows)? } else { null_mut() };
+        let all: *mut [f32; 2] =
+            if with_all { self.arena.get("tallies of all", count * this.rows)? } else { null_mut() };
         let tally = abi::Tally { logits: call.logits(this, other), slots, all, tiles: tiles as u32, reserved: 0 };
         let grid = [splits as u32, down as u32, 1];
         if self.hopper {
@@ -666,8 +629,7 @@ impl<C: Card> Contrast<C> {
             let tiles = rows.div_ceil(abi::HOPPER_ROWS as usize) * cols.div_ceil(abi::HOPPER_COLS as usize);
             return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperPull { maps, pull: args });
         }
-        let kernel =
-            if sigmoid { &call.kernels.sigmoid } else { &call.kernels.softmax[usize::from(with_sums)] };
+        let kernel = if sigmoid { &call.kernels.sigmoid } else { &call.kernels.softmax[usize::from(with_sums)] };
         self.run(kernel, [blocks(cols, abi::TILE as usize), blocks(rows, abi::TILE as usize), 1], &args)
     }
 
@@ -791,10 +753,7 @@ impl<C: Card> Contrast<C> {
     }
 
     fn put<T: Pod>(&mut self, slot: &'static str, data: &[T]) -> Result<*mut T, CudaError> {
-        let at = self.arena.get(slot, data.len())?;
-        // SAFETY: the slot holds as many numbers, in one allocation that lives as long as the arena.
-        unsafe { self.card.upload(bytemuck::cast_slice(data), at.cast()) }?;
-        Ok(at)
+        put(&self.card, &mut self.arena, slot, data)
     }
 
     fn map(
@@ -805,10 +764,8 @@ impl<C: Card> Contrast<C> {
         pitch: usize,
         tile: u32,
     ) -> Result<TensorMap, CudaError> {
-        let dims = [
-            Dim { size: cols as u64, stride: 2, tile: 64 },
-            Dim { size: rows as u64, stride: 2 * pitch as u64, tile },
-        ];
+        let dims =
+            [Dim { size: cols as u64, stride: 2, tile: 64 }, Dim { size: rows as u64, stride: 2 * pitch as u64, tile }];
         let element = call.kernels.element;
         self.card.tensor_map(&MapSpec { base: at.cast(), element, dims: &dims, swizzle: Swizzle::B128 })
     }
@@ -826,6 +783,47 @@ impl<C: Card> Contrast<C> {
     }
 }
 
+impl<C: Card> Engine for Cuda<C> {
+    /// The embeddings go to the card, the gradients come back; [`LossError::Parameter`] for what only the CPU evaluates,
+    /// [`LossError::Device`] for what the card refuses.
+    fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
+        batch.validate(loss)?;
+        gradients.validate(batch)?;
+        let precision = match (batch.u.data, batch.v.data) {
+            (Storage::Bf16(_), Storage::Bf16(_)) => Precision::Bf16,
+            (Storage::F16(_), Storage::F16(_)) => Precision::F16,
+            (Storage::F32(_), Storage::F32(_)) => self.precision,
+            _ => return Err(only_cpu("storage", "two types", "one type for u and v on cuda")),
+        };
+        let (u, v) = (self.upload(batch.u, "input u")?, self.upload(batch.v, "input v")?);
+        let offset = match batch.offset_v {
+            Some(x) => self.put("offset of v", x)?.cast_const(),
+            None => null(),
+        };
+        let mut host = [gradients.u, gradients.v];
+        let mut out = [Out::None; 2];
+        for (which, (host, out)) in host.iter_mut().zip(&mut out).enumerate() {
+            let (slot, rows) = [("gradient of u", u.rows), ("gradient of v", v.rows)][which];
+            *out = match host {
+                Some(Write::Set(_)) => Out::Set(self.arena.get(slot, rows * u.dim)?),
+                Some(Write::Add(x)) => Out::Add(self.put(slot, x)?),
+                None => Out::None,
+            };
+        }
+        let value = self.evaluate(loss, precision, [u, v], offset, batch, out, gradients.offset_v)?;
+        for (slot, host) in ["gradient of u", "gradient of v"].into_iter().zip(host) {
+            if let Some(Write::Set(x) | Write::Add(x)) = host {
+                self.arena.download(slot, x)?;
+            }
+        }
+        Ok(value)
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.arena.bytes() + self.pairing.bytes()
+    }
+}
+
 /// Which softmaxes and which law an objective takes.
 #[derive(Clone, Copy)]
 enum Form {
@@ -840,9 +838,11 @@ impl Form {
             Objective::Conditional { lambda_u, lambda_v } => Ok(Form::Conditional { lambda_u, lambda_v }),
             Objective::Joint => Ok(Form::Joint),
             Objective::Sigmoid { bias } => Ok(Form::Sigmoid { bias }),
-            _ => {
-                Err(only_cpu("objective", "mmd, joint-mmd or the shuffled joint loss", "one that cuda has, or --device cpu"))
-            }
+            _ => Err(only_cpu(
+                "objective",
+                "mmd, joint-mmd or the shuffled joint loss",
+                "one that cuda has, or --device cpu",
+            )),
         }
     }
 }
@@ -899,6 +899,19 @@ impl Call {
 
 fn only_cpu(what: &'static str, found: &str, expected: &'static str) -> LossError {
     LossError::Parameter { what, found: found.into(), expected: expected.into() }
+}
+
+/// Host numbers in a slot.
+fn put<T: Pod, C: Card>(
+    card: &Arc<C>,
+    arena: &mut Arena<C>,
+    slot: &'static str,
+    data: &[T],
+) -> Result<*mut T, CudaError> {
+    let at: *mut T = arena.get(slot, data.len())?;
+    // SAFETY: the slot holds as many numbers, in one allocation that lives as long as the arena.
+    unsafe { card.upload(bytemuck::cast_slice(data), at.cast()) }?;
+    Ok(at)
 }
 
 /// Ids as small numbers, equal where the ids are.

@@ -6,6 +6,7 @@
 //! | [`driver`] | the card that is there |
 
 pub mod card;
+pub mod contrast;
 pub mod driver;
 
 pub use card::{Arena, Buffer, Card};

@@ -1,0 +1,108 @@
+//! The host twin as a card: the engine's own launches, run by the kernels' shim.
+
+use contrastive::device::cuda::CudaError;
+use contrastive::device::cuda::card::{Card, MapSpec, Swizzle};
+use kernels::abi::{Args, Kernel, TensorMap};
+use kernels::simt::shim::{self, Memory};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// A card of `capability` that runs on this machine. Everything random about it follows from `seed`.
+pub struct Twin {
+    capability: [u32; 2],
+    seed: AtomicU64,
+    memory: Mutex<BTreeMap<usize, Memory>>,
+}
+
+impl Twin {
+    pub fn new(capability: [u32; 2], seed: u64) -> Self {
+        Twin { capability, seed: AtomicU64::new(seed), memory: Mutex::default() }
+    }
+
+    /// The allocation that holds an address, and how far into it the address is.
+    fn with<R>(&self, at: *const u8, f: impl FnOnce(&Memory, usize) -> R) -> R {
+        let memory = self.memory.lock().unwrap();
+        let (start, found) = memory.range(..=at.addr()).next_back().expect("an address of this card");
+        f(found, at.addr() - start)
+    }
+}
+
+impl Card for Twin {
+    type Graph = ();
+    type Event = Instant;
+
+    fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
+        let memory = Memory::new(bytes);
+        let at = memory.address();
+        self.memory.lock().unwrap().insert(at, memory);
+        Ok(std::ptr::with_exposed_provenance_mut(at))
+    }
+    unsafe fn free(&self, at: *mut u8) {
+        self.memory.lock().unwrap().remove(&at.addr()).expect("an allocation of this card");
+    }
+    unsafe fn upload(&self, from: &[u8], to: *mut u8) -> Result<(), CudaError> {
+        self.with(to, |memory, at| memory.upload(at, from));
+        Ok(())
+    }
+    unsafe fn download(&self, from: *const u8, to: &mut [u8]) -> Result<(), CudaError> {
+        self.with(from, |memory, at| memory.download(at, to));
+        Ok(())
+    }
+    unsafe fn copy(&self, from: *const u8, to: *mut u8, bytes: usize) -> Result<(), CudaError> {
+        let mut through = vec![0; bytes];
+        self.with(from, |memory, at| memory.download(at, &mut through));
+        self.with(to, |memory, at| memory.upload(at, &through));
+        Ok(())
+    }
+    unsafe fn fill(&self, byte: u8, to: *mut u8, bytes: usize) -> Result<(), CudaError> {
+        self.with(to, |memory, at| memory.upload(at, &vec![byte; bytes]));
+        Ok(())
+    }
+    unsafe fn launch<A: Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
+        let seed = self.seed.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise; the twin checks every address it follows.
+        unsafe { shim::launch(kernel, grid, args, seed) };
+        Ok(())
+    }
+    fn synchronise(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
+    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+        spec.check()?;
+        let [x, y] = spec.dims else { panic!("the twin knows maps of two dimensions") };
+        Ok(shim::MapSpec {
+            address: spec.base.addr() as u64,
+            size: [x.size as u32, y.size as u32],
+            pitch: y.stride,
+            tile: [x.tile, y.tile],
+            element: spec.element.bytes() as u32,
+            swizzle: spec.swizzle == Swizzle::B128,
+        }
+        .encode())
+    }
+    /// Few, so that kernels which walk over tiles do walk.
+    fn multiprocessors(&self) -> u32 {
+        3
+    }
+    fn capability(&self) -> [u32; 2] {
+        self.capability
+    }
+    fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<(), CudaError> {
+        work()
+    }
+    unsafe fn replay(&self, _: &()) -> Result<(), CudaError> {
+        unimplemented_on_the_twin("replay")
+    }
+    fn mark(&self) -> Result<Instant, CudaError> {
+        Ok(Instant::now())
+    }
+    fn elapsed(&self, from: &Instant, to: &Instant) -> Result<f64, CudaError> {
+        Ok(to.duration_since(*from).as_secs_f64() * 1e3)
+    }
+}
+
+fn unimplemented_on_the_twin(what: &str) -> ! {
+    panic!("{what}: the twin has no graphs")
+}
