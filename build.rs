@@ -1,4 +1,5 @@
-//! Tells the program which commit it was built from, and embeds the GPU kernels' PTX. Nothing else happens at build time.
+//! Tells the program which commit it was built from, and embeds the GPU kernels' PTX.
+//! Nothing else happens at build time.
 
 use std::path::Path;
 use std::process::Command;

@@ -150,7 +150,7 @@ impl Calls {
             unsafe { name(number, &raw mut text) };
         }
         let name = if text.is_null() {
-            "an error this driver has no name for".into()
+            "unnamed".into()
         } else {
             // SAFETY: the driver's names are constants that end with a zero.
             unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
@@ -364,7 +364,7 @@ impl Drop for Current {
     fn drop(&mut self) {
         if self.pushed {
             let mut popped = null_mut();
-            // SAFETY: this thread's stack of contexts has the one pushed in `Inner::current` on top: whatever was pushed
+            // SAFETY: on top of this thread's stack of contexts is the one that `Inner::current` pushed: what was pushed
             // since has been popped by a value of this type that was dropped before.
             let _ = unsafe { (self.calls.cuCtxPopCurrent_v2)(&raw mut popped) };
         }
