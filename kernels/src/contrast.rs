@@ -186,11 +186,19 @@ pub unsafe fn rows_of<F: Fragments<R>, const R: usize>(l: &Logits, tile: &F, row
     rows
 }
 
-/// Now and then a fence for the assembler's scheduler: it would bring all columns first, and run out of registers.
+/// Every so many pairs a fence for the assembler's scheduler: it would bring all columns first, and run out of registers.
 #[inline(always)]
-fn hold(pair: usize) {
-    if pair % 8 == 0 {
+fn hold(pair: usize, every: usize) {
+    if pair % every == 0 {
         sync_warp();
+    }
+}
+
+/// A branch that the assembler cannot see through, and so cannot schedule across; the compiler can, what is not [`pin`]ned.
+#[inline(always)]
+fn hold_all() {
+    if ballot(true) == 0 {
+        trap();
     }
 }
 
@@ -240,7 +248,7 @@ impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
                 c += 1;
             }
             p += 1;
-            hold(p);
+            hold(p, 8);
         }
         let mut r = 0;
         while r < R {
@@ -270,7 +278,7 @@ impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
                 c += 1;
             }
             p += 1;
-            hold(p);
+            hold(p, 8);
         }
     }
 
@@ -435,9 +443,8 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
                     by_col += shuffle_xor(by_col, 8);
                     by_col += shuffle_xor(by_col, 16);
                     let inside = in_col + j + c as u32;
-                    if lane() < 4 && inside < a.cols {
-                        store(a.col_sums.wrapping_add(col_slot as usize * a.cols as usize + inside as usize), by_col);
-                    }
+                    let to = a.col_sums.wrapping_add(col_slot as usize * a.cols as usize + inside as usize);
+                    store_where(to.cast(), by_col.to_bits(), lane() < 4 && inside < a.cols);
                 }
                 c += 1;
             }
@@ -449,6 +456,16 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
             }
             tile.put(p, words);
             p += 1;
+            if SUMS {
+                let mut r = 0;
+                while r < R {
+                    (value[r], sum[r], moment[r]) = (pin(value[r]), pin(sum[r]), pin(moment[r]));
+                    r += 1;
+                }
+                if R == 4 {
+                    hold_all();
+                }
+            }
         }
         if SUMS {
             let slot = row_slot as usize * a.rows as usize;
@@ -498,11 +515,9 @@ impl Fragments<4> for Portable<'_> {
         let mut r = 0;
         while r < 4 {
             let i = row + self.row(r);
-            if i < a.rows && at < a.pitch {
-                let to = a.g.wrapping_add(i as usize * a.pitch as usize + at as usize);
-                // SAFETY: inside the chunk; every block has its own part of it.
-                unsafe { store(to.cast::<u32>(), g[r]) };
-            }
+            let to = a.g.wrapping_add(i as usize * a.pitch as usize + at as usize);
+            // SAFETY: inside the chunk; every block has its own part of it.
+            unsafe { store_where(to.cast(), g[r], i < a.rows && at < a.pitch) };
             r += 1;
         }
     }

@@ -36,6 +36,12 @@ pub trait Num: Copy {
         exp(self)
     }
 
+    /// `ln(1 + self)` for self in [0, 1].
+    #[inline(always)]
+    fn ln_1p(self) -> Self {
+        ln_1p(self)
+    }
+
     /// `|self|`.
     #[inline(always)]
     fn abs(self) -> Self {
@@ -125,7 +131,7 @@ pub fn ln_1p<F: Num>(t: F) -> F {
 pub fn softplus_sigmoid<F: Num>(x: F) -> (F, F) {
     let zero = F::splat(0.0);
     let t = zero.sub(x.abs()).exp();
-    let value = x.max(zero).mul(F::splat(F::NATS)).add(ln_1p(t));
+    let value = x.max(zero).mul(F::splat(F::NATS)).add(t.ln_1p());
     let sigma = x.select_lt(zero, t, F::splat(1.0)).div(t.add(F::splat(1.0)));
     (value, sigma)
 }

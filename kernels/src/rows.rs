@@ -302,7 +302,7 @@ pub unsafe fn normalise(a: &Normalise) {
                 store(a.target.wrapping_add(at), t);
                 if share > 0.0 {
                     let ratio = negatives / positives;
-                    let r = if ratio < 1.0 { law::ln_1p(ratio) + ln(positives) } else { ln(sum) };
+                    let r = if ratio < 1.0 { law::Num::ln_1p(Octave(ratio)).0 + ln(positives) } else { ln(sum) };
                     loss = f64::from(share) * f64::from(r - target * core::f32::consts::LN_2);
                 }
             } else {

@@ -147,6 +147,8 @@ unary! {
     exp2 = "ex2.approx.ftz.f32 {}, {};";
     /// `log2 x`, absolute error 2^-22 on [1/2, 2], relative 2^-22 elsewhere.
     log2 = "lg2.approx.f32 {}, {};";
+    /// `1/x`, 1 ulp; 0 where that is below 2^-126.
+    reciprocal = "rcp.approx.ftz.f32 {}, {};";
     /// The square root, correctly rounded.
     sqrt = "sqrt.rn.f32 {}, {};";
 }
@@ -199,6 +201,14 @@ pub fn opaque(x: u32) -> u32 {
     // SAFETY: a move.
     unsafe { asm!("mov.b32 {}, {};", out(reg32) y, in(reg32) x, options(nomem, nostack, preserves_flags)) };
     y
+}
+
+/// `x`, computed here and not later: the compiler moves sums to where they are used, past their branches.
+#[inline(always)]
+pub fn pin(mut x: f32) -> f32 {
+    // SAFETY: nothing.
+    unsafe { asm!("// {}", inout(reg32) x, options(nomem, nostack, preserves_flags)) };
+    x
 }
 
 /// Stops the kernel with an error.
@@ -291,6 +301,19 @@ vector! {
     f32, 4, "v4.f32", "{{{}, {}, {}, {}}}", 0 1 2 3;
     u32, 2, "v2.u32", "{{{}, {}}}", 0 1;
     u32, 4, "v4.u32", "{{{}, {}, {}, {}}}", 0 1 2 3;
+}
+
+/// [`Word::store`] where `when`, without a branch: between branches the compiler moves arithmetic about, and registers
+/// run out.
+///
+/// # Safety
+/// As there, where `when`.
+#[inline(always)]
+pub unsafe fn store_where(at: *mut u32, value: u32, when: bool) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {w}, 0; @p st.global.u32 [{a}], {v}; }}", w = in(reg32) when as u32, a = in(reg64) at, v = in(reg32) value, options(nostack, preserves_flags))
+    };
 }
 
 /// Copies 16 bytes from global to shared memory behind this thread's back; with `bytes` below 16 the rest is zeros.

@@ -5,13 +5,13 @@
 //! | where am I | `thread` `lane` `warp` `block_x/y/z` `grid_x` |
 //! | meeting | `sync` `named_barrier` `sync_warp` `cluster_sync` |
 //! | lanes of a warp | `shuffle_xor` `uniform` `elect` |
-//! | numbers | `exp2` `log2` `rsqrt` `fma`, [`Half`] |
-//! | global memory | `load` `store` (scalars and 8- or 16-byte vectors) |
+//! | numbers | `exp2` `log2` `reciprocal` `sqrt` `fma`, [`Half`] |
+//! | global memory | `load` `store` `store_where` (scalars and 8- or 16-byte vectors) |
 //! | shared memory | `shared_base` `load_shared` `store_shared` `ldmatrix` `ldmatrix_t` `stmatrix` |
 //! | copies in flight | `copy_async` `copy_commit` `copy_wait`; `tma_load` `tma_store` `bulk_commit` `bulk_wait_read` |
 //! | barriers in shared memory | `mbarrier_init/expect/arrive/wait` `fence_init` `fence_async` |
 //! | tensor cores | [`Half::mma`]; [`Half::wgmma_n256`] and its like, `accumulator` `wgmma_fence` `wgmma_commit` `wgmma_wait` |
-//! | registers | `registers_up` `registers_down` `opaque` |
+//! | registers | `registers_up` `registers_down` `opaque` `pin` |
 //!
 //! Shared memory is addressed by `u32` bytes from `shared_base()`. A word comes in two bodies of one signature: [`card`]
 //! (PTX) and [`shim`] (the host twin, which is also where misuse panics). A kernel contains no `asm!`, no intrinsics and
@@ -215,7 +215,7 @@ impl Num for Octave {
     }
     #[inline(always)]
     fn div(self, b: Self) -> Self {
-        Octave(self.0 / b.0)
+        Octave(self.0 * reciprocal(b.0))
     }
     #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
@@ -236,6 +236,15 @@ impl Num for Octave {
     #[inline(always)]
     fn exp(self) -> Self {
         Octave(exp2(self.0))
+    }
+    /// Relative error 4e-6: the series to 1/16, where the card's logarithm has as many digits left.
+    #[inline(always)]
+    fn ln_1p(self) -> Self {
+        let t = self.0;
+        let series = fma(t, fma(t, fma(t, fma(t, 0.2, -0.25), 1.0 / 3.0), -0.5), 1.0) * t;
+        // Outside of the choice: instructions of the card are not moved into a branch, they make one.
+        let logarithm = log2(1.0 + t) * core::f32::consts::LN_2;
+        Octave(if t < 0.0625 { series } else { logarithm })
     }
 }
 

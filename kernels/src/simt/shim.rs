@@ -194,8 +194,17 @@ thread_local! {
     static BLOCK: RefCell<Option<Block>> = const { RefCell::new(None) };
     static LANE: Cell<u32> = const { Cell::new(0) };
     static REGION: RefCell<Option<Arc<Region>>> = const { RefCell::new(None) };
-    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
+
+/// What a block needs of memory, kept from one to the next: the system is slow at giving as much.
+#[derive(Default)]
+struct Room {
+    stacks: Vec<DefaultStack>,
+    shared: Vec<u8>,
+    shadows: Vec<Shadow>,
+}
+
+static ROOMS: Mutex<Vec<Room>> = Mutex::new(Vec::new());
 
 fn block<R>(f: impl FnOnce(&mut Block) -> R) -> R {
     BLOCK.with(|b| f(b.borrow_mut().as_mut().expect("a word was spoken outside of a launch")))
@@ -730,12 +739,18 @@ fn run_block(
         fences: 1,
         yielder: std::ptr::null(),
     };
+    let rooms = || ROOMS.lock().unwrap_or_else(|e| e.into_inner());
+    let Room { mut stacks, shared: mut bytes, mut shadows } = rooms().pop().unwrap_or_default();
+    bytes.clear();
+    bytes.resize(shared as usize, 0xff);
+    shadows.clear();
+    shadows.resize((shared as usize).div_ceil(GRAIN), Shadow::default());
     BLOCK.set(Some(Block {
         at,
         grid,
         launch,
-        shared: vec![0xff; shared as usize],
-        shadows: vec![Shadow::default(); (shared as usize).div_ceil(GRAIN)],
+        shared: bytes,
+        shadows,
         lanes: (0..count).map(|_| lane()).collect(),
         gatherings: HashMap::new(),
         slots: vec![[[[0; 8]; 32]; 2]; count.div_ceil(32)],
@@ -745,7 +760,7 @@ fn run_block(
         random: seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1,
         moved: true,
     }));
-    let stack = || STACKS.with(|s| s.borrow_mut().pop()).unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+    let mut stack = || stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
     let mut lanes: Vec<Option<Coroutine<(), (), (), DefaultStack>>> = (0..count)
         .map(|_| {
             Some(Coroutine::with_stack(stack(), move |yielder: &Yielder<(), ()>, ()| {
@@ -776,7 +791,7 @@ fn run_block(
                 assert!(copies == 0, "lane {i} returns with {copies} copies or products that it has not waited for");
             });
             if let Some(lane) = lanes[i].take() {
-                STACKS.with(|s| s.borrow_mut().push(lane.into_stack()));
+                stacks.push(lane.into_stack());
             }
             block(|b| b.moved = true);
             false
@@ -786,7 +801,8 @@ fn run_block(
             (0..lands).for_each(|_| b.land());
         });
     }
-    BLOCK.set(None);
+    let Some(Block { shared, shadows, .. }) = BLOCK.take() else { return };
+    rooms().push(Room { stacks, shared, shadows });
 }
 
 fn report(b: &Block, alive: &[usize]) -> String {
@@ -865,6 +881,10 @@ pub mod words {
     pub fn log2(x: f32) -> f32 {
         x.log2()
     }
+    pub fn reciprocal(x: f32) -> f32 {
+        let y = 1.0 / x;
+        if y.abs() < f32::MIN_POSITIVE { 0.0 } else { y }
+    }
     pub fn sqrt(x: f32) -> f32 {
         x.sqrt()
     }
@@ -883,6 +903,9 @@ pub mod words {
         [word as u16, (word >> 16) as u16].map(|x| half::f16::from_bits(x).to_f32())
     }
     pub fn opaque(x: u32) -> u32 {
+        x
+    }
+    pub fn pin(x: f32) -> f32 {
         x
     }
     pub fn trap() -> ! {
@@ -937,6 +960,12 @@ pub mod words {
         out
     }
 
+    pub unsafe fn store_where(at: *mut u32, value: u32, when: bool) {
+        if when {
+            // SAFETY: the caller's promise.
+            unsafe { u32::store(at, value) };
+        }
+    }
     pub unsafe fn copy_async(to: u32, from: *const u16, bytes: u32) {
         assert!(to.is_multiple_of(16) && (from as usize).is_multiple_of(16), "copy_async: addresses not aligned to 16");
         assert!(bytes <= 16, "copy_async: {bytes} bytes");
