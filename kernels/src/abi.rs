@@ -100,7 +100,7 @@ pub struct Logits {
 /// A logit that stands for no pair: its exponential is 0 whatever is subtracted, and it is finite.
 pub const HOLE: f32 = -1e30;
 
-/// Row tallies, see [`crate::contrast`].
+/// Row tallies, see `contrast.rs`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Tally {
@@ -119,7 +119,7 @@ pub struct Tally {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Tally {}
 
-/// What a softmax of one side needs of a row to tell G: see [`crate::contrast`].
+/// What a softmax of one side needs of a row to tell G: see `contrast.rs`.
 pub type Norm = [f32; 4];
 
 /// G of a chunk of the logits.
@@ -162,7 +162,7 @@ pub struct Pull {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Pull {}
 
-/// A matrix product `C (+)= op(A) op(B)`; element types and storage are the kernel's, see [`crate::gemm`].
+/// A matrix product `C (+)= op(A) op(B)`; element types and storage are the kernel's, see `gemm.rs`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {

@@ -173,6 +173,9 @@ pub trait Fragments<const R: usize> {
 }
 
 /// The rows of a lane in the tile whose first is `row`.
+///
+/// # Safety
+/// The launch contract of `l`.
 #[inline(always)]
 pub unsafe fn rows_of<F: Fragments<R>, const R: usize>(l: &Logits, tile: &F, row: u32) -> [Row; R] {
     // SAFETY: as the callee.
@@ -189,7 +192,7 @@ pub unsafe fn rows_of<F: Fragments<R>, const R: usize>(l: &Logits, tile: &F, row
 /// Every so many pairs a fence for the assembler's scheduler: it would bring all columns first, and run out of registers.
 #[inline(always)]
 fn hold(pair: usize, every: usize) {
-    if pair % every == 0 {
+    if pair.is_multiple_of(every) {
         sync_warp();
     }
 }
@@ -215,7 +218,7 @@ pub struct RowTallies<const R: usize, const ALL: bool> {
 impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
     /// Of nothing.
     #[inline(always)]
-    pub fn new() -> Self {
+    pub fn none() -> Self {
         let none = [0.0; R];
         RowTallies { max: [HOLE; R], negatives: none, positives: none, pulled: none, all: none, ignored: none }
     }
@@ -541,11 +544,11 @@ unsafe fn products<T: Half>(l: &Logits, row: u32, col: u32) -> Acc {
 pub unsafe fn tally<T: Half, const ALL: bool>(a: &Tally) {
     let l = &a.logits;
     let row = block_y() * TILE;
-    let mut tile = Portable { acc: [[0.0; 4]; 16], place: Place::new(), chunk: None };
+    let mut tile = Portable { acc: [[0.0; 4]; 16], place: Place::of_lane(), chunk: None };
     // SAFETY: the launch contract; slots are this warp's own.
     unsafe {
         let rows = rows_of(l, &tile, row);
-        let mut tallies = RowTallies::<4, ALL>::new();
+        let mut tallies = RowTallies::<4, ALL>::none();
         let first = block_x() * a.tiles;
         let mut t = first;
         while t < first + a.tiles && t * TILE < l.m {
@@ -571,7 +574,7 @@ unsafe fn pull_portable<T: Half, L: Law, const SUMS: bool>(a: &Pull, law: L) {
             columns.stage_norms(a, a.col + at[1], thread());
         }
         let acc = products::<T>(&a.logits, a.row + at[0], a.col + at[1]);
-        let mut tile = Portable { acc, place: Place::new(), chunk: Some((a, at)) };
+        let mut tile = Portable { acc, place: Place::of_lane(), chunk: Some((a, at)) };
         pull::<T, L, _, 4, SUMS>(a, law, &mut tile, columns, at, slots);
     }
 }

@@ -12,7 +12,7 @@ use core::marker::PhantomData;
 #[inline(always)]
 unsafe fn gemm<T: Half, A: Operand, B: Operand>(g: &Gemm, a: A, b: B, depth: u32) {
     let (row, col) = (block_y() * TILE, block_x() * TILE);
-    let place = Place::new();
+    let place = Place::of_lane();
     let out = g.c.wrapping_add(block_z() as usize * g.part as usize);
     // SAFETY: the launch contract; every block has its own tile of its own copy.
     unsafe {

@@ -205,7 +205,7 @@ impl Fragments<2> for Wide<'_> {
     }
     #[inline(always)]
     unsafe fn put(&mut self, p: usize, g: [u32; 2]) {
-        if p % 2 == 0 {
+        if p.is_multiple_of(2) {
             self.even = g;
             return;
         }
@@ -265,7 +265,7 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
             registers_up::<CONSUMER>();
             let mut ring = Ring::new(base, bars, 0);
             let mut acc = accumulator::<128>();
-            let mut tallies = RowTallies::<2, ALL>::new();
+            let mut tallies = RowTallies::<2, ALL>::none();
             let rows = rows_of(l, &Wide::new(&mut acc, 0), row);
             let mut t = first;
             while t < end && t * HOPPER_COLS < l.m {

@@ -61,7 +61,7 @@ impl<T: Half> Source for Singles<T> {
         let mut x = [0f32; 8];
         // SAFETY: `valid` elements are readable; vectors only where their address is a multiple of 16 bytes.
         unsafe {
-            if valid == 8 && from as usize % 16 == 0 {
+            if valid == 8 && (from as usize).is_multiple_of(16) {
                 let (low, high) = (load(from.cast::<[f32; 4]>()), load(from.wrapping_add(4).cast::<[f32; 4]>()));
                 let mut i = 0;
                 while i < 4 {
@@ -214,7 +214,7 @@ pub struct Place {
 impl Place {
     /// This lane's.
     #[inline(always)]
-    pub fn new() -> Self {
+    pub fn of_lane() -> Self {
         let (w, l) = (warp(), lane());
         Place { row: (w >> 1) * 32, col: (w & 1) * 64, lane_row: l >> 2, lane_col: 2 * (l & 3) }
     }
@@ -236,7 +236,7 @@ impl Place {
 /// All 256 threads of the block call it; the first [`crate::abi::TILE_SHARED`] bytes of shared memory are the product's.
 #[inline(always)]
 pub unsafe fn product<T: Half, A: Operand, B: Operand>(a: A, b: B, row: u32, col: u32, depth: u32) -> Acc {
-    let (base, place) = (shared_base(), Place::new());
+    let (base, place) = (shared_base(), Place::of_lane());
     let mut acc: Acc = [[0.0; 4]; 16];
     let stage = |s: u32| base + (s % TILE_STAGES) * 2 * SLICE;
     // SAFETY: a stage is refilled after the `sync` that follows its last reading.

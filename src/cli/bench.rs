@@ -2,6 +2,7 @@
 
 use super::{Common, Failure, bad_flag, from_flag};
 use crate::config::{parse_objective, parse_tilting};
+use crate::device::cpu::Cpu;
 use crate::device::{Device, Engine, Gemm, View, ViewMut};
 use crate::objective::{
     Batch, Gradients, Loss, Matrix, Moments, Pairs, Precision, Storage, Write, features::random_fourier, reference,
@@ -91,7 +92,8 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     if n == 0 || m == 0 || d == 0 {
         return Err(bad_flag("--n, --m, --d", format!("{n}, {m}, {d}"), "1 or more each"));
     }
-    let precision = common.precision()?;
+    let choice = common.choose(Some("this times the CPU's engine".into()))?;
+    let precision = choice.precision();
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let loss = Loss {
         tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
@@ -99,8 +101,8 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
         tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };
-    let mut engine = common.cpu()?;
-    common.announce();
+    let mut engine = Cpu::new();
+    choice.announce();
     check_answer(&mut engine, &loss, d, precision, mmd, common.seed())?;
 
     let sets: Vec<Set> = (0..SETS as u64).map(|s| Set::new(n, m, d, precision, common.seed() + s)).collect();
@@ -130,7 +132,7 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     let peak = 2.0 * rows as f64 * cols as f64 * d as f64 / median(&ceiling);
     let json = json!({
         "what": "loss", "n": n, "m": m, "d": d, "tilting": args.tilting, "objective": args.objective,
-        "precision": common.precision_name(), "device": "cpu", "isa": engine.isa().name(),
+        "precision": choice.precision_name(), "device": "cpu", "isa": engine.isa().name(),
         "threads": rayon::current_num_threads(), "runs": times.len(), "loss": value,
         "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0],
         "flops": flops, "gflops_per_s": rate / 1e9,
@@ -141,7 +143,7 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
             "loss and both gradients, {n} x {m}, d = {d}, {} {} {}",
             args.tilting,
             args.objective,
-            common.precision_name()
+            choice.precision_name()
         ),
         format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
         format!(

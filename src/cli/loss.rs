@@ -1,9 +1,9 @@
 //! `contrastive loss`.
 
+use super::device::only_cpu;
 use super::{Common, Failure, as_flag, bad_flag, check_output, from_flag};
 use crate::config::{parse_kernel, parse_objective, parse_tilting};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
-use crate::device::Engine;
 use crate::objective::{
     self, Batch, DataKernel, Gradients, LossError, Matrix, Moments, Pairs, Positives, Precision, Storage, Write,
     features::random_fourier,
@@ -150,7 +150,6 @@ fn weights(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<f32>>, Fail
 }
 
 pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
-    let precision = common.precision()?;
     let lambdas = [args.lambda_u, args.lambda_v];
     let loss = objective::Loss {
         tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
@@ -159,6 +158,8 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         tau: args.tau,
         smoothing: args.smoothing,
     };
+    let choice = common.choose(only_cpu(loss.objective))?;
+    let precision = choice.precision();
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
@@ -255,9 +256,9 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     };
     let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
-    let mut engine = common.cpu()?;
+    let mut engine = choice.engine();
     batch.validate(&loss).map_err(|e| refused(args, e))?;
-    common.announce();
+    choice.announce();
     let begun = std::time::Instant::now();
     let gradients = Gradients {
         u: grad_u.as_deref_mut().map(Write::Set),
@@ -278,8 +279,8 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         "n": n,
         "m": m,
         "d": d,
-        "device": "cpu",
-        "precision": common.precision_name(),
+        "device": choice.kind(),
+        "precision": choice.precision_name(),
         "seconds": seconds,
         "scratch_bytes": engine.scratch_bytes(),
     });

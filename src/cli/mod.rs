@@ -5,14 +5,16 @@
 
 mod bench;
 mod data;
+mod device;
 mod loss;
 mod train;
 
+use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
 use crate::data::{DataError, Side, npy::Npy};
 use crate::device::cpu::{Cpu, Isa};
 use crate::experiments::{self, Model};
-use crate::objective::{LossError, Precision};
+use crate::objective::LossError;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -192,8 +194,7 @@ fn threads(common: &Common) -> Result<(), Failure> {
 
 fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { command, common } = cli;
-    common.precision()?;
-    common.wants_cuda()?;
+    common.check()?;
     match command {
         Command::Loss(args) => loss::run(&args, &common),
         Command::Train(args) => train::run(*args, &common),
@@ -205,42 +206,20 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 impl Common {
-    fn precision(&self) -> Result<Precision, Failure> {
-        parse_precision(self.precision_name()).map_err(from_flag)
-    }
-
-    fn precision_name(&self) -> &str {
-        self.precision.as_deref().unwrap_or("f32")
-    }
-
-    fn seed(&self) -> u64 {
-        self.seed.unwrap_or(0)
-    }
-
-    /// Whether `--device` insists on a card.
-    fn wants_cuda(&self) -> Result<bool, Failure> {
+    /// Fails on a precision or a device that does not exist.
+    fn check(&self) -> Result<(), Failure> {
+        if let Some(precision) = &self.precision {
+            parse_precision(precision).map_err(from_flag)?;
+        }
         match &self.device[..] {
-            "auto" | "cpu" => Ok(false),
-            "cuda" => Ok(true),
-            other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(true),
+            "auto" | "cpu" | "cuda" => Ok(()),
+            other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(()),
             other => Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
         }
     }
 
-    /// The engine asked for.
-    fn cpu(&self) -> Result<Cpu, Failure> {
-        if self.wants_cuda()? {
-            return Err(bad_flag("--device", &self.device, format!("cpu or auto: {}", why_not_cuda())));
-        }
-        Ok(Cpu::new())
-    }
-
-    /// Under `--device auto`, says which device it is and why not the other. Called once the input is known to be
-    /// good: bad input is one line on stderr, its own.
-    fn announce(&self) {
-        if self.device == "auto" {
-            log(format_args!("device: cpu ({}); not cuda: {}", Isa::best().name(), why_not_cuda()));
-        }
+    fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
     }
 
     /// Prints `json` on one line, or `lines`.
@@ -252,20 +231,6 @@ impl Common {
             other => other.map_err(|e| Failure::Other(format!("stdout: {e}"))),
         }
     }
-}
-
-#[cfg(feature = "cuda")]
-fn why_not_cuda() -> String {
-    match crate::device::cuda::cards() {
-        Ok(cards) if cards.is_empty() => "the driver sees no card".into(),
-        Ok(_) => "this version has no engine on cards yet".into(),
-        Err(e) => e.to_string(),
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-fn why_not_cuda() -> String {
-    "built without the feature cuda".into()
 }
 
 /// Fails unless `path` can be written: a temporary file beside it, gone at once, shows that its folder takes one.
@@ -291,9 +256,9 @@ fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     let model = Model::load(&args.model)?;
     let x = Npy::open(&args.input)?;
     check_output(&args.output)?;
-    let cpu = common.cpu()?;
-    model.embed(&cpu, side, &x, &args.output)?;
-    common.announce();
+    let choice = common.choose(Some("encoders run on the CPU".into()))?;
+    model.embed(&Cpu::new(), side, &x, &args.output)?;
+    choice.announce();
     let json = serde_json::json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
     common.print(
         &json,
@@ -309,16 +274,17 @@ fn devices(common: &Common) -> Result<(), Failure> {
         format!("build: {} {}", env!("CARGO_PKG_VERSION"), env!("CONTRASTIVE_COMMIT")),
     ];
     let (cards, kernels) = cards();
+    let why_not = why_not_cuda();
     lines.extend(cards.iter().map(|(line, _)| line.clone()));
     if cards.is_empty() {
-        lines.push(format!("cuda: none, {}", why_not_cuda()));
+        lines.push(format!("cuda: none, {}", why_not.as_deref().unwrap_or("the driver sees no card")));
     }
     let cards: Vec<_> = cards.into_iter().map(|(_, json)| json).collect();
     let json = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("CONTRASTIVE_COMMIT"),
         "cpu": {"threads": threads, "isa": isas[0], "available": isas},
-        "cuda": {"cards": cards, "kernels": kernels, "why_not": why_not_cuda()},
+        "cuda": {"cards": cards, "kernels": kernels, "why_not": why_not},
     });
     common.print(&json, &lines)
 }

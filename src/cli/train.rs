@@ -2,6 +2,7 @@
 
 use super::{Common, Failure, on_terminal};
 use crate::config::Partial;
+use crate::device::cpu::Cpu;
 use crate::experiments::{self, Outcome};
 use crate::train::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -151,7 +152,8 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     let file = args.config.clone().or_else(|| (args.resume && own.exists()).then_some(own));
     let config = experiments::resolve(file.as_deref(), flags)?;
     let dir = folder(&config.experiment);
-    let mut device = common.cpu()?;
+    let choice = common.choose(Some("encoders run on the CPU".into()))?;
+    let mut device = Cpu::new();
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
     ctrlc::set_handler(move || told.store(true, Ordering::Relaxed))
@@ -159,7 +161,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
     let said = Once::new();
-    let announce = || said.call_once(|| common.announce());
+    let announce = || said.call_once(|| choice.announce());
     let mut observe = |progress: Progress| {
         announce();
         if let Some(bar) = &bar {
