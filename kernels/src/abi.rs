@@ -442,3 +442,288 @@ pub struct HopperGemm {
 }
 // SAFETY: scalars, device pointers and maps.
 unsafe impl Args for HopperGemm {}
+
+/// Bias and activation over `[rows, channels, pixels]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Activate {
+    /// In place: gets the bias, or becomes the activation if `out` is null.
+    pub pre: *mut f32,
+    /// `[channels]`, or null.
+    pub bias: *const f32,
+    /// As `pre`, or null.
+    pub out: *mut f32,
+    /// `rows channels pixels`.
+    pub len: u32,
+    /// Channels.
+    pub channels: u32,
+    /// Pixels of a channel.
+    pub pixels: u32,
+    /// 0 none, 1 ReLU, 2 GELU.
+    pub activation: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Activate {}
+
+/// `d *= activation'(saved)`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ActivateBackward {
+    /// `[len]`.
+    pub saved: *const f32,
+    /// `[len]`, in place.
+    pub d: *mut f32,
+    /// Elements.
+    pub len: u32,
+    /// 0 none, 1 ReLU, 2 GELU.
+    pub activation: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for ActivateBackward {}
+
+/// Sums over rows and pixels.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SumChannels {
+    /// `[rows, channels, pixels]`.
+    pub x: *const f32,
+    /// `[parts, channels]`.
+    pub out: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Channels.
+    pub channels: u32,
+    /// Pixels of a channel.
+    pub pixels: u32,
+    /// Rows of a part.
+    pub part: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for SumChannels {}
+
+/// Pooling by windows that do not overlap.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Pool {
+    /// `[images, height, width]`.
+    pub x: *const f32,
+    /// `[images, height / size, width / size]`: the result, or its gradient.
+    pub y: *mut f32,
+    /// Backward: as `x`.
+    pub dx: *mut f32,
+    /// Rows times channels.
+    pub images: u32,
+    /// Of an image.
+    pub height: u32,
+    /// Of an image.
+    pub width: u32,
+    /// Side of a window.
+    pub size: u32,
+    /// Not 0: the maximum; else the mean.
+    pub max: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Pool {}
+
+/// `out = gain (x - mean) rstd + bias`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm {
+    /// `[rows, width]`, rows `stride` apart.
+    pub x: *const f32,
+    /// `[2, width]`: gain, bias.
+    pub affine: *const f32,
+    /// `[rows, width]`.
+    pub out: *mut f32,
+    /// `[rows, 2]`: mean, 1/deviation.
+    pub stats: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Numbers of a row.
+    pub width: u32,
+    /// Numbers from row to row of x.
+    pub stride: u32,
+    /// Added to the variance.
+    pub eps: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for LayerNorm {}
+
+/// Gradients of [`LayerNorm`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNormBackward {
+    /// As forward.
+    pub x: *const f32,
+    /// As forward.
+    pub affine: *const f32,
+    /// As forward.
+    pub stats: *const f32,
+    /// `[rows, width]`.
+    pub d_out: *const f32,
+    /// As x.
+    pub dx: *mut f32,
+    /// `[parts, 2, width]`.
+    pub d_affine: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Numbers of a row.
+    pub width: u32,
+    /// Numbers from row to row of x.
+    pub stride: u32,
+    /// Rows of a part.
+    pub part: u32,
+    /// Not 0: dx is added to.
+    pub add: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for LayerNormBackward {}
+
+/// Numbers of a head that the attention kernels take at most.
+pub const HEAD_MOST: u32 = 128;
+
+/// Softmax attention within sequences, `softmax(scale q k') v`; head of at most [`HEAD_MOST`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Attend {
+    /// `[rows, time, 3, heads, head]`.
+    pub qkv: *const f32,
+    /// `[rows, time, heads, head]`.
+    pub out: *mut f32,
+    /// `[rows, heads, time]`: log-sum-exp of a query's logits, nats.
+    pub lse: *mut f32,
+    /// Backward: as `out`.
+    pub d_out: *const f32,
+    /// Backward: as `qkv`.
+    pub d_qkv: *mut f32,
+    /// Backward: as `lse`.
+    pub delta: *mut f32,
+    /// Tokens of a sequence.
+    pub time: u32,
+    /// Heads.
+    pub heads: u32,
+    /// Numbers of a token in a head.
+    pub head: u32,
+    /// Not 0: a token sees none after it.
+    pub causal: u32,
+    /// `1/sqrt(head)`.
+    pub scale: f32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Attend {}
+
+/// AdamW: `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2` with `g = grad_scale grads`, then
+/// `params = (1 - lr decay) params - lr (m / bias1) / (sqrt(v / bias2) + eps)`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Adam {
+    /// `[len]`.
+    pub grads: *const f32,
+    /// `[len]`.
+    pub params: *mut f32,
+    /// `[len]`.
+    pub m: *mut f32,
+    /// `[len]`.
+    pub v: *mut f32,
+    /// Elements.
+    pub len: u32,
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of m.
+    pub beta1: f32,
+    /// Decay of v.
+    pub beta2: f32,
+    /// Added to the root.
+    pub eps: f32,
+    /// Weight decay.
+    pub decay: f32,
+    /// `1 - beta1^t`.
+    pub bias1: f32,
+    /// `1 - beta2^t`.
+    pub bias2: f32,
+    /// Factor on the gradients.
+    pub grad_scale: f32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Adam {}
+
+/// Sums of squares.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Squares {
+    /// `[len]`.
+    pub x: *const f32,
+    /// `[blocks]`.
+    pub out: *mut f64,
+    /// Elements.
+    pub len: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Squares {}
+
+/// One number everywhere.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Fill {
+    /// `[len]`.
+    pub out: *mut f32,
+    /// Elements.
+    pub len: u32,
+    /// What they become.
+    pub value: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Fill {}
+
+/// An image read through a square kernel, stride 1: output pixel (y, x) sees `y + ky - padding`, `x + kx - padding`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Of the image that is read.
+    pub channels: u32,
+    /// Of the image that is read.
+    pub height: u32,
+    /// Of the image that is read.
+    pub width: u32,
+    /// Side of the kernel.
+    pub kernel: u32,
+    /// Zeros around the image.
+    pub padding: u32,
+    /// Pixels of an output image.
+    pub pixels: u32,
+    /// Columns of an output image.
+    pub width_out: u32,
+}
+
+/// A convolution, or one of its gradients; see `conv.rs` for what the arrays are in each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Conv {
+    /// `[rows, channels, height, width]`.
+    pub x: *const f32,
+    /// `[outputs, channels, kernel, kernel]`; for the data's gradient `[channels, outputs, kernel, kernel]`; for the
+    /// weight's the output's gradient `[rows, outputs, pixels]`.
+    pub weight: *const f32,
+    /// `[rows, outputs, pixels]`; for the weight's gradient `[parts, outputs, channels kernel^2]`.
+    pub out: *mut f32,
+    /// Images.
+    pub rows: u32,
+    /// Channels of the result.
+    pub outputs: u32,
+    /// How the image is read.
+    pub geometry: Geometry,
+    /// Rows of a part of the weight's gradient.
+    pub part: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Conv {}

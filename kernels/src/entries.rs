@@ -7,7 +7,7 @@ use crate::hopper;
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::{contrast, gemm, rows};
+use crate::{contrast, conv, gemm, layers, optim, rows};
 
 /// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
@@ -148,6 +148,46 @@ entries! {
         fold / FOLD (abi::Fold), threads 256, blocks 1, shared 0, rows::fold;
         /// Column sums in f64.
         totals / TOTALS (abi::Totals), threads 256, blocks 1, shared 2048, rows::totals;
+        /// A convolution of numbers rounded to bf16.
+        conv_bf16 / CONV_BF16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::forward::<Bf16>;
+        /// A convolution's gradient in its input, bf16.
+        conv_data_bf16 / CONV_DATA_BF16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_data::<Bf16>;
+        /// A convolution's gradient in its weight, bf16.
+        conv_weight_bf16 / CONV_WEIGHT_BF16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_weight::<Bf16>;
+        /// A convolution of numbers rounded to f16.
+        conv_f16 / CONV_F16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::forward::<F16>;
+        /// A convolution's gradient in its input, f16.
+        conv_data_f16 / CONV_DATA_F16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_data::<F16>;
+        /// A convolution's gradient in its weight, f16.
+        conv_weight_f16 / CONV_WEIGHT_F16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_weight::<F16>;
+        /// Bias and activation.
+        activate / ACTIVATE (abi::Activate), threads 256, blocks 1, shared 0, layers::activate;
+        /// Gradient through an activation.
+        activate_backward / ACTIVATE_BACKWARD (abi::ActivateBackward), threads 256, blocks 1, shared 0, layers::activate_backward;
+        /// Sums over rows and pixels.
+        sum_channels / SUM_CHANNELS (abi::SumChannels), threads 256, blocks 1, shared 2048, layers::sum_channels;
+        /// Pooling.
+        pool / POOL (abi::Pool), threads 256, blocks 1, shared 0, layers::pool;
+        /// Gradient of pooling.
+        pool_backward / POOL_BACKWARD (abi::Pool), threads 256, blocks 1, shared 0, layers::pool_backward;
+        /// Layer normalisation.
+        layer_norm / LAYER_NORM (abi::LayerNorm), threads 256, blocks 1, shared 0, layers::layer_norm;
+        /// Its gradient in x.
+        layer_norm_backward / LAYER_NORM_BACKWARD (abi::LayerNormBackward), threads 256, blocks 1, shared 0, layers::layer_norm_backward;
+        /// Its gradient in gain and bias.
+        layer_norm_affine / LAYER_NORM_AFFINE (abi::LayerNormBackward), threads 256, blocks 1, shared 2048, layers::layer_norm_affine;
+        /// Softmax attention.
+        attention / ATTENTION (abi::Attend), threads 256, blocks 1, shared 0, layers::attention;
+        /// Its gradient in queries.
+        attention_queries / ATTENTION_QUERIES (abi::Attend), threads 256, blocks 1, shared 0, layers::attention_queries;
+        /// Its gradient in keys and values.
+        attention_keys / ATTENTION_KEYS (abi::Attend), threads 256, blocks 1, shared 0, layers::attention_keys;
+        /// AdamW.
+        adam / ADAM (abi::Adam), threads 256, blocks 1, shared 0, optim::adam;
+        /// Sums of squares.
+        squares / SQUARES (abi::Squares), threads 256, blocks 1, shared 2048, optim::squares;
+        /// One number everywhere.
+        fill / FILL (abi::Fill), threads 256, blocks 1, shared 0, optim::fill;
     }
     Hopper hopper: {
         /// Row tallies of bf16 logits.

@@ -8,6 +8,7 @@
 //! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
 //! | `tile` | the portable tile product that losses and encoders share |
 //! | `gemm` | matrix products on the tile |
+//! | `conv`, `layers`, `optim` | what encoders and their training are made of |
 //! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
@@ -30,8 +31,11 @@ macro_rules! device {
 }
 device! {
     mod contrast;
+    mod conv;
     mod gemm;
     mod hopper;
+    mod layers;
+    mod optim;
     mod rows;
     mod simt;
     mod tile;

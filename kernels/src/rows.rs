@@ -149,9 +149,12 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
     }
 }
 
-/// The sum of `x` over the block's 256 threads, in thread 0: one fixed tree.
+/// The sum of `x` over the block's 256 threads, in all of them: one fixed tree.
+///
+/// # Safety
+/// All threads of the block call it; the first 2048 bytes of shared memory are its own.
 #[inline(always)]
-unsafe fn block_sum(x: f64) -> f64 {
+pub unsafe fn block_sum(x: f64) -> f64 {
     let (base, t) = (shared_base(), thread());
     // SAFETY: 2048 bytes of shared memory; halves are separated by barriers.
     unsafe {

@@ -230,35 +230,47 @@ impl Place {
     }
 }
 
+/// Where slice `s` of A is; that of B follows.
+#[inline(always)]
+fn stage(s: u32) -> u32 {
+    shared_base() + (s % TILE_STAGES) * 2 * SLICE
+}
+
+/// Sets off slice `s` of both operands, if there is one; a group of copies in any case.
+#[inline(always)]
+unsafe fn fill<A: Operand, B: Operand>(a: A, b: B, row: u32, col: u32, s: u32, depth: u32) {
+    if s * DEPTH < depth {
+        // SAFETY: the caller's promise: nobody reads the stage.
+        unsafe {
+            a.slice(stage(s), row, s * DEPTH);
+            b.slice(stage(s) + SLICE, col, s * DEPTH);
+        }
+    }
+    copy_commit();
+}
+
 /// The tile at (`row`, `col`) of the product of `a` and `b`, summed over `k` of `0..depth`.
 ///
 /// # Safety
 /// All 256 threads of the block call it; the first [`crate::abi::TILE_SHARED`] bytes of shared memory are the product's.
 #[inline(always)]
 pub unsafe fn product<T: Half, A: Operand, B: Operand>(a: A, b: B, row: u32, col: u32, depth: u32) -> Acc {
-    let (base, place) = (shared_base(), Place::of_lane());
+    let place = Place::of_lane();
     let mut acc: Acc = [[0.0; 4]; 16];
-    let stage = |s: u32| base + (s % TILE_STAGES) * 2 * SLICE;
-    // SAFETY: a stage is refilled after the `sync` that follows its last reading.
-    let fill = |s: u32| unsafe {
-        if s * DEPTH < depth {
-            a.slice(stage(s), row, s * DEPTH);
-            b.slice(stage(s) + SLICE, col, s * DEPTH);
-        }
-        copy_commit();
-    };
     // The last reader of the previous product's slices may be behind.
     sync();
     let mut s = 0;
     while s < TILE_STAGES - 1 {
-        fill(s);
+        // SAFETY: all stages are free.
+        unsafe { fill(a, b, row, col, s, depth) };
         s += 1;
     }
     let mut s = 0;
     while s * DEPTH < depth {
         copy_wait::<{ TILE_STAGES - 2 }>();
         sync();
-        fill(s + TILE_STAGES - 1);
+        // SAFETY: the stage's last reading is behind the `sync`.
+        unsafe { fill(a, b, row, col, s + TILE_STAGES - 1, depth) };
         let (at_a, at_b) = (stage(s), stage(s) + SLICE);
         let mut q = 0;
         while q < DEPTH / 16 {

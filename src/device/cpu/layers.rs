@@ -16,6 +16,7 @@
 use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
 use crate::device::{Activation, AdamStep, Conv, Pool, Pooling, Real};
 use crate::objective::Write;
+use kernels::law::ERFC;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -475,35 +476,6 @@ fn normal<T: Real>(x: T) -> (T, T) {
     let density = e * T::from_f64(0.398_942_280_401_432_7);
     (if x < T::ZERO { tail } else { T::ONE - tail }, density)
 }
-
-/// Chebyshev coefficients of `exp(z^2) erfc(z) / t` in `2t - 1`, `t = 4/(4 + z)`, from its values in 40 digits.
-/// The first 12 are enough for f32.
-const ERFC: [f64; 24] = [
-    0.408_024_469_549_131_46,
-    0.376_358_235_676_367_45,
-    0.147_580_354_572_223_63,
-    0.049_571_317_930_027_586,
-    0.014_227_107_557_117_175,
-    0.003_443_493_262_717_524,
-    0.000_682_254_183_283_808,
-    0.000_103_404_519_757_561_87,
-    9.728_545_951_990_15e-6,
-    -1.198_871_375_841_204_5e-7,
-    -2.174_776_703_454_956_4e-7,
-    -3.029_176_773_599_14e-8,
-    9.479_917_565_204_63e-10,
-    8.633_411_694_990_891e-10,
-    6.872_156_425_956_353e-11,
-    -1.703_489_843_829_336_6e-11,
-    -3.392_130_686_835_654_4e-12,
-    2.615_808_766_936_875_3e-13,
-    1.212_767_580_235_116_4e-13,
-    -2.114_689_538_592_846_6e-15,
-    -4.117_340_933_785_413e-15,
-    -6.328_713_119_821_907e-17,
-    1.439_311_164_915_569_5e-16,
-    4.561_486_577_450_828e-18,
-];
 
 pub(super) fn pool<T: Real>(pooling: &Pooling, rows: usize, x: &[T], out: &mut [T]) {
     let shard = shard(rows * pooling.channels);
