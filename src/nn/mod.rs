@@ -467,6 +467,51 @@ mod tests {
         assert_eq!(layout.len(), 61_706);
     }
 
+    // Names and shapes are the format of saved models. Gains are 1, their biases 0, and of the law's bound a layer that
+    // adds to the stream of two blocks takes half.
+    #[test]
+    fn a_transformer_has_its_tensors_and_initial_law() {
+        let spec = EncoderSpec::Transformer { sequence: [50, 2], width: 12, heads: 3, depth: 2, causal: true };
+        let mut layout = Layout::default();
+        let encoder = Encoder::build(&spec, "v", 100, 7, &mut layout).unwrap();
+        let mut params = vec![9.0; layout.len()];
+        encoder.init(1, &mut params);
+        let mut want: Vec<(String, Vec<usize>, f32)> =
+            vec![("0.input.weight".into(), vec![12, 2], 2.0), ("0.position".into(), vec![50, 12], 2.0)];
+        for b in 0..2 {
+            for (name, shape, fan_in) in [
+                ("norm_1.gain", &[12][..], 0.0),
+                ("norm_1.bias", &[12], 0.0),
+                ("qkv.weight", &[36, 12], 12.0),
+                ("qkv.bias", &[36], 12.0),
+                ("mix.weight", &[12, 12], 48.0),
+                ("mix.bias", &[12], 48.0),
+                ("norm_2.gain", &[12], 0.0),
+                ("norm_2.bias", &[12], 0.0),
+                ("up.weight", &[48, 12], 12.0),
+                ("up.bias", &[48], 12.0),
+                ("down.weight", &[12, 48], 192.0),
+                ("down.bias", &[12], 192.0),
+            ] {
+                want.push((format!("0.blocks.{b}.{name}"), shape.to_vec(), fan_in));
+            }
+        }
+        want.extend([("0.norm.gain".into(), vec![12], 0.0), ("0.norm.bias".into(), vec![12], 0.0)]);
+        want.extend([("1.weight".into(), vec![7, 12], 12.0), ("1.bias".into(), vec![7], 12.0)]);
+        assert_eq!(layout.spans.len(), want.len());
+        for (span, (name, shape, fan_in)) in layout.spans.iter().zip(&want) {
+            assert_eq!((&span.name, &span.shape), (&format!("v.{name}"), shape));
+            let part = &params[span.at.clone()];
+            if *fan_in == 0.0 {
+                let constant = if name.ends_with("gain") { 1.0 } else { 0.0 };
+                assert!(part.iter().all(|&p| p == constant), "{name}");
+            } else {
+                let largest = part.iter().fold(0.0f32, |a, p| a.max(p.abs())) * fan_in.sqrt();
+                assert!((0.6..=1.0).contains(&largest), "{name}: largest {largest}");
+            }
+        }
+    }
+
     // Uniform in +-1/sqrt(fan_in): the bound is reached but not passed, the mean is near 0, and a tensor's numbers are
     // its own: no two tensors share them, and building another encoder behind changes none.
     #[test]
@@ -500,6 +545,8 @@ mod tests {
         let conv =
             |channels, kernel, padding, pool_size| ConvSpec { channels, kernel, padding, pool: Pool::Max, pool_size };
         let cnn = |image, conv| EncoderSpec::Cnn { image, conv, activation: Activation::Relu };
+        let transformer =
+            |sequence, width, heads| EncoderSpec::Transformer { sequence, width, heads, depth: 1, causal: true };
         for (spec, input, output, part) in [
             (EncoderSpec::Identity, 3, 4, "4 outputs"),
             (EncoderSpec::Linear { bias: true }, 0, 4, "0 inputs"),
@@ -514,6 +561,11 @@ mod tests {
             (cnn([2, 4, 4], vec![conv(1, 5, 0, 1)]), 32, 1, "kernel 5"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 2), conv(1, 2, 0, 1)]), 32, 1, "kernel 2"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 3)]), 32, 1, "pool_size 3"),
+            (transformer([5, 2], 6, 2), 11, 1, "11 inputs"),
+            (transformer([usize::MAX, 2], 6, 2), 10, 1, "10 inputs"),
+            (transformer([5, 2], 0, 2), 10, 1, "width of 0"),
+            (transformer([5, 2], 6, 0), 10, 1, "0 heads"),
+            (transformer([5, 2], 6, 4), 10, 1, "4 heads"),
         ] {
             let error = Encoder::build(&spec, "u", input, output, &mut Layout::default()).unwrap_err().to_string();
             assert!(error.starts_with("encoder u: found ") && error.contains(part), "{error}");

@@ -100,21 +100,23 @@ impl Transformer {
         let weight = builder.tensor("input.weight", &[width, channels], Law::fan_in(channels));
         let input = Linear { inputs: channels, outputs: width, weight, bias: None, activation: Activation::None };
         let position = builder.tensor("position", &[time, width], Law::fan_in(channels));
+        let affine = |builder: &mut Builder<'_>, name: String, inputs: usize, outputs: usize, share: f32| {
+            let law = Law::Uniform(share * (inputs as f32).sqrt().recip());
+            let weight = builder.tensor(&format!("{name}.weight"), &[outputs, inputs], law);
+            let bias = Some(builder.tensor(&format!("{name}.bias"), &[outputs], law));
+            Linear { inputs, outputs, weight, bias, activation: Activation::None }
+        };
         let blocks = (0..depth)
-            .map(|b| {
-                let mut affine = |name: &str, inputs: usize, outputs: usize, share: f32, activation: Activation| {
-                    let law = Law::Uniform(share * (inputs as f32).sqrt().recip());
-                    let weight = builder.tensor(&format!("blocks.{b}.{name}.weight"), &[outputs, inputs], law);
-                    let bias = builder.tensor(&format!("blocks.{b}.{name}.bias"), &[outputs], law);
-                    Linear { inputs, outputs, weight, bias: Some(bias), activation }
-                };
-                let qkv = affine("qkv", width, 3 * width, 1.0, Activation::None);
-                let mix = affine("mix", width, width, share, Activation::None);
-                let up = affine("up", width, UP * width, 1.0, Activation::Gelu);
-                let down = affine("down", UP * width, width, share, Activation::None);
-                let norm_1 = norm(builder, &format!("blocks.{b}.norm_1"), width);
-                let norm_2 = norm(builder, &format!("blocks.{b}.norm_2"), width);
-                Block { norm_1, qkv, mix, norm_2, up, down }
+            .map(|b| Block {
+                norm_1: norm(builder, &format!("blocks.{b}.norm_1"), width),
+                qkv: affine(builder, format!("blocks.{b}.qkv"), width, 3 * width, 1.0),
+                mix: affine(builder, format!("blocks.{b}.mix"), width, width, share),
+                norm_2: norm(builder, &format!("blocks.{b}.norm_2"), width),
+                up: Linear {
+                    activation: Activation::Gelu,
+                    ..affine(builder, format!("blocks.{b}.up"), width, UP * width, 1.0)
+                },
+                down: affine(builder, format!("blocks.{b}.down"), UP * width, width, share),
             })
             .collect();
         let norm = norm(builder, "norm", width);

@@ -208,7 +208,8 @@ impl<T: Lane> Op for Forward<'_, T> {
                 plan.pack::<S, T>(&q[width..], ld, None, Some(keys));
                 plan.pack::<S, T>(&q[2 * width..], ld, Some(values), None);
                 for (block, n) in plan.queries() {
-                    let queries = Left { data: &q[block.start * ld..], row: ld, col: 1, rows: block.len(), depth: head };
+                    let queries =
+                        Left { data: &q[block.start * ld..], row: ld, col: 1, rows: block.len(), depth: head };
                     plan.against::<S, T>(queries, keys, n, tile);
                     for (tile, at) in tile.chunks_mut(plan.stride).zip(block.clone()) {
                         let (seen, unseen) = tile[..n].split_at_mut(plan.seen(at));
@@ -353,37 +354,43 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    /// The definition, a query at a time: out `[rows, time, heads, head]` and lse `[rows, heads, time]`.
-    fn naive(a: &Attention, rows: usize, qkv: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let width = a.width();
+    /// The definition, a query at a time: out `[rows, time, heads, head]`, lse `[rows, heads, time]`, and
+    /// dL/dqkv where dL/d out is `d_out`, from the whole Jacobian of the softmax.
+    fn naive(a: &Attention, rows: usize, qkv: &[f64], d_out: &[f64]) -> [Vec<f64>; 3] {
+        let (width, root) = (a.width(), (a.head as f64).sqrt());
         let (mut out, mut lse) = (vec![0.0; rows * a.time * width], vec![0.0; rows * a.heads * a.time]);
-        let at = |row: usize, t: usize, which: usize, h: usize| {
-            &qkv[((row * a.time + t) * 3 + which) * width + h * a.head..][..a.head]
-        };
+        let mut d_qkv = vec![0.0; qkv.len()];
         for (row, h, i) in
             (0..rows * a.heads * a.time).map(|n| (n / a.time / a.heads, n / a.time % a.heads, n % a.time))
         {
-            let last = if a.causal { i } else { a.time - 1 };
-            let logit = |j: usize| {
-                at(row, i, 0, h).iter().zip(at(row, j, 1, h)).map(|(q, k)| q * k).sum::<f64>() / (a.head as f64).sqrt()
-            };
-            let max = (0..=last).map(logit).fold(f64::MIN, f64::max);
-            let sum: f64 = (0..=last).map(|j| (logit(j) - max).exp()).sum();
+            // Where token t's query, key or value (0, 1, 2) begins.
+            let at = |t: usize, which: usize| ((row * a.time + t) * 3 + which) * width + h * a.head;
+            let to = (row * a.time + i) * width + h * a.head;
+            let keys = if a.causal { i + 1 } else { a.time };
+            let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).take(a.head).map(|(x, y)| x * y).sum::<f64>();
+            let s: Vec<f64> = (0..keys).map(|j| dot(&qkv[at(i, 0)..], &qkv[at(j, 1)..]) / root).collect();
+            let max = s.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = s.iter().map(|s| (s - max).exp()).sum();
             lse[(row * a.heads + h) * a.time + i] = max + sum.ln();
-            for j in 0..=last {
-                let p = (logit(j) - max).exp() / sum;
+            let p: Vec<f64> = s.iter().map(|s| (s - max).exp() / sum).collect();
+            let dp: Vec<f64> = (0..keys).map(|j| dot(&d_out[to..], &qkv[at(j, 2)..])).collect();
+            for j in 0..keys {
+                let ds: f64 = (0..keys).map(|l| dp[l] * p[l] * (f64::from(u8::from(l == j)) - p[j])).sum();
                 for k in 0..a.head {
-                    out[(row * a.time + i) * width + h * a.head + k] += p * at(row, j, 2, h)[k];
+                    out[to + k] += p[j] * qkv[at(j, 2) + k];
+                    d_qkv[at(i, 0) + k] += ds * qkv[at(j, 1) + k] / root;
+                    d_qkv[at(j, 1) + k] += ds * qkv[at(i, 0) + k] / root;
+                    d_qkv[at(j, 2) + k] += p[j] * d_out[to + k];
                 }
             }
         }
-        (out, lse)
+        [out, lse, d_qkv]
     }
 
     // One token; primes; several blocks of queries and of keys; heads narrower and wider than a register; logits from
-    // 1e-2 to 1e4, where a softmax without its maximum overflows. Tolerance: rounding of a logit, relative to it.
+    // 1e-2 to 1e4, where a softmax without its maximum overflows. Tolerance: the rounding of a logit.
     #[test]
-    fn attention_is_its_definition() {
+    fn attention_and_its_backward_are_their_definition() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
         for (rows, time, heads, head, size) in [
             (1, 1, 1, 1, 1.0),
@@ -395,19 +402,26 @@ mod tests {
         ] {
             for causal in [false, true] {
                 let shape = Attention { time, heads, head, causal };
-                let qkv: Vec<f64> =
-                    (0..3 * rows * time * shape.width()).map(|_| size * rng.random_range(-1.0..1.0)).collect();
-                let (want, want_lse) = naive(&shape, rows, &qkv);
+                let n = rows * time * shape.width();
+                let mut random =
+                    |n: usize, size: f64| -> Vec<f64> { (0..n).map(|_| size * rng.random_range(-1.0..1.0)).collect() };
+                let (qkv, d_out) = (random(3 * n, size), random(n, 1.0));
+                let want = naive(&shape, rows, &qkv, &d_out);
                 for isa in Isa::available() {
-                    let (mut out, mut lse) = (vec![f64::NAN; want.len()], vec![f64::NAN; want_lse.len()]);
+                    let [mut out, mut lse, mut d_qkv] = want.clone().map(|w| vec![f64::NAN; w.len()]);
+                    let mut delta = lse.clone();
                     let mut scratch = vec![f64::NAN; 7];
                     attention(isa, &shape, rows, &qkv, &mut out, &mut lse, &mut scratch);
-                    let near = |got: &[f64], want: &[f64], size: f64| {
-                        got.iter().zip(want).all(|(g, w)| (g - w).abs() <= 1e-14 * size)
+                    scratch.fill(f64::NAN);
+                    let saved = Saved { qkv: &qkv, out: &out, lse: &lse, d_out: &d_out };
+                    attention_backward(isa, &shape, rows, saved, &mut d_qkv, &mut delta, &mut scratch);
+                    let off = |got: &[f64], want: &[f64]| {
+                        got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, f64::max)
                     };
                     let logit = 10.0 + size * size * (head as f64).sqrt();
-                    assert!(near(&lse, &want_lse, logit), "{shape:?} {} lse", isa.name());
-                    assert!(near(&out, &want, size * logit), "{shape:?} {} out", isa.name());
+                    let off =
+                        [off(&lse, &want[1]), off(&out, &want[0]) / size, off(&d_qkv, &want[2]) / (10.0 + size * size)];
+                    assert!(off.iter().all(|off| *off <= 1e-14 * logit), "{shape:?} {}: {off:?}", isa.name());
                 }
             }
         }

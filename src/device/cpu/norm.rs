@@ -220,13 +220,17 @@ mod tests {
     #[test]
     fn layer_norm_is_its_definition() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-        for (rows, width, stride, shift) in
-            [(1, 1, 1, 0.0), (3, 7, 7, 0.0), (67, 37, 37, 1e6), (5, 64, 64, -3.0), (4, 13, 65, 0.5), (2, 1000, 3000, 0.0)]
-        {
+        for (rows, width, stride, shift) in [
+            (1, 1, 1, 0.0),
+            (3, 7, 7, 0.0),
+            (67, 37, 37, 1e6),
+            (5, 64, 64, -3.0),
+            (4, 13, 65, 0.5),
+            (2, 1000, 3000, 0.0),
+        ] {
             let norm = Norm { width, stride };
-            let mut random = |n: usize, shift: f64| -> Vec<f64> {
-                (0..n).map(|_| shift + rng.random_range(-1.0..1.0)).collect()
-            };
+            let mut random =
+                |n: usize, shift: f64| -> Vec<f64> { (0..n).map(|_| shift + rng.random_range(-1.0..1.0)).collect() };
             let (x, affine) = (random(norm.input_len(rows), shift), random(2 * width, 0.0));
             for isa in Isa::available() {
                 let (mut out, mut stats) = (vec![f64::NAN; rows * width], vec![f64::NAN; 2 * rows]);
