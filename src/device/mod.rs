@@ -456,21 +456,25 @@ macro_rules! real {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
+            #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $t
             }
+            #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
             }
+            #[inline(always)]
             fn sqrt(self) -> Self {
                 self.sqrt()
             }
+            #[inline(always)]
             fn exp(self) -> Self {
                 $exp(self)
             }
         }
     };
 }
-// The law's exponential vectorises, where the library's is a call.
+// The law's exponential vectorises, where the library's is a call; and so does a loop around it, once inlined.
 real!(f32, kernels::law::exp);
 real!(f64, f64::exp);
