@@ -251,7 +251,7 @@ fn softmax<T: Real>(row: &mut [T], scale: T) -> T {
 /// `e^x`, NaN where `x` is no finite number: the f32 exponential is finite everywhere, and would hide an overflow.
 #[inline(always)]
 fn exponential<T: Real>(x: T) -> T {
-    x.exp() + (x - x)
+    x.exp() + T::ZERO * x
 }
 
 pub(super) fn attention_backward<T: Lane>(
