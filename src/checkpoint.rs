@@ -158,6 +158,7 @@ pub fn inputs(dir: &Path, config: &Config) -> Result<[usize; 2], DataError> {
         EncoderSpec::Identity => Ok(config.dim),
         EncoderSpec::Lenet => Ok(28 * 28),
         EncoderSpec::Cnn { image, .. } => Ok(image.iter().product()),
+        EncoderSpec::Transformer { sequence, .. } => Ok(sequence.iter().product()),
         EncoderSpec::Linear { .. } | EncoderSpec::Mlp { .. } => {
             found.iter().find(|t| t.name == name && t.shape.len() == 2).map(|t| t.shape[1]).ok_or_else(|| {
                 DataError::Format {

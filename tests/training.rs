@@ -546,6 +546,53 @@ fn pairs_are_learned_embedded_and_retrieved() {
     assert!(message.contains("x.npy: found 9 columns, expected 6"), "{message}");
 }
 
+// As in the paper's ocean: u are the numbers of a flow, v is where it carries a particle. Here z' = i w z + i a e^{i b t}
+// from z = 1, which has a closed form; every 24th of two turns is stored.
+#[test]
+fn a_transformer_learns_flows_from_trajectories() {
+    let data = tempfile::tempdir().unwrap();
+    let (n, time) = (900, 24);
+    let u = noise(8, n, 3);
+    let mut v = Vec::new();
+    for u in u.chunks(3) {
+        let (w, a, b) = (1.0 + 0.5 * u[0], 0.5 * u[1], 2.5 + 0.5 * u[2]);
+        for t in (0..time).map(|t| 4.0 * std::f32::consts::PI * t as f32 / time as f32) {
+            let share = a / (b - w);
+            let turn = |angle: f32, size: f32| [size * angle.cos(), size * angle.sin()];
+            let (free, forced) = (turn(w * t, 1.0 - share), turn(b * t, share));
+            v.extend([free[0] + forced[0], free[1] + forced[1]]);
+        }
+    }
+    write_npy_f32(data.path().join("u.npy"), &[n, 3], &u).unwrap();
+    write_npy_f32(data.path().join("v.npy"), &[n, 2 * time], &v).unwrap();
+    let file = data.path().join("flows.toml");
+    let text = format!(
+        "experiment = 'pairs'\nu = '{0}/u.npy'\nv = '{0}/v.npy'\nepochs = 25\nbatch = 90\nlr = 3e-3\ndim = 8\n\
+         [encoder_u]\nkind = 'mlp'\nhidden = [64]\nactivation = 'gelu'\n\
+         [encoder_v]\nkind = 'transformer'\nsequence = [24, 2]\nwidth = 24\nheads = 3\ndepth = 2\n",
+        data.path().display()
+    );
+    fs::write(&file, text).unwrap();
+    let config = experiments::resolve(None, Partial::read(&file).unwrap()).unwrap();
+    let EncoderSpec::Transformer { causal: true, .. } = config.encoder_v else { panic!("{:?}", config.encoder_v) };
+
+    let dir = data.path().join("run");
+    run(&config, &dir, false, None).unwrap();
+    let summary = summary(&dir);
+    // 90 held-out pairs: chance is 0.011 and 0.056.
+    for (key, least) in [("u_to_v_at_1", 0.3), ("u_to_v_at_5", 0.7), ("v_to_u_at_1", 0.3), ("v_to_u_at_5", 0.7)] {
+        let recall = summary["recall"][key].as_f64().unwrap();
+        assert!((least..=1.0).contains(&recall), "{key}: {recall}");
+    }
+    let model = Model::load(&dir).unwrap();
+    assert_eq!(model.config, config);
+    let output = data.path().join("e.npy");
+    model.embed(&Cpu::new(), Side::V, &Npy::open(&config.v).unwrap(), &output).unwrap();
+    assert_eq!((Npy::open(&output).unwrap().rows(), Npy::open(&output).unwrap().dim()), (n, 8));
+    let message = model.embed(&Cpu::new(), Side::V, &Npy::open(&config.u).unwrap(), &output).unwrap_err().to_string();
+    assert!(message.contains("u.npy: found 3 columns, expected 48"), "{message}");
+}
+
 #[test]
 fn bad_input_writes_nothing() {
     let data = tempfile::tempdir().unwrap();

@@ -181,6 +181,46 @@ impl Pooling {
     }
 }
 
+/// Layer normalisation of vectors of `width` numbers, each by its own mean and deviation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Norm {
+    /// Numbers in a vector.
+    pub width: usize,
+    /// From the start of a vector to that of the next in `x`, at least `width`: more than that reads one token of
+    /// every sequence.
+    pub stride: usize,
+}
+
+impl Norm {
+    /// Added to the variance.
+    pub const EPS: f64 = 1e-5;
+
+    /// Numbers of `x` from the first of `rows` vectors to the end of the last.
+    pub fn input_len(&self, rows: usize) -> usize {
+        rows.saturating_sub(1) * self.stride + if rows == 0 { 0 } else { self.width }
+    }
+}
+
+/// Softmax attention within each of several sequences, in heads that do not see each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attention {
+    /// Tokens of a sequence.
+    pub time: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Numbers of a query, a key or a value of one head.
+    pub head: usize,
+    /// Whether a token sees itself and those before it only, rather than all.
+    pub causal: bool,
+}
+
+impl Attention {
+    /// Numbers of a token, all heads: `heads * head`.
+    pub fn width(&self) -> usize {
+        self.heads * self.head
+    }
+}
+
 /// One update of Adam with decoupled weight decay; see [`Device::adam`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamStep {
@@ -293,6 +333,60 @@ pub trait Device: Sync {
         dx: ViewMut<'_, Self::Buf>,
     );
 
+    /// `out[i] = gain (x[i] - mean_i) rstd_i + bias`, with `rstd = 1/sqrt(variance + Norm::EPS)` and the variance that
+    /// divides by `width`: `x` `[rows, width]`, its rows `norm.stride` apart, `affine` `[2, width]` the gain and then
+    /// the bias, `out` `[rows, width]`. Leaves `[mean_i, rstd_i]` in `stats` `[rows, 2]`.
+    fn layer_norm(
+        &self,
+        norm: &Norm,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        affine: View<'_, Self::Buf>,
+        out: ViewMut<'_, Self::Buf>,
+        stats: ViewMut<'_, Self::Buf>,
+    );
+    /// Backward of [`Self::layer_norm`]: `dx`, laid out as `x`, and `d_affine` `[2, width]` from `d_out`
+    /// `[rows, width]`. What lies between the rows of `dx` is not touched.
+    #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
+    fn layer_norm_backward(
+        &self,
+        norm: &Norm,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        affine: View<'_, Self::Buf>,
+        stats: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: Write<ViewMut<'_, Self::Buf>>,
+        d_affine: Write<ViewMut<'_, Self::Buf>>,
+    );
+
+    /// `out = softmax(q k' / sqrt(head)) v` in every sequence and head, see [`Attention`]: `qkv`
+    /// `[rows, time, 3, heads, head]`, `out` `[rows, time, heads, head]`. Leaves the log-sum-exp of every query's
+    /// logits in `lse` `[rows, heads, time]`. No `[time, time]` matrix is stored.
+    fn attention(
+        &self,
+        attention: &Attention,
+        rows: usize,
+        qkv: View<'_, Self::Buf>,
+        out: ViewMut<'_, Self::Buf>,
+        lse: ViewMut<'_, Self::Buf>,
+    );
+    /// Backward of [`Self::attention`]: `d_qkv`, laid out as `qkv`, from `d_out`, laid out as `out`; the probabilities
+    /// are computed again from `lse`. `delta` `[rows, heads, time]` is scratch: the products `<d_out, out>` of every
+    /// query.
+    #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
+    fn attention_backward(
+        &self,
+        attention: &Attention,
+        rows: usize,
+        qkv: View<'_, Self::Buf>,
+        out: View<'_, Self::Buf>,
+        lse: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        d_qkv: ViewMut<'_, Self::Buf>,
+        delta: ViewMut<'_, Self::Buf>,
+    );
+
     /// AdamW in place on `params` and the moments `m`, `v`, all of one length, with `g = grad_scale * grads`:
     /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
     /// `params = (1 - lr decay) params - lr (m / bias[0]) / (sqrt(v / bias[1]) + eps)`.
@@ -362,21 +456,25 @@ macro_rules! real {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
+            #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $t
             }
+            #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
             }
+            #[inline(always)]
             fn sqrt(self) -> Self {
                 self.sqrt()
             }
+            #[inline(always)]
             fn exp(self) -> Self {
                 $exp(self)
             }
         }
     };
 }
-// The law's exponential vectorises, where the library's is a call.
+// The law's exponential vectorises, where the library's is a call; and so does a loop around it, once inlined.
 real!(f32, kernels::law::exp);
 real!(f64, f64::exp);

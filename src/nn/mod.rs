@@ -7,13 +7,15 @@
 
 mod layer;
 mod network;
+mod transformer;
 
 pub use network::Network;
 
-use crate::device::{Activation, Conv, Device, Pool, Pooling, View, ViewMut};
-use layer::Layer;
+use crate::device::{Activation, Attention, Conv, Device, Pool, Pooling, View, ViewMut};
+use layer::{Layer, Linear, Work};
 use rand::{RngExt, SeedableRng};
 use std::ops::Range;
+use transformer::Transformer;
 
 /// One named tensor of the parameter arena.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +83,26 @@ pub enum EncoderSpec {
         /// Between every convolution and its pooling.
         activation: Activation,
     },
+    /// A text-style transformer on `[time, channels]` sequences, whose last token a linear layer reads: learned
+    /// positions, normalisation before attention and before a GELU layer of 4 times the width, residuals around both.
+    Transformer {
+        /// Tokens, and numbers a token, of the input.
+        sequence: [usize; 2],
+        /// Numbers a token inside.
+        width: usize,
+        /// Of attention; they share the width out among them.
+        heads: usize,
+        /// Blocks; may be 0.
+        depth: usize,
+        /// Whether a token sees itself and those before it only; on by default.
+        #[serde(default = "on")]
+        causal: bool,
+    },
+}
+
+/// The default of a switch that is on.
+fn on() -> bool {
+    true
 }
 
 /// One convolution (stride 1) and the pooling behind it.
@@ -133,8 +155,23 @@ struct Tensor {
     /// Its place in the layout's list of spans.
     span: usize,
     at: Range<usize>,
-    /// How many inputs a unit of its layer has.
-    fan_in: usize,
+    law: Law,
+}
+
+/// What a tensor's numbers are at first.
+#[derive(Clone, Copy, Debug)]
+enum Law {
+    /// Uniform in +- this bound.
+    Uniform(f32),
+    /// All the same.
+    Constant(f32),
+}
+
+impl Law {
+    /// PyTorch's default, where a unit of the layer has `fan_in` inputs: uniform in +-1/sqrt(fan_in).
+    fn fan_in(fan_in: usize) -> Law {
+        Law::Uniform((fan_in as f32).sqrt().recip())
+    }
 }
 
 /// What forward keeps for backward, and the gradients on their way down; sized once for `rows` samples.
@@ -146,8 +183,7 @@ pub struct Acts<D: Device> {
     pub d_output: D::Buf,
     /// What lies between layers: one less than there are layers.
     hidden: Vec<Hidden<D>>,
-    /// For convolutions.
-    scratch: D::Buf,
+    work: Work<D>,
 }
 
 /// The output of a layer that is not the last, `[rows, width]` each.
@@ -165,7 +201,8 @@ const STREAM: u64 = 1 << 40;
 
 impl Encoder {
     /// Appends this encoder's tensors, named `prefix.0.weight` ..., to `layout`. Weights are `[outputs, inputs]` and
-    /// `[outputs, inputs, kernel, kernel]`, each followed by its bias `[outputs]`.
+    /// `[outputs, inputs, kernel, kernel]`, each followed by its bias `[outputs]`. A transformer is layer 0, its tensors
+    /// `prefix.0.input.weight`, `prefix.0.position`, `prefix.0.blocks.0.qkv.weight` ...; the linear layer is 1.
     ///
     /// # Errors
     /// [`NnError::Shape`] when the layers do not fit `input` or `output`.
@@ -209,19 +246,27 @@ impl Encoder {
                 builder.convolutions(*image, conv, *activation)?;
                 builder.linear(output, true, Activation::None);
             }
+            &EncoderSpec::Transformer { sequence, width, heads, depth, causal } => {
+                builder.transformer(sequence, [width, heads, depth], causal)?;
+                builder.linear(output, true, Activation::None);
+            }
         }
         Ok(builder.encoder)
     }
 
     /// Fills this encoder's spans of the arena with PyTorch's default initial law: weights and biases uniform in
-    /// +-1/sqrt(fan_in). A tensor's numbers depend on the seed and its place in the layout only.
+    /// +-1/sqrt(fan_in). In a transformer of depth D, gains are 1 and their biases 0, a position is as a bias of the
+    /// input, and layers that add to the stream are 1/sqrt(2 D) of that law. A tensor's numbers depend on the seed and
+    /// its place in the layout only.
     pub fn init(&self, seed: u64, params: &mut [f32]) {
         for tensor in &self.tensors {
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(STREAM + tensor.span as u64);
-            let bound = (tensor.fan_in as f32).sqrt().recip();
             for p in &mut params[tensor.at.clone()] {
-                *p = bound * (2.0 * rng.random::<f32>() - 1.0);
+                *p = match tensor.law {
+                    Law::Uniform(bound) => bound * (2.0 * rng.random::<f32>() - 1.0),
+                    Law::Constant(x) => x,
+                };
             }
         }
     }
@@ -237,12 +282,11 @@ impl Encoder {
                 pre: layer.saves_pre().then(|| device.alloc(len)),
             }
         };
-        let scratch = self.layers.iter().map(|layer| layer.scratch(device, rows)).max().unwrap_or(0);
         Acts {
             output: device.alloc(rows * self.output),
             d_output: device.alloc(rows * self.output),
             hidden: self.layers[..between].iter().map(hidden).collect(),
-            scratch: device.alloc(scratch),
+            work: Work::new(&self.layers, device, rows),
         }
     }
 
@@ -269,7 +313,7 @@ impl Encoder {
                     Some(hidden) => (hidden.pre.as_mut(), &mut hidden.out),
                     None => (None, &mut acts.output),
                 };
-                layer.forward(device, params, rows, x, pre, out, &mut acts.scratch);
+                layer.forward(device, params, rows, x, pre, out, &mut acts.work);
             }
         }
     }
@@ -294,7 +338,7 @@ impl Encoder {
                 Some(hidden) => (hidden.pre.as_ref().unwrap_or(&hidden.out), &mut hidden.d_out),
                 None => (&acts.output, &mut acts.d_output),
             };
-            layer.backward(device, params, rows, x, saved, d_out, dx, grads, &mut acts.scratch);
+            layer.backward(device, params, rows, x, saved, d_out, dx, grads, &mut acts.work);
         }
     }
 }
@@ -310,19 +354,41 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     /// Appends `kind` ("weight", "bias") of the layer under construction.
-    fn tensor(&mut self, kind: &str, shape: &[usize], fan_in: usize) -> Range<usize> {
+    fn tensor(&mut self, kind: &str, shape: &[usize], law: Law) -> Range<usize> {
         let layer = self.encoder.layers.iter().filter(|layer| !matches!(layer, Layer::Pool(_))).count();
         let span = self.layout.spans.len();
         let at = self.layout.push(&format!("{}.{layer}.{kind}", self.prefix), shape);
-        self.encoder.tensors.push(Tensor { span, at: at.clone(), fan_in });
+        self.encoder.tensors.push(Tensor { span, at: at.clone(), law });
         at
     }
 
     fn linear(&mut self, outputs: usize, bias: bool, activation: Activation) {
         let inputs = std::mem::replace(&mut self.width, outputs);
-        let weight = self.tensor("weight", &[outputs, inputs], inputs);
-        let bias = bias.then(|| self.tensor("bias", &[outputs], inputs));
-        self.encoder.layers.push(Layer::Linear { inputs, outputs, weight, bias, activation });
+        let weight = self.tensor("weight", &[outputs, inputs], Law::fan_in(inputs));
+        let bias = bias.then(|| self.tensor("bias", &[outputs], Law::fan_in(inputs)));
+        self.encoder.layers.push(Layer::Linear(Linear { inputs, outputs, weight, bias, activation }));
+    }
+
+    fn transformer(
+        &mut self,
+        [time, channels]: [usize; 2],
+        [width, heads, depth]: [usize; 3],
+        causal: bool,
+    ) -> Result<(), NnError> {
+        let shape =
+            |found: String, expected: String| Err(NnError::Shape { encoder: self.prefix.to_owned(), found, expected });
+        if time.checked_mul(channels) != Some(self.width) {
+            return shape(format!("{} inputs", self.width), format!("{time} x {channels}, a sequence"));
+        }
+        if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
+            let found = format!("a width of {width} with {heads} heads");
+            return shape(found, "at least 1 of each, and a width that the heads divide".to_owned());
+        }
+        let attention = Attention { time, heads, head: width / heads, causal };
+        let transformer = Transformer::build(self, channels, attention, depth);
+        self.encoder.layers.push(Layer::Transformer(transformer));
+        self.width = width;
+        Ok(())
     }
 
     fn convolutions(&mut self, image: [usize; 3], specs: &[ConvSpec], activation: Activation) -> Result<(), NnError> {
@@ -348,8 +414,8 @@ impl Builder<'_> {
                 let found = format!("conv {i} with pool_size {size}");
                 return shape(found, format!("at most its image, {height} x {width}"));
             }
-            let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], conv.patch());
-            let bias = self.tensor("bias", &[outputs], conv.patch());
+            let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], Law::fan_in(conv.patch()));
+            let bias = self.tensor("bias", &[outputs], Law::fan_in(conv.patch()));
             self.encoder.layers.push(Layer::Conv { conv, weight, bias, activation });
             if size > 1 {
                 let pooling = Pooling { kind: pool, channels, height, width, size };
@@ -401,6 +467,51 @@ mod tests {
         assert_eq!(layout.len(), 61_706);
     }
 
+    // Names and shapes are the format of saved models. Gains are 1, their biases 0, and of the law's bound a layer that
+    // adds to the stream of two blocks takes half.
+    #[test]
+    fn a_transformer_has_its_tensors_and_initial_law() {
+        let spec = EncoderSpec::Transformer { sequence: [50, 2], width: 12, heads: 3, depth: 2, causal: true };
+        let mut layout = Layout::default();
+        let encoder = Encoder::build(&spec, "v", 100, 7, &mut layout).unwrap();
+        let mut params = vec![9.0; layout.len()];
+        encoder.init(1, &mut params);
+        let mut want: Vec<(String, Vec<usize>, f32)> =
+            vec![("0.input.weight".into(), vec![12, 2], 2.0), ("0.position".into(), vec![50, 12], 2.0)];
+        for b in 0..2 {
+            for (name, shape, fan_in) in [
+                ("norm_1.gain", &[12][..], 0.0),
+                ("norm_1.bias", &[12], 0.0),
+                ("qkv.weight", &[36, 12], 12.0),
+                ("qkv.bias", &[36], 12.0),
+                ("mix.weight", &[12, 12], 48.0),
+                ("mix.bias", &[12], 48.0),
+                ("norm_2.gain", &[12], 0.0),
+                ("norm_2.bias", &[12], 0.0),
+                ("up.weight", &[48, 12], 12.0),
+                ("up.bias", &[48], 12.0),
+                ("down.weight", &[12, 48], 192.0),
+                ("down.bias", &[12], 192.0),
+            ] {
+                want.push((format!("0.blocks.{b}.{name}"), shape.to_vec(), fan_in));
+            }
+        }
+        want.extend([("0.norm.gain".into(), vec![12], 0.0), ("0.norm.bias".into(), vec![12], 0.0)]);
+        want.extend([("1.weight".into(), vec![7, 12], 12.0), ("1.bias".into(), vec![7], 12.0)]);
+        assert_eq!(layout.spans.len(), want.len());
+        for (span, (name, shape, fan_in)) in layout.spans.iter().zip(&want) {
+            assert_eq!((&span.name, &span.shape), (&format!("v.{name}"), shape));
+            let part = &params[span.at.clone()];
+            if *fan_in == 0.0 {
+                let constant = if name.ends_with("gain") { 1.0 } else { 0.0 };
+                assert!(part.iter().all(|&p| p == constant), "{name}");
+            } else {
+                let largest = part.iter().fold(0.0f32, |a, p| a.max(p.abs())) * fan_in.sqrt();
+                assert!((0.6..=1.0).contains(&largest), "{name}: largest {largest}");
+            }
+        }
+    }
+
     // Uniform in +-1/sqrt(fan_in): the bound is reached but not passed, the mean is near 0, and a tensor's numbers are
     // its own: no two tensors share them, and building another encoder behind changes none.
     #[test]
@@ -434,6 +545,8 @@ mod tests {
         let conv =
             |channels, kernel, padding, pool_size| ConvSpec { channels, kernel, padding, pool: Pool::Max, pool_size };
         let cnn = |image, conv| EncoderSpec::Cnn { image, conv, activation: Activation::Relu };
+        let transformer =
+            |sequence, width, heads| EncoderSpec::Transformer { sequence, width, heads, depth: 1, causal: true };
         for (spec, input, output, part) in [
             (EncoderSpec::Identity, 3, 4, "4 outputs"),
             (EncoderSpec::Linear { bias: true }, 0, 4, "0 inputs"),
@@ -448,6 +561,11 @@ mod tests {
             (cnn([2, 4, 4], vec![conv(1, 5, 0, 1)]), 32, 1, "kernel 5"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 2), conv(1, 2, 0, 1)]), 32, 1, "kernel 2"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 3)]), 32, 1, "pool_size 3"),
+            (transformer([5, 2], 6, 2), 11, 1, "11 inputs"),
+            (transformer([usize::MAX, 2], 6, 2), 10, 1, "10 inputs"),
+            (transformer([5, 2], 0, 2), 10, 1, "width of 0"),
+            (transformer([5, 2], 6, 0), 10, 1, "0 heads"),
+            (transformer([5, 2], 6, 4), 10, 1, "4 heads"),
         ] {
             let error = Encoder::build(&spec, "u", input, output, &mut Layout::default()).unwrap_err().to_string();
             assert!(error.starts_with("encoder u: found ") && error.contains(part), "{error}");

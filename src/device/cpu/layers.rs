@@ -21,15 +21,15 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Into how many parts a sum over samples is cut, whatever the number of threads.
-const SHARDS: usize = 64;
+pub(super) const SHARDS: usize = 64;
 /// Numbers an elementwise task works through.
-const GRAIN: usize = 1 << 14;
+pub(super) const GRAIN: usize = 1 << 14;
 /// Numbers of the patches of a block of output rows, about: with its packed copy, a part of a second-level cache.
 const BLOCK: usize = 1 << 15;
 /// Numbers of the widest register.
-const REGISTER: usize = WIDEST / 2;
+pub(super) const REGISTER: usize = WIDEST / 2;
 /// Numbers summed side by side.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 
 /// How a convolution is cut up, and a shard's scratch.
 #[derive(Clone, Copy)]
@@ -74,7 +74,7 @@ impl Blocks {
 }
 
 /// Samples in a shard.
-fn shard(rows: usize) -> usize {
+pub(super) fn shard(rows: usize) -> usize {
     rows.div_ceil(SHARDS).max(1)
 }
 
@@ -443,7 +443,8 @@ fn zip_map<T: Real>(isa: Isa, x: &[T], d: &mut [T], f: impl Fn(T, T) -> T + Sync
 }
 
 /// The sum of `x`, by lanes.
-fn sum<T: Real>(x: &[T]) -> f64 {
+#[inline(always)]
+pub(super) fn sum<T: Real>(x: &[T]) -> f64 {
     let mut sums = [T::ZERO; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {

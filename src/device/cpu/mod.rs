@@ -1,17 +1,21 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
+mod attention;
 mod contrast;
 mod fused;
 mod gemm;
 mod layers;
 mod mmd;
+mod norm;
 mod shuffled;
 mod simd;
 mod sweep;
 
 pub use simd::{Isa, Lane};
 
-use super::{Activation, AdamStep, Contrast, Conv, Device, Embeddings, Engine, Gemm, Pooling, View, ViewMut};
+use super::{
+    Activation, AdamStep, Attention, Contrast, Conv, Device, Embeddings, Engine, Gemm, Norm, Pooling, View, ViewMut,
+};
 use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
@@ -21,7 +25,7 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug)]
 pub struct Cpu<T = f32> {
     isa: Isa,
-    /// The packed operand of the last matrix product.
+    /// Packed operands of the last matrix product or attention.
     packed: Mutex<Vec<T>>,
     scratch: contrast::Scratch,
     /// Embeddings of a training batch in 16-bit storage.
@@ -179,6 +183,57 @@ impl<T: Lane> Device for Cpu<T> {
         dx: ViewMut<'_, Vec<T>>,
     ) {
         layers::pool_backward(pooling, rows, read(&x), read(&d_out), write(dx));
+    }
+    fn layer_norm(
+        &self,
+        norm: &Norm,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        affine: View<'_, Vec<T>>,
+        out: ViewMut<'_, Vec<T>>,
+        stats: ViewMut<'_, Vec<T>>,
+    ) {
+        norm::layer_norm(self.isa, norm, rows, read(&x), read(&affine), write(out), write(stats));
+    }
+    fn layer_norm_backward(
+        &self,
+        norm: &Norm,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        affine: View<'_, Vec<T>>,
+        stats: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: Write<ViewMut<'_, Vec<T>>>,
+        d_affine: Write<ViewMut<'_, Vec<T>>>,
+    ) {
+        let saved = norm::Saved { x: read(&x), affine: read(&affine), stats: read(&stats) };
+        norm::layer_norm_backward(self.isa, norm, rows, saved, read(&d_out), slice(dx), slice(d_affine));
+    }
+    fn attention(
+        &self,
+        attention: &Attention,
+        rows: usize,
+        qkv: View<'_, Vec<T>>,
+        out: ViewMut<'_, Vec<T>>,
+        lse: ViewMut<'_, Vec<T>>,
+    ) {
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        attention::attention(self.isa, attention, rows, read(&qkv), write(out), write(lse), &mut packed);
+    }
+    fn attention_backward(
+        &self,
+        attention: &Attention,
+        rows: usize,
+        qkv: View<'_, Vec<T>>,
+        out: View<'_, Vec<T>>,
+        lse: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        d_qkv: ViewMut<'_, Vec<T>>,
+        delta: ViewMut<'_, Vec<T>>,
+    ) {
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let saved = attention::Saved { qkv: read(&qkv), out: read(&out), lse: read(&lse), d_out: read(&d_out) };
+        attention::attention_backward(self.isa, attention, rows, saved, write(d_qkv), write(delta), &mut packed);
     }
     fn adam(
         &self,
