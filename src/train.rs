@@ -16,7 +16,7 @@ mod state;
 use crate::checkpoint::{Checkpoint, Due, Metrics, Record};
 use crate::config::Config;
 use crate::data::{DataError, Prefetch, Source};
-use crate::device::{Contrast, Device};
+use crate::device::{Contrast, Device, DeviceError};
 use crate::nn::Network;
 use crate::objective::LossError;
 use crate::optim::grad_norm;
@@ -66,6 +66,9 @@ pub enum TrainError {
         /// The loss's reason.
         source: LossError,
     },
+    /// The device could not do its work.
+    #[error("{0}")]
+    Device(DeviceError),
     /// The loss or its gradient is not finite any more; the parameters still are.
     #[error(
         "step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers; a smaller lr may help"
@@ -140,6 +143,7 @@ pub fn train<D: Contrast + Device<Real = f32>>(
             if let (Some(dir), Some(metrics)) = (dir, &mut metrics)
                 && due.now()
             {
+                device.finish().map_err(TrainError::Device)?;
                 metrics.sync()?;
                 state.checkpoint(device, step, loss_sum, seconds()).write(dir)?;
                 due.written();
@@ -147,6 +151,8 @@ pub fn train<D: Contrast + Device<Real = f32>>(
         }
         Ok(())
     })?;
+    // A card that failed has no parameters to save.
+    device.finish().map_err(TrainError::Device)?;
     let last = state.checkpoint(device, step, loss_sum, seconds());
     if let (Some(dir), Some(metrics)) = (dir, &mut metrics) {
         metrics.sync()?;

@@ -14,6 +14,21 @@ use crate::simt::*;
 use crate::tile::{ByK, ByTile, Place, Singles, Source, product};
 use core::marker::PhantomData;
 
+/// Field by field, as numbers of which the compiler knows nothing: else it copies the struct through local memory.
+#[inline(always)]
+fn geometry(a: &Conv) -> Geometry {
+    let Geometry { channels, height, width, kernel, padding, pixels, width_out } = &a.geometry;
+    Geometry {
+        channels: opaque(*channels),
+        height: opaque(*height),
+        width: opaque(*width),
+        kernel: opaque(*kernel),
+        padding: opaque(*padding),
+        pixels: opaque(*pixels),
+        width_out: opaque(*width_out),
+    }
+}
+
 /// What gives a stored operand's numbers one by one.
 trait Gather: Copy {
     /// What is known of a row, found once for eight of its numbers.
@@ -145,7 +160,7 @@ impl Gather for Turned {
 /// Writes the tile of `[pixels of all rows, channels]` as images.
 #[inline(always)]
 unsafe fn put_images(a: &Conv, acc: &crate::tile::Acc, count: u32) {
-    let (g, place) = (a.geometry, Place::of_lane());
+    let (g, place) = (geometry(a), Place::of_lane());
     if g.pixels == 0 {
         return;
     }
@@ -172,7 +187,7 @@ unsafe fn put_images(a: &Conv, acc: &crate::tile::Acc, count: u32) {
 /// The launch contract: arrays of the extents stated in [`Conv`].
 #[inline(always)]
 pub unsafe fn forward<T: Half>(a: &Conv) {
-    let g = a.geometry;
+    let g = geometry(a);
     let depth = g.channels * g.kernel * g.kernel;
     let x = ByK { source: Gathered::<_, T>(Patches { x: a.x, g }, PhantomData), count: a.rows * g.pixels, depth };
     let w = ByK { source: Singles { at: a.weight, pitch: depth, to: PhantomData::<T> }, count: a.outputs, depth };
@@ -190,7 +205,7 @@ pub unsafe fn forward<T: Half>(a: &Conv) {
 /// The launch contract: arrays of the extents stated in [`Conv`].
 #[inline(always)]
 pub unsafe fn backward_data<T: Half>(a: &Conv) {
-    let g = a.geometry;
+    let g = geometry(a);
     let square = g.kernel * g.kernel;
     let depth = g.channels * square;
     let d = ByK { source: Gathered::<_, T>(Patches { x: a.x, g }, PhantomData), count: a.rows * g.pixels, depth };
@@ -210,7 +225,7 @@ pub unsafe fn backward_data<T: Half>(a: &Conv) {
 /// The launch contract: arrays of the extents stated in [`Conv`].
 #[inline(always)]
 pub unsafe fn backward_weight<T: Half>(a: &Conv) {
-    let g = a.geometry;
+    let g = geometry(a);
     let patch = g.channels * g.kernel * g.kernel;
     let first = block_z() * a.part;
     let rows = a.rows.saturating_sub(first).min(a.part);

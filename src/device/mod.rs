@@ -20,6 +20,9 @@ pub trait Engine {
     fn scratch_bytes(&self) -> usize;
 }
 
+/// Why a device could not do its work.
+pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
+
 /// A part of a device buffer, read.
 #[derive(Debug)]
 pub struct View<'a, B> {
@@ -259,6 +262,13 @@ pub trait Device: Sync {
     fn download(&self, from: View<'_, Self::Buf>, to: &mut [f32]);
     /// `c = op(a) op(b)`, see [`Gemm`].
     fn gemm(&self, shape: Gemm, a: View<'_, Self::Buf>, b: View<'_, Self::Buf>, c: Write<ViewMut<'_, Self::Buf>>);
+
+    /// Waits for all verbs before. They have no result: the first that failed, after which none did anything, is told
+    /// here.
+    ///
+    /// # Errors
+    /// What the machine said.
+    fn finish(&self) -> Result<(), DeviceError>;
 
     /// `to = from`; lengths must be equal.
     fn copy(&self, from: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);

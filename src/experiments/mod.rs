@@ -160,6 +160,7 @@ fn embed_to<D: Device<Real = f32>>(
         device.upload(input, ViewMut { buf: &mut x, at: 0..input.len() });
         encoder.forward(device, &arena, View { buf: &x, at: 0..input.len() }, count, &mut acts);
         device.download(View { buf: &acts.output, at: 0..output.len() }, output);
+        device.finish().map_err(io::Error::other)?;
         push(output)?;
     }
     Ok(())

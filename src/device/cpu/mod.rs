@@ -14,7 +14,8 @@ mod sweep;
 pub use simd::{Isa, Lane};
 
 use super::{
-    Activation, AdamStep, Attention, Contrast, Conv, Device, Embeddings, Engine, Gemm, Norm, Pooling, View, ViewMut,
+    Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Engine, Gemm, Norm, Pooling,
+    View, ViewMut,
 };
 use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
 use half::{bf16, f16};
@@ -109,6 +110,9 @@ impl<T: Lane> Device for Cpu<T> {
         gemm::gemm(self.isa, shape, read(&a), read(&b), slice(c), &mut packed);
     }
 
+    fn finish(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
     fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
         write(to).copy_from_slice(read(&from));
     }

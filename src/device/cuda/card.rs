@@ -236,6 +236,11 @@ impl<T: Pod, C: Card> Buffer<T, C> {
         Ok(Self { card: Arc::clone(card), at, len })
     }
 
+    /// No numbers: where there was no memory for them.
+    pub fn none(card: &Arc<C>) -> Self {
+        Self { card: Arc::clone(card), at: null_mut(), len: 0 }
+    }
+
     /// `len` numbers of zero bytes.
     ///
     /// # Errors

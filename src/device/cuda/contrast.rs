@@ -15,6 +15,7 @@
 
 use super::CudaError;
 use super::card::{Arena, Card, Dim, Element, MapSpec, Swizzle};
+use super::verbs::Verbs;
 use crate::device::Engine;
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Precision, Storage, Value, Write,
@@ -27,7 +28,7 @@ use kernels::law::Product;
 use std::collections::HashMap;
 use std::f64::consts::{LN_2, LOG2_E};
 use std::ptr::{null, null_mut};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows and columns of G kept at a time: 32 MiB of halves, about the cache of a large card.
 const CHUNK: usize = 4096;
@@ -127,14 +128,15 @@ pub enum Out {
 /// The loss engine of one card: scratch, and what it remembers of the last batch.
 #[derive(Debug)]
 pub struct Cuda<C: Card> {
-    card: Arc<C>,
+    pub(super) card: Arc<C>,
     arena: Arena<C>,
     pairing: Pairing,
     /// Sizes of the last batch whose pairs were the plain diagonal: nothing to upload if the next one's are the same.
     plain: Option<[usize; 2]>,
     chunk: usize,
     hopper: bool,
-    precision: Precision,
+    pub(super) precision: Precision,
+    pub(super) verbs: Mutex<Verbs<C>>,
 }
 
 /// One side, prepared.
@@ -217,6 +219,7 @@ impl<C: Card> Cuda<C> {
             chunk: CHUNK,
             hopper,
             precision,
+            verbs: Verbs::new(card),
         }
     }
 
@@ -775,10 +778,10 @@ impl<C: Card> Cuda<C> {
         tiles.min(self.card.multiprocessors() as usize) as u32
     }
 
-    fn run<A: abi::Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
+    pub(super) fn run<A: abi::Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
         // SAFETY: every address in `args` is of a slot of the arena that was asked for at the extent the kernel's argument
-        // states, or of the caller's rows and gradients, which hold `[rows, dim]` numbers; what a kernel writes is this
-        // engine's, which is borrowed mutably, or the caller's output.
+        // states, or of a part of a caller's buffer, which its view checked and its verb sizes; what a kernel writes is
+        // scratch that only this engine's queue of work touches, or the caller's output, borrowed mutably.
         unsafe { self.card.launch(kernel, grid, args) }
     }
 }
@@ -820,7 +823,8 @@ impl<C: Card> Engine for Cuda<C> {
     }
 
     fn scratch_bytes(&self) -> usize {
-        self.arena.bytes() + self.pairing.bytes()
+        let verbs = self.verbs.lock().unwrap_or_else(PoisonError::into_inner).bytes();
+        self.arena.bytes() + self.pairing.bytes() + verbs
     }
 }
 

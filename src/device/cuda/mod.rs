@@ -4,10 +4,13 @@
 //! | --- | --- |
 //! | [`card`] | what an engine asks of a card, and memory over whatever answers: the driver, or an emulation in tests |
 //! | [`driver`] | the card that is there |
+//! | [`contrast`] | losses: which launches, in which order |
+//! | `verbs` | what encoders and optimisers are made of |
 
 pub mod card;
 pub mod contrast;
 pub mod driver;
+mod verbs;
 
 pub use card::{Arena, Buffer, Card};
 pub use driver::{Driver, cards};
@@ -226,6 +229,9 @@ pub enum CudaError {
     /// Memory of one card is no other's.
     #[error("the two buffers are of different cards: copy through the host")]
     OtherCard,
+    /// A shape that no kernel takes.
+    #[error("the card's kernels need {0}; use --device cpu")]
+    Shape(&'static str),
     /// No tensor that the TMA unit takes.
     #[error("a tensor map needs {0}")]
     Map(&'static str),
