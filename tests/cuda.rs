@@ -7,12 +7,13 @@ mod common;
 mod twin;
 
 use common::{Case, Data, OBJECTIVES, Positive, options, relative, wide};
+use contrastive::device::cuda::Buffer;
 use contrastive::device::cuda::contrast::Cuda;
-use contrastive::objective::{Gradients, Objective, Precision, Tilting, Value, Write, reference};
+use contrastive::objective::{Gradients, Objective, Precision, Storage, Tilting, Value, Write, reference};
 use contrastive::{Batch, Engine, Loss, Matrix};
 use half::{bf16, f16};
 use std::sync::Arc;
-use twin::Twin;
+use twin::Machine;
 
 const PORTABLE: [u32; 2] = [8, 0];
 const HOPPER: [u32; 2] = [9, 0];
@@ -115,17 +116,21 @@ fn worthwhile(k: usize, option: usize, case: &Case) -> bool {
     }
 }
 
-fn conforms(capability: [u32; 2], shapes: &[(usize, usize, usize)]) {
-    let card = Arc::new(Twin::new(capability, 7));
+fn conforms(capability: [u32; 2]) {
+    let card = Arc::new(Machine::new(capability, 7));
+    let shapes = if card.is_card() { [SHAPES, LARGE].concat() } else { SHAPES.to_vec() };
     for precision in [Precision::Bf16, Precision::F16] {
         // Chunks smaller than the larger shapes, so that accumulation over chunks is seen.
         let mut engine = Cuda::new(&card, precision).with_chunk(256);
+        if capability == PORTABLE {
+            engine = engine.portable();
+        }
         let mut largest = (0.0, None);
         for &objective in OBJECTIVES.iter().filter(|o| on_the_card(**o)) {
             for &tilting in Tilting::ALL {
                 for (k, &(n, m, d)) in shapes.iter().enumerate() {
                     for (o, case) in options(Case::new(tilting, objective, n, m, d)).into_iter().enumerate() {
-                        if !worthwhile(k, o, &case) {
+                        if !card.is_card() && !worthwhile(k, o, &case) {
                             continue;
                         }
                         let mut data = case.data();
@@ -166,12 +171,49 @@ fn conforms(capability: [u32; 2], shapes: &[(usize, usize, usize)]) {
 
 const SHAPES: &[(usize, usize, usize)] = &[(1, 1, 1), (17, 31, 5), (131, 67, 33), (300, 300, 64)];
 
+/// Besides, on a card.
+const LARGE: &[(usize, usize, usize)] = &[(1000, 1300, 128), (777, 1029, 256), (1500, 1200, 515), (640, 2000, 1024)];
+
 #[test]
 fn portable_kernels_conform() {
-    conforms(PORTABLE, SHAPES);
+    conforms(PORTABLE);
 }
 
 #[test]
 fn hopper_kernels_conform() {
-    conforms(HOPPER, SHAPES);
+    conforms(HOPPER);
+}
+
+/// What is on the card already gives the bits that host memory gives, added to or over what was there; and the twin's
+/// order of lanes and blocks changes none.
+#[test]
+fn embeddings_on_the_card_are_the_same_loss() {
+    let case = Case::new(Tilting::Cosine, OBJECTIVES[0], 150, 290, 20);
+    let data = case.data();
+    let [u, v] = [&data.u, &data.v].map(|x| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
+    let mut found = vec![];
+    for (capability, seed) in [(HOPPER, 1), (HOPPER, 2), (PORTABLE, 3), (PORTABLE, 4)] {
+        let card = Arc::new(Machine::new(capability, seed));
+        let mut engine = Cuda::new(&card, Precision::Bf16).with_chunk(256);
+        if capability == PORTABLE {
+            engine = engine.portable();
+        }
+        let matrix = |x| Matrix { data: Storage::Bf16(x), rows: x.len() / case.d, dim: case.d };
+        let batch = Batch { u: matrix(&u), v: matrix(&v), ..data.batch(&case) };
+        let host = evaluate(&mut engine, &case.loss(), &batch);
+        let (on_u, on_v) = (Buffer::of(&card, &u).unwrap(), Buffer::of(&card, &v).unwrap());
+        let mut du = Buffer::of(&card, &vec![f32::NAN; u.len()]).unwrap();
+        let mut dv = Buffer::of(&card, &vec![1f32; v.len()]).unwrap();
+        let gradients = [Some(Write::Set(&mut du)), Some(Write::Add(&mut dv))];
+        let value = engine.loss_on_card(&case.loss(), [&on_u, &on_v], case.d, gradients).unwrap();
+        let (mut got_u, mut got_v) = (vec![0f32; u.len()], vec![0f32; v.len()]);
+        du.download(.., &mut got_u).unwrap();
+        dv.download(.., &mut got_v).unwrap();
+        assert_eq!((value, &got_u), (host.value, &host.u));
+        assert!(got_v.iter().zip(&host.v).all(|(g, h)| *g == 1.0 + h));
+        let wrong = engine.loss_on_card(&case.loss(), [&on_u, &on_v], 7, [None, None]).unwrap_err();
+        assert!(wrong.to_string().contains("rows of 7"), "{wrong}");
+        found.push(host);
+    }
+    assert!(found[0] == found[1] && found[2] == found[3], "not the same bits again");
 }

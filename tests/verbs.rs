@@ -11,7 +11,7 @@ use contrastive::device::{Activation, AdamStep, Attention, Conv, Device, Gemm, N
 use contrastive::objective::{Precision, Write};
 use half::bf16;
 use std::sync::Arc;
-use twin::Twin;
+use twin::Machine;
 
 struct Rng(u64);
 
@@ -50,7 +50,7 @@ fn on<D: Device>(device: &D, inputs: &[Vec<f32>], verbs: impl Fn(&D, &mut [D::Bu
 macro_rules! same {
     ($name:expr, $bound:expr, $inputs:expr, $verbs:expr) => {{
         let inputs: Vec<Vec<f32>> = $inputs;
-        let card = Cuda::new(&Arc::new(Twin::new([8, 0], 3)), Precision::Bf16);
+        let card = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::Bf16);
         let got = on(&card, &inputs, $verbs);
         let want = on(&Cpu::<f64>::new(), &inputs, $verbs);
         for (k, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -254,7 +254,7 @@ fn optimiser() {
 
 #[test]
 fn a_failure_is_told_once_and_nothing_is_done_after_it() {
-    let device = Cuda::new(&Arc::new(Twin::new([8, 0], 3)), Precision::Bf16);
+    let device = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::Bf16);
     let mut x = device.alloc(4);
     device.upload(&[1.0; 5], ViewMut { buf: &mut x, at: 0..4 });
     device.fill(7.0, ViewMut { buf: &mut x, at: 0..4 });
@@ -295,7 +295,7 @@ fn training_follows_the_cpu() {
     for (name, toml) in [("mlp", mlp), ("transformer", transformer), ("lenet", lenet)] {
         let cpu = losses(&mut Cpu::new(), toml);
         for capability in [[8, 0], [9, 0]] {
-            let card = Arc::new(Twin::new(capability, 5));
+            let card = Arc::new(Machine::new(capability, 5));
             let got = losses(&mut Cuda::new(&card, Precision::Bf16), toml);
             assert_eq!(got.len(), cpu.len());
             for (step, (got, want)) in got.iter().zip(&cpu).enumerate() {

@@ -9,10 +9,12 @@ mod device;
 mod loss;
 mod train;
 
-use self::device::why_not_cuda;
+use self::device::{Device, why_not_cuda};
 use crate::config::{ConfigError, parse_precision};
 use crate::data::{DataError, Side, npy::Npy};
 use crate::device::cpu::{Cpu, Isa};
+#[cfg(feature = "cuda")]
+use crate::device::cuda::contrast::Cuda;
 use crate::experiments::{self, Model};
 use crate::objective::LossError;
 use clap::{Args, Parser, Subcommand};
@@ -256,8 +258,12 @@ fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     let model = Model::load(&args.model)?;
     let x = Npy::open(&args.input)?;
     check_output(&args.output)?;
-    let choice = common.choose(Some("encoders run on the CPU".into()))?;
-    model.embed(&Cpu::new(), side, &x, &args.output)?;
+    let choice = common.choose(None)?;
+    match &choice.device {
+        Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(driver, _) => model.embed(&Cuda::new(driver, choice.precision()), side, &x, &args.output),
+    }?;
     choice.announce();
     let json = serde_json::json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
     common.print(

@@ -1,8 +1,11 @@
 //! `contrastive train`.
 
+use super::device::Device;
 use super::{Common, Failure, on_terminal};
 use crate::config::Partial;
 use crate::device::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use crate::device::cuda::contrast::Cuda;
 use crate::experiments::{self, Outcome};
 use crate::train::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -150,10 +153,19 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     // A run that goes on does so with its own settings, unless told others.
     let own = folder(flags.experiment.as_deref().unwrap_or(experiments::ALL[0].name)).join("config.toml");
     let file = args.config.clone().or_else(|| (args.resume && own.exists()).then_some(own));
-    let config = experiments::resolve(file.as_deref(), flags)?;
+    let mut config = experiments::resolve(file.as_deref(), flags)?;
     let dir = folder(&config.experiment);
-    let choice = common.choose(Some("encoders run on the CPU".into()))?;
-    let mut device = Cpu::new();
+    let only_cpu = if matches!(&config.objective[..], "mmd" | "joint-mmd") || config.pairings > 0 {
+        Some("mmd, joint-mmd and the shuffled joint loss are the CPU's".to_owned())
+    } else if file.is_some() && config.precision == "f32" {
+        Some("the settings say f32, and f32 products are the CPU's".to_owned())
+    } else {
+        None
+    };
+    let choice = common.choose(only_cpu)?;
+    if file.is_none() {
+        choice.precision_name().clone_into(&mut config.precision);
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
     ctrlc::set_handler(move || told.store(true, Ordering::Relaxed))
@@ -176,8 +188,15 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
             bar.set_message(format!("{:.4}", progress.loss));
         }
     };
-    let Outcome { report, stopped } =
-        experiments::run(&mut device, "cpu", &config, &dir, args.resume, &stop, &mut observe)?;
+    let (kind, resume) = (choice.kind(), args.resume);
+    let Outcome { report, stopped } = match &choice.device {
+        Device::Cpu => experiments::run(&mut Cpu::new(), kind, &config, &dir, resume, &stop, &mut observe),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(driver, _) => {
+            let mut card = Cuda::new(driver, choice.precision());
+            experiments::run(&mut card, kind, &config, &dir, resume, &stop, &mut observe)
+        }
+    }?;
     announce();
     if let Some(bar) = &bar {
         bar.finish_and_clear();

@@ -46,7 +46,8 @@ impl Batch<'_> {
         finite("v", &self.v)
     }
 
-    fn parameters(&self, loss: &Loss) -> Result<(), LossError> {
+    /// The part of [`Batch::validate`] that looks at no number of the batch.
+    pub(crate) fn parameters(&self, loss: &Loss) -> Result<(), LossError> {
         if !(loss.tau.is_finite() && loss.tau > 0.0) {
             return Err(bad("tau", loss.tau, "a finite number above 0"));
         }

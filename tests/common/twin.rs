@@ -1,7 +1,7 @@
 //! The host twin as a card: the engine's own launches, run by the kernels' shim.
 
-use contrastive::device::cuda::CudaError;
 use contrastive::device::cuda::card::{Card, MapSpec, Swizzle};
+use contrastive::device::cuda::{CudaError, Driver};
 use kernels::abi::{Args, Kernel, TensorMap};
 use kernels::simt::shim::{self, Memory};
 use std::collections::BTreeMap;
@@ -93,7 +93,7 @@ impl Card for Twin {
         work()
     }
     unsafe fn replay(&self, _: &()) -> Result<(), CudaError> {
-        unimplemented_on_the_twin("replay")
+        panic!("the twin has no graphs")
     }
     fn mark(&self) -> Result<Instant, CudaError> {
         Ok(Instant::now())
@@ -103,6 +103,101 @@ impl Card for Twin {
     }
 }
 
-fn unimplemented_on_the_twin(what: &str) -> ! {
-    panic!("{what}: the twin has no graphs")
+/// The twin, or with `CONTRASTIVE_CARD=K` in the environment card K of this machine: what the tests of a card run on.
+pub enum Machine {
+    Twin(Twin),
+    Card(Driver),
+}
+
+impl Machine {
+    /// The twin of a card of `capability`; a real card has its own.
+    pub fn new(capability: [u32; 2], seed: u64) -> Self {
+        match std::env::var("CONTRASTIVE_CARD") {
+            Ok(ordinal) => Machine::Card(Driver::new(ordinal.parse().expect("a number")).expect("a card")),
+            Err(_) => Machine::Twin(Twin::new(capability, seed)),
+        }
+    }
+
+    /// Whether this is a card, which has time for more.
+    pub fn is_card(&self) -> bool {
+        matches!(self, Machine::Card(_))
+    }
+}
+
+/// The same call on whichever it is.
+macro_rules! each {
+    ($machine:expr, $card:ident => $call:expr) => {
+        match $machine {
+            Machine::Twin($card) => $call,
+            Machine::Card($card) => $call,
+        }
+    };
+}
+
+impl Card for Machine {
+    type Graph = Option<<Driver as Card>::Graph>;
+    type Event = (Instant, Option<<Driver as Card>::Event>);
+
+    fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
+        each!(self, c => c.alloc(bytes))
+    }
+    unsafe fn free(&self, at: *mut u8) {
+        // SAFETY: the caller's promise, here and below.
+        each!(self, c => unsafe { c.free(at) })
+    }
+    unsafe fn upload(&self, from: &[u8], to: *mut u8) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        each!(self, c => unsafe { c.upload(from, to) })
+    }
+    unsafe fn download(&self, from: *const u8, to: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        each!(self, c => unsafe { c.download(from, to) })
+    }
+    unsafe fn copy(&self, from: *const u8, to: *mut u8, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        each!(self, c => unsafe { c.copy(from, to, bytes) })
+    }
+    unsafe fn fill(&self, byte: u8, to: *mut u8, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        each!(self, c => unsafe { c.fill(byte, to, bytes) })
+    }
+    unsafe fn launch<A: Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        each!(self, c => unsafe { c.launch(kernel, grid, args) })
+    }
+    fn synchronise(&self) -> Result<(), CudaError> {
+        each!(self, c => c.synchronise())
+    }
+    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+        each!(self, c => c.tensor_map(spec))
+    }
+    fn multiprocessors(&self) -> u32 {
+        each!(self, c => c.multiprocessors())
+    }
+    fn capability(&self) -> [u32; 2] {
+        each!(self, c => c.capability())
+    }
+    fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Self::Graph, CudaError> {
+        match self {
+            Machine::Twin(c) => c.capture(work).map(|()| None),
+            Machine::Card(c) => c.capture(work).map(Some),
+        }
+    }
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), CudaError> {
+        match (self, graph) {
+            // SAFETY: as above.
+            (Machine::Card(c), Some(graph)) => unsafe { c.replay(graph) },
+            _ => panic!("the twin has no graphs"),
+        }
+    }
+    fn mark(&self) -> Result<Self::Event, CudaError> {
+        let event = if let Machine::Card(c) = self { Some(c.mark()?) } else { None };
+        Ok((Instant::now(), event))
+    }
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, CudaError> {
+        match (self, &from.1, &to.1) {
+            (Machine::Card(c), Some(from), Some(to)) => c.elapsed(from, to),
+            _ => Ok(to.0.duration_since(from.0).as_secs_f64() * 1e3),
+        }
+    }
 }

@@ -14,7 +14,7 @@
 //! depends on which block came first.
 
 use super::CudaError;
-use super::card::{Arena, Card, Dim, Element, MapSpec, Swizzle};
+use super::card::{Arena, Buffer, Card, Dim, Element, MapSpec, Swizzle};
 use super::verbs::Verbs;
 use crate::device::Engine;
 use crate::objective::{
@@ -112,6 +112,21 @@ pub struct Rows {
     pub rows: usize,
     /// Numbers of each.
     pub dim: usize,
+}
+
+/// What embeddings on a card may be made of.
+pub trait Embedding: Pod {
+    /// The precision they are in; `None` for f32, which is rounded to the engine's.
+    const PRECISION: Option<Precision>;
+}
+impl Embedding for f32 {
+    const PRECISION: Option<Precision> = None;
+}
+impl Embedding for half::bf16 {
+    const PRECISION: Option<Precision> = Some(Precision::Bf16);
+}
+impl Embedding for half::f16 {
+    const PRECISION: Option<Precision> = Some(Precision::F16);
 }
 
 /// Where gradients go on the card.
@@ -233,6 +248,69 @@ impl<C: Card> Cuda<C> {
     pub fn portable(mut self) -> Self {
         self.hopper = false;
         self
+    }
+
+    /// Evaluates `loss` on embeddings that are on the card, `u` `[N, dim]` and `v` `[M, dim]`, pair i being row i of
+    /// both; gradients stay there.
+    ///
+    /// # Errors
+    /// As [`Engine::loss`] of this engine; [`LossError::Shape`] for buffers of other lengths.
+    pub fn loss_on_card<T: Embedding>(
+        &mut self,
+        loss: &Loss,
+        [u, v]: [&Buffer<T, C>; 2],
+        dim: usize,
+        gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
+    ) -> Result<Value, LossError> {
+        let shape = |what, found: usize, expected: String| LossError::Shape {
+            what,
+            found: format!("{found} elements"),
+            expected,
+        };
+        let mut rows = [Rows { at: null(), singles: T::PRECISION.is_none(), rows: 0, dim }; 2];
+        let mut out = [Out::None; 2];
+        let names = [("u", "gradient of u"), ("v", "gradient of v")];
+        for (((x, gradient), name), (rows, out)) in
+            [u, v].into_iter().zip(gradients).zip(names).zip(rows.iter_mut().zip(&mut out))
+        {
+            if dim == 0 || x.is_empty() || !x.len().is_multiple_of(dim) {
+                return Err(shape(name.0, x.len(), format!("rows of {dim} elements, at least one")));
+            }
+            (rows.at, rows.rows) = (x.ptr(..)?.cast(), x.len() / dim);
+            *out = match gradient {
+                Some(Write::Set(to) | Write::Add(to)) if to.len() != x.len() => {
+                    return Err(shape(name.1, to.len(), format!("{} elements", x.len())));
+                }
+                Some(Write::Set(to)) => Out::Set(to.ptr_mut(..)?),
+                Some(Write::Add(to)) => Out::Add(to.ptr_mut(..)?),
+                None => Out::None,
+            };
+        }
+        // SAFETY: buffers of the lengths checked above; outputs are borrowed mutably.
+        unsafe { self.loss_at(loss, T::PRECISION.unwrap_or(self.precision), rows, out) }
+    }
+
+    /// The same on raw addresses, for programs with memory of their own: on [`super::Driver::of_stream`]'s stream.
+    /// `precision` is what f32 rows are rounded to, or the type of others.
+    ///
+    /// # Safety
+    /// `rows` and `out` are addresses of `[rows, dim]` numbers in the card's memory that live until the call returns;
+    /// nobody else writes the rows or touches the outputs meanwhile.
+    ///
+    /// # Errors
+    /// As [`Engine::loss`] of this engine.
+    pub unsafe fn loss_at(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        rows: [Rows; 2],
+        out: [Out; 2],
+    ) -> Result<Value, LossError> {
+        let [u, v] = rows.map(|r| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim });
+        let batch = Batch { u, v, pairs: Pairs::default(), offset_v: None, moments: None };
+        batch.parameters(loss)?;
+        let value = self.evaluate(loss, precision, rows, null(), &batch, out, None)?;
+        if value.loss.is_finite() { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
     }
 
     /// Evaluates embeddings that are on the card; `batch` gives everything else, its embeddings' data are not looked at.

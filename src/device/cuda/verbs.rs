@@ -10,7 +10,7 @@ use crate::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling, View,
     ViewMut,
 };
-use crate::objective::{Batch, Loss, LossError, Matrix, Pairs, Precision, Storage, Value, Write};
+use crate::objective::{Loss, LossError, Precision, Value, Write};
 use kernels::abi::{self, Kernel};
 use kernels::entries as e;
 use std::ptr::{null, null_mut};
@@ -608,17 +608,8 @@ impl<C: Card> Contrast for Cuda<C> {
             Ok::<_, CudaError>(if add { Out::Add(at) } else { Out::Set(at) })
         };
         let [grad_u, grad_v] = gradients;
-        let nothing = Matrix { data: Storage::F32(&[]), rows, dim };
-        let batch = Batch { u: nothing, v: nothing, pairs: Pairs::default(), offset_v: None, moments: None };
-        let value = self.evaluate(
-            loss,
-            precision,
-            [on_card(&u)?, on_card(&v)?],
-            null(),
-            &batch,
-            [out(grad_u)?, out(grad_v)?],
-            None,
-        )?;
-        if value.loss.is_finite() { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
+        let (rows, out) = ([on_card(&u)?, on_card(&v)?], [out(grad_u)?, out(grad_v)?]);
+        // SAFETY: parts of buffers that their views checked; outputs are borrowed mutably.
+        unsafe { self.loss_at(loss, precision, rows, out) }
     }
 }
