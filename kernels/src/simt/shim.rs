@@ -28,6 +28,62 @@ const STACK: usize = 256 << 10;
 /// Bytes that one shadow describes: the narrowest access.
 const GRAIN: usize = 2;
 
+/// mbarriers a block may have.
+const MBARRIERS: usize = 16;
+
+/// Words that a mutation may leave out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `sync`.
+    Sync,
+    /// `named_barrier`.
+    NamedBarrier,
+    /// `copy_wait`.
+    CopyWait,
+    /// `mbarrier_wait`.
+    MbarrierWait,
+    /// `mbarrier_arrive`.
+    MbarrierArrive,
+    /// `mbarrier_expect`.
+    MbarrierExpect,
+    /// `fence_async`.
+    FenceAsync,
+    /// `wgmma_fence`.
+    WgmmaFence,
+    /// `wgmma_wait`.
+    WgmmaWait,
+    /// `bulk_wait_read`.
+    BulkWaitRead,
+    /// Not a word: TMA boxes arrive without their swizzle.
+    Swizzle,
+}
+
+impl Call {
+    /// All of them.
+    pub const ALL: [Call; 11] = [
+        Call::Sync,
+        Call::NamedBarrier,
+        Call::CopyWait,
+        Call::MbarrierWait,
+        Call::MbarrierArrive,
+        Call::MbarrierExpect,
+        Call::FenceAsync,
+        Call::WgmmaFence,
+        Call::WgmmaWait,
+        Call::BulkWaitRead,
+        Call::Swizzle,
+    ];
+}
+
+/// A mutation of a kernel: each lane's call `nth` of a word does nothing, or with `None` every one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Omission {
+    /// What is left out.
+    pub word: Call,
+    /// Which call of a lane, from 0.
+    pub nth: Option<u32>,
+}
+
 /// What is known of two bytes of shared memory.
 #[derive(Clone, Copy, Default)]
 struct Shadow {
@@ -58,19 +114,23 @@ struct Gathering {
 }
 
 struct Mbarrier {
+    /// Who initialised it, and when by its own clock.
+    by: (u16, u32),
     count: u32,
     pending: u32,
     /// Bytes that copies still owe to this phase.
     bytes: i64,
     phase: u32,
-    /// All that those who arrived have seen.
+    /// Where its phases are in clocks.
+    place: usize,
+    /// All that those who arrived have seen, and how many phases are complete.
     clock: Vec<u32>,
     /// The same, when the last phase was completed.
     complete: Vec<u32>,
 }
 
 struct Lane {
-    /// What this lane knows to have happened: by lane, the last for asynchronous copies.
+    /// What this lane knows to have happened: by lane, then what copies have read, then phases by mbarrier.
     seen: Rc<Vec<u32>>,
     /// Its own clock; what it does now is not known to others before they meet.
     clock: u32,
@@ -86,6 +146,8 @@ struct Lane {
     products: VecDeque<Vec<Product>>,
     /// `wgmma_fence`s so far.
     fences: u64,
+    /// Calls of the word that a mutation is about.
+    calls: u32,
     yielder: *const Yielder<(), ()>,
 }
 
@@ -168,7 +230,7 @@ fn operand(descriptor: u64, along_tile: bool, index: u32, k: u32) -> u32 {
 /// A copy on its way.
 enum Late {
     Copy { to: u32, from: usize, bytes: u32, landed: Rc<Cell<bool>> },
-    Load { to: u32, map: MapSpec, x: u32, y: u32, barrier: u32 },
+    Load { by: usize, to: u32, map: MapSpec, x: u32, y: u32, barrier: u32 },
     Store { from: u32, map: MapSpec, x: u32, y: u32, landed: Rc<Cell<bool>> },
 }
 
@@ -185,9 +247,10 @@ struct Block {
     slots: Vec<[[[u32; 8]; 32]; 2]>,
     mbarriers: HashMap<u32, Mbarrier>,
     late: Vec<Late>,
-    async_clock: u32,
+    store_clock: u32,
     random: u64,
     moved: bool,
+    omission: Option<Omission>,
 }
 
 thread_local! {
@@ -212,6 +275,16 @@ fn block<R>(f: impl FnOnce(&mut Block) -> R) -> R {
 
 fn me() -> usize {
     LANE.get() as usize
+}
+
+/// Whether the mutation, if there is one, leaves this call out.
+fn omitted(word: Call) -> bool {
+    block(|b| {
+        let Some(omission) = b.omission.filter(|o| o.word == word) else { return false };
+        let call = b.lanes[me()].calls;
+        b.lanes[me()].calls += 1;
+        omission.nth.is_none_or(|nth| nth == call)
+    })
 }
 
 /// Runs others until `ready`.
@@ -251,8 +324,8 @@ impl Block {
         (self.random % below as u64) as usize
     }
 
-    /// Where asynchronous copies are in clocks.
-    fn copier(&self) -> usize {
+    /// Where copies from shared memory are in clocks.
+    fn reader(&self) -> usize {
         self.lanes.len()
     }
 
@@ -317,7 +390,7 @@ impl Block {
     }
 
     fn name(&self, who: u16) -> String {
-        if usize::from(who) == self.copier() { "a copy".into() } else { format!("lane {who}") }
+        if usize::from(who) >= self.lanes.len() { "a copy".into() } else { format!("lane {who}") }
     }
 
     /// A store by this lane.
@@ -342,7 +415,7 @@ impl Block {
 
     /// Those who meet know what all of them knew.
     fn meet(&mut self, lanes: &[u32]) {
-        let mut all = vec![0; self.lanes.len() + 1];
+        let mut all = vec![0; self.lanes.len() + 1 + MBARRIERS];
         for &l in lanes {
             let lane = &mut self.lanes[l as usize];
             join(&mut all, &lane.seen);
@@ -355,14 +428,17 @@ impl Block {
         }
     }
 
-    fn mbarrier(&mut self, at: u32, what: &str) -> &mut Mbarrier {
+    /// The mbarrier at `at`, which `lane` must know to be initialised.
+    fn mbarrier(&mut self, at: u32, lane: usize, what: &str) -> &mut Mbarrier {
+        let known = self.mbarriers.get(&at).is_none_or(|b| self.knows(lane, b.by));
+        assert!(known, "{what}: race: lane {lane} uses the mbarrier at {at}, initialised with no barrier between");
         self.mbarriers.get_mut(&at).unwrap_or_else(|| panic!("{what}: no mbarrier was initialised at shared byte {at}"))
     }
 
     fn arrive(&mut self, at: u32, bytes: i64, what: &str) {
         let lane = me();
         let (seen, clock) = (Rc::clone(&self.lanes[lane].seen), self.lanes[lane].clock);
-        let b = self.mbarrier(at, what);
+        let b = self.mbarrier(at, lane, what);
         assert!(b.pending > 0, "{what}: lane {lane} arrives at the mbarrier at {at}, which expects nobody more");
         join(&mut b.clock, &seen);
         b.clock[lane] = b.clock[lane].max(clock);
@@ -384,10 +460,10 @@ impl Block {
                 read_global(from, &mut self.shared[to..to + bytes], at, "copy_async");
                 landed.set(true);
             }
-            Late::Load { to, map, x, y, barrier } => {
-                self.async_clock += 1;
-                let now = (self.copier() as u16, self.async_clock);
+            Late::Load { by, to, map, x, y, barrier } => {
                 let at = (self.block_number(), self.launch);
+                let b = self.mbarrier(barrier, by, "tma_load");
+                let now = (b.place as u16, b.clock[b.place] + 1);
                 let mut bytes = 0;
                 map.each(x, y, |offset, inside| {
                     let width = map.element as usize;
@@ -401,10 +477,8 @@ impl Block {
                     }
                     bytes += width as i64;
                 });
-                let copier = self.copier();
-                let b = self.mbarrier(barrier, "tma_load");
+                let b = self.mbarrier(barrier, by, "tma_load");
                 b.bytes -= bytes;
-                b.clock[copier] = b.clock[copier].max(now.1);
                 b.settle();
             }
             Late::Store { from, map, x, y, landed } => {
@@ -430,6 +504,7 @@ impl Mbarrier {
     fn settle(&mut self) {
         if self.pending == 0 && self.bytes == 0 {
             self.phase ^= 1;
+            self.clock[self.place] += 1;
             self.pending = self.count;
             self.complete.clone_from(&self.clock);
         }
@@ -668,6 +743,25 @@ fn swizzle(address: u32) -> u32 {
 /// # Safety
 /// Pointers of `args` are addresses of [`Memory`] of the extents the kernel expects, or null where it allows.
 pub unsafe fn launch<A: crate::abi::Args>(kernel: &crate::abi::Kernel<A>, grid: [u32; 3], args: &A, seed: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { launch_without(kernel, grid, args, seed, None) };
+}
+
+/// The same of a mutated kernel; tells how often the busiest lane called the word that the mutation is about.
+///
+/// # Panics
+/// As [`launch`]: the mutation was found out.
+///
+/// # Safety
+/// As [`launch`].
+pub unsafe fn launch_without<A: crate::abi::Args>(
+    kernel: &crate::abi::Kernel<A>,
+    grid: [u32; 3],
+    args: &A,
+    seed: u64,
+    omission: Option<Omission>,
+) -> u32 {
+    let calls = AtomicU32::new(0);
     let launch = (LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1) & 0xff_ffff;
     let blocks = grid.iter().product::<u32>() as usize;
     assert!(blocks > 0, "{}: an empty grid {grid:?}", kernel.name);
@@ -694,10 +788,13 @@ pub unsafe fn launch<A: crate::abi::Args>(kernel: &crate::abi::Kernel<A>, grid: 
             let (body, args) = (kernel.body, shared.0);
             let run = std::panic::AssertUnwindSafe(|| {
                 // SAFETY: the pointer is to `args`, which outlives the workers.
-                run_block(kernel.threads, kernel.shared, at, grid, launch, seed, move || unsafe { body(&*args.cast(), args as u64) })
+                run_block([kernel.threads, kernel.shared], at, grid, launch, seed, omission, move || unsafe {
+                    body(&*args.cast(), args as u64)
+                })
             });
-            if let Err(panic) = std::panic::catch_unwind(run) {
-                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(panic);
+            match std::panic::catch_unwind(run) {
+                Ok(most) => _ = calls.fetch_max(most, Ordering::Relaxed),
+                Err(panic) => _ = failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(panic),
             }
         }
     };
@@ -710,23 +807,25 @@ pub unsafe fn launch<A: crate::abi::Args>(kernel: &crate::abi::Kernel<A>, grid: 
     if let Some(panic) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         std::panic::resume_unwind(panic);
     }
+    calls.into_inner()
 }
 
 struct Arg(*const ());
 // SAFETY: workers only read through it.
 unsafe impl Sync for Arg {}
 
+/// Runs one block; tells how often the busiest lane called the omitted word.
 fn run_block(
-    threads: u32,
-    shared: u32,
+    [threads, shared]: [u32; 2],
     at: [u32; 3],
     grid: [u32; 3],
     launch: u64,
     seed: u64,
+    omission: Option<Omission>,
     body: impl Fn() + Copy + 'static,
-) {
+) -> u32 {
     let count = threads as usize;
-    let seen = Rc::new(vec![0; count + 1]);
+    let seen = Rc::new(vec![0; count + 1 + MBARRIERS]);
     let lane = || Lane {
         seen: Rc::clone(&seen),
         clock: 1,
@@ -737,6 +836,7 @@ fn run_block(
         stores: Vec::new(),
         products: VecDeque::from([Vec::new()]),
         fences: 1,
+        calls: 0,
         yielder: std::ptr::null(),
     };
     let rooms = || ROOMS.lock().unwrap_or_else(|e| e.into_inner());
@@ -756,9 +856,10 @@ fn run_block(
         slots: vec![[[[0; 8]; 32]; 2]; count.div_ceil(32)],
         mbarriers: HashMap::new(),
         late: Vec::new(),
-        async_clock: 0,
+        store_clock: 0,
         random: seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1,
         moved: true,
+        omission,
     }));
     let mut stack = || stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
     let mut lanes: Vec<Option<Coroutine<(), (), (), DefaultStack>>> = (0..count)
@@ -801,8 +902,9 @@ fn run_block(
             (0..lands).for_each(|_| b.land());
         });
     }
-    let Some(Block { shared, shadows, .. }) = BLOCK.take() else { return };
+    let Some(Block { shared, shadows, lanes, .. }) = BLOCK.take() else { return 0 };
     rooms().push(Room { stacks, shared, shadows });
+    lanes.iter().map(|lane| lane.calls).max().unwrap_or(0)
 }
 
 fn report(b: &Block, alive: &[usize]) -> String {
@@ -847,10 +949,16 @@ pub mod words {
     }
 
     pub fn sync() {
+        if omitted(Call::Sync) {
+            return;
+        }
         let all = block(|b| b.lanes.len() as u32);
         gather(Meeting::Barrier(0), all, true);
     }
     pub fn named_barrier<const ID: u32, const THREADS: u32>() {
+        if omitted(Call::NamedBarrier) {
+            return;
+        }
         gather(Meeting::Barrier(ID), THREADS, true);
     }
     pub fn sync_warp() {
@@ -980,6 +1088,9 @@ pub mod words {
         block(|b| b.lanes[me()].copies.push_back(Vec::new()));
     }
     pub fn copy_wait<const N: u32>() {
+        if omitted(Call::CopyWait) {
+            return;
+        }
         let due = |b: &Block| (b.lanes[me()].copies.len() - 1).saturating_sub(N as usize);
         until(
             || format!("copy_wait of {N}"),
@@ -1058,30 +1169,45 @@ pub mod words {
     pub unsafe fn mbarrier_init(at: u32, arrivals: u32) {
         block(|b| {
             b.write(at, &[0; 8], "mbarrier_init");
-            let clock = vec![0; b.lanes.len() + 1];
+            let clock = vec![0; b.lanes.len() + 1 + MBARRIERS];
             let complete = clock.clone();
-            b.mbarriers.insert(at, Mbarrier { count: arrivals, pending: arrivals, bytes: 0, phase: 0, clock, complete });
+            let by = (me() as u16, b.lanes[me()].clock);
+            let place = b.lanes.len() + 1 + b.mbarriers.len();
+            assert!(place < clock.len(), "mbarrier_init: more than {MBARRIERS} of them");
+            b.mbarriers.insert(at, Mbarrier { place, by, count: arrivals, pending: arrivals, bytes: 0, phase: 0, clock, complete });
         });
     }
     pub unsafe fn mbarrier_expect(at: u32, bytes: u32) {
+        if omitted(Call::MbarrierExpect) {
+            return;
+        }
         block(|b| b.arrive(at, i64::from(bytes), "mbarrier_expect"));
     }
     pub unsafe fn mbarrier_arrive(at: u32) {
+        if omitted(Call::MbarrierArrive) {
+            return;
+        }
         block(|b| b.arrive(at, 0, "mbarrier_arrive"));
     }
     pub unsafe fn mbarrier_wait(at: u32, parity: u32) {
+        if omitted(Call::MbarrierWait) {
+            return;
+        }
         until(
             || format!("mbarrier_wait of {at}, parity {parity}"),
-            |b| b.mbarrier(at, "mbarrier_wait").phase != parity,
+            |b| b.mbarrier(at, me(), "mbarrier_wait").phase != parity,
         );
         block(|b| {
             let mut seen = (*b.lanes[me()].seen).clone();
-            join(&mut seen, &b.mbarrier(at, "mbarrier_wait").complete);
+            join(&mut seen, &b.mbarrier(at, me(), "mbarrier_wait").complete);
             b.lanes[me()].seen = Rc::new(seen);
         });
     }
     pub fn fence_init() {}
     pub fn fence_async() {
+        if omitted(Call::FenceAsync) {
+            return;
+        }
         block(|b| {
             let lane = &mut b.lanes[me()];
             lane.fenced = lane.stored;
@@ -1090,7 +1216,9 @@ pub mod words {
 
     unsafe fn spec(map: u64) -> MapSpec {
         // SAFETY: the address of a kernel argument, by the caller's promise.
-        MapSpec::decode(unsafe { &*(map as *const crate::abi::TensorMap) })
+        let mut map = MapSpec::decode(unsafe { &*(map as *const crate::abi::TensorMap) });
+        map.swizzle &= !omitted(Call::Swizzle);
+        map
     }
     pub unsafe fn tma_load(to: u32, map: u64, x: u32, y: u32, barrier: u32) {
         // SAFETY: the caller's promise.
@@ -1099,7 +1227,7 @@ pub mod words {
         assert!(to.is_multiple_of(align), "tma_load: destination {to} is not aligned to {align}");
         block(|b| {
             b.take_off(to, map.bytes(), "tma_load");
-            b.late.push(Late::Load { to, map, x, y, barrier });
+            b.late.push(Late::Load { by: me(), to, map, x, y, barrier });
         });
     }
     pub unsafe fn tma_store(from: u32, map: u64, x: u32, y: u32) {
@@ -1107,26 +1235,29 @@ pub mod words {
         let map = unsafe { spec(map) };
         block(|b| {
             b.check_read(from, map.bytes(), "tma_store", true);
-            b.async_clock += 1;
-            let now = (b.copier() as u16, b.async_clock);
+            b.store_clock += 1;
+            let now = (b.reader() as u16, b.store_clock);
             for g in b.grains(from, map.bytes(), "tma_store") {
                 b.shadows[g].reader = now;
                 b.shadows[g].read = true;
             }
             let landed = Rc::new(Cell::new(false));
-            let clock = b.async_clock;
+            let clock = b.store_clock;
             b.lanes[me()].stores.push((clock, Rc::clone(&landed)));
             b.late.push(Late::Store { from, map, x, y, landed });
         });
     }
     pub fn bulk_commit() {}
     pub fn bulk_wait_read() {
+        if omitted(Call::BulkWaitRead) {
+            return;
+        }
         until(|| "bulk_wait_read".into(), |b| b.lanes[me()].stores.iter().all(|(_, landed)| landed.get()));
         block(|b| {
-            let copier = b.copier();
+            let reader = b.reader();
             let mut seen = (*b.lanes[me()].seen).clone();
             for (clock, _) in std::mem::take(&mut b.lanes[me()].stores) {
-                seen[copier] = seen[copier].max(clock);
+                seen[reader] = seen[reader].max(clock);
             }
             b.lanes[me()].seen = Rc::new(seen);
         });
@@ -1206,12 +1337,18 @@ pub mod words {
         wgmma_n256_f16 wgmma_n256_f16_registers 128 unpack_f16;
     }
     pub fn wgmma_fence() {
+        if omitted(Call::WgmmaFence) {
+            return;
+        }
         block(|b| b.lanes[me()].fences += 1);
     }
     pub fn wgmma_commit() {
         block(|b| b.lanes[me()].products.push_back(Vec::new()));
     }
     pub fn wgmma_wait<const N: u32>() {
+        if omitted(Call::WgmmaWait) {
+            return;
+        }
         let due = block(|b| (b.lanes[me()].products.len() - 1).saturating_sub(N as usize));
         for _ in 0..due {
             let group = block(|b| b.lanes[me()].products.pop_front()).expect("as many as are due");

@@ -30,9 +30,17 @@ impl<T: Copy> Array<T> {
     pub fn ptr_mut(&self) -> *mut T {
         self.memory.address() as *mut T
     }
-    pub fn get(&self) -> Vec<T> {
+    /// Poison again.
+    pub fn refill(&self) {
+        self.memory.upload(0, &vec![0xff; self.memory.bytes()]);
+    }
+    pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.memory.bytes()];
         self.memory.download(0, &mut bytes);
+        bytes
+    }
+    pub fn get(&self) -> Vec<T> {
+        let bytes = self.bytes();
         // SAFETY: plain numbers, for which all bytes are valid.
         bytes.chunks_exact(size_of::<T>()).map(|b| unsafe { std::ptr::read_unaligned(b.as_ptr().cast()) }).collect()
     }
