@@ -57,6 +57,68 @@ pub trait Source: Send + Sync {
     }
 }
 
+/// Rows of numbers, readable at any index from any thread.
+pub trait Rows: Sync {
+    /// Number of rows.
+    fn count(&self) -> usize;
+    /// Numbers a row.
+    fn dim(&self) -> usize;
+    /// Writes the rows from `first` on, `[out.len() / dim, dim]`, as f32.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    fn read(&self, first: usize, out: &mut [f32]);
+}
+
+/// Rows in memory, `[count, dim]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Table<'a> {
+    /// `count * dim` numbers.
+    pub data: &'a [f32],
+    /// Numbers a row.
+    pub dim: usize,
+}
+
+impl Rows for Table<'_> {
+    fn count(&self) -> usize {
+        self.data.len() / self.dim
+    }
+    fn dim(&self) -> usize {
+        self.dim
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.data[first * self.dim..][..out.len()]);
+    }
+}
+
+impl Rows for Npy {
+    fn count(&self) -> usize {
+        self.rows()
+    }
+    fn dim(&self) -> usize {
+        Npy::dim(self)
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        self.read_rows(first..first + out.len() / Npy::dim(self), out);
+    }
+}
+
+/// One side of a source.
+pub struct SideOf<'a>(pub &'a dyn Source, pub Side);
+
+impl Rows for SideOf<'_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+    fn dim(&self) -> usize {
+        self.0.dim(self.1)
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        let index: Vec<usize> = (first..first + out.len() / Rows::dim(self)).collect();
+        self.0.gather(self.1, &index, out);
+    }
+}
+
 /// Why data could not be read or written. Messages name the file, what was found and what was expected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

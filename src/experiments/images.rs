@@ -2,8 +2,9 @@
 
 use super::{Experiment, Learned, Report};
 use crate::config::{Config, ConfigError};
-use crate::data::{Side, Split, digits, idx};
+use crate::data::{Side, Split, Table, digits, idx};
 use crate::nn::EncoderSpec;
+use crate::tasks::classification;
 use std::sync::Arc;
 
 /// Built-in rendered digits.
@@ -43,13 +44,22 @@ fn report(learned: &Learned<'_>, report: &mut Report) {
     let Some(labels) = learned.split.test.labels() else { return };
     let images = learned.embed_test(Side::U);
     let classes = learned.split.test.dim(Side::V);
-    let one_hot: Vec<f32> = (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect();
-    let one_hot = crate::data::Memory::new(vec![0.0; classes], 1, one_hot, classes);
-    let labels_embedded =
-        learned.device.embed(learned.network, &learned.trained.params, Side::V, &super::SideOf(&one_hot, Side::V));
-    let found = learned.device.best(learned.tilting, &images, &labels_embedded, learned.config.dim);
+    let labels_embedded = learned.device.embed(
+        learned.network,
+        &learned.trained.params,
+        Side::V,
+        &Table { data: &one_hot(classes), dim: classes },
+    );
+    let dim = learned.config.dim;
+    let [inputs, names] = [&images, &labels_embedded].map(|data| Table { data, dim });
+    let found = classification::classify(learned.tilting, learned.trained.tau, &inputs, &names, None).labels;
     let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
     let accuracy = right as f64 / labels.len().max(1) as f64;
     report.insert("test_accuracy", accuracy);
     report.table.push(format!("test accuracy: {:.2}% of {} images", 100.0 * accuracy, labels.len()));
+}
+
+/// Labels as v has them, `[classes, classes]`.
+pub(super) fn one_hot(classes: usize) -> Vec<f32> {
+    (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect()
 }

@@ -9,12 +9,11 @@ mod pairs;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Side, Source, Split, write_atomic};
+use crate::data::{DataError, Rows, Side, SideOf, Source, Split, write_atomic};
 use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
-use crate::tasks::retrieval::{self, Recall};
 use crate::train::{Progress, TrainError, Trained, train};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -108,14 +107,6 @@ pub struct Learned<'a> {
 /// A device as far as reports need it.
 trait Embed {
     fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32>;
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall;
-    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize>;
-}
-
-/// Rows to embed.
-trait Rows {
-    fn count(&self) -> usize;
-    fn read(&self, first: usize, count: usize, out: &mut [f32]);
 }
 
 impl<D: Device<Real = f32>> Embed for D {
@@ -127,12 +118,6 @@ impl<D: Device<Real = f32>> Embed for D {
         })
         .expect("memory takes everything");
         out
-    }
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall {
-        retrieval::recall(self, tilting, u, v, dim)
-    }
-    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize> {
-        retrieval::best(self, tilting, queries, items, dim)
     }
 }
 
@@ -156,7 +141,7 @@ fn embed_to<D: Device<Real = f32>>(
     for first in (0..rows.count()).step_by(ROWS) {
         let count = chunk.min(rows.count() - first);
         let (input, output) = (&mut input[..count * encoder.input], &mut output[..count * encoder.output]);
-        rows.read(first, count, input);
+        rows.read(first, input);
         device.upload(input, ViewMut { buf: &mut x, at: 0..input.len() });
         encoder.forward(device, &arena, View { buf: &x, at: 0..input.len() }, count, &mut acts);
         device.download(View { buf: &acts.output, at: 0..output.len() }, output);
@@ -164,28 +149,6 @@ fn embed_to<D: Device<Real = f32>>(
         push(output)?;
     }
     Ok(())
-}
-
-/// One side of a source.
-struct SideOf<'a>(&'a dyn Source, Side);
-
-impl Rows for SideOf<'_> {
-    fn count(&self) -> usize {
-        self.0.len()
-    }
-    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
-        let index: Vec<usize> = (first..first + count).collect();
-        self.0.gather(self.1, &index, out);
-    }
-}
-
-impl Rows for Npy {
-    fn count(&self) -> usize {
-        self.rows()
-    }
-    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
-        self.read_rows(first..first + count, out);
-    }
 }
 
 impl Learned<'_> {

@@ -2,8 +2,9 @@
 
 use super::{Error, Experiment, Learned, Report};
 use crate::config::{Config, ConfigError};
-use crate::data::{PairsSource, Side, Source, Split};
+use crate::data::{PairsSource, Side, Source, Split, Table};
 use crate::nn::EncoderSpec;
+use crate::tasks::retrieval;
 use std::sync::Arc;
 
 /// Pairs from files.
@@ -41,7 +42,8 @@ fn report(learned: &Learned<'_>, report: &mut Report) {
         return;
     }
     let [u, v] = [Side::U, Side::V].map(|side| learned.embed_test(side));
-    let recall = learned.device.recall(learned.tilting, &u, &v, learned.config.dim);
+    let [u, v] = [&u, &v].map(|data| Table { data, dim: learned.config.dim });
+    let recall = retrieval::recall(learned.tilting, &u, &v);
     report.insert("recall", recall);
     report.table.push(format!(
         "{:<10}{:>8}{:>8}   on {} held-out pairs",
