@@ -1,6 +1,6 @@
 //! LeNet against one-hot labels: rendered digits, and MNIST from its files (section 6.2).
 
-use super::{Experiment, Learned, Report};
+use super::{Experiment, Learned, OneHot, Report};
 use crate::config::{Config, ConfigError};
 use crate::data::{Side, Split, Table, digits, idx};
 use crate::nn::EncoderSpec;
@@ -11,6 +11,7 @@ use std::sync::Arc;
 pub const DIGITS: Experiment = Experiment {
     name: "digits",
     about: "LeNet on rendered digits, which need no file",
+    labelled: true,
     defaults: |base| Config { samples: 20_000, held_out: 0.25, epochs: 8, lambda_u: 0.0, lambda_v: 2.0, ..lenet(base) },
     quick: |config| Config { samples: 6_000, epochs: 4, ..config },
     data: |config| {
@@ -24,6 +25,7 @@ pub const DIGITS: Experiment = Experiment {
 pub const MNIST: Experiment = Experiment {
     name: "mnist",
     about: "LeNet on MNIST's four IDX files in --data DIR, as in the paper",
+    labelled: true,
     defaults: |base| Config { epochs: 300, lr: 1e-4, ..lenet(base) },
     quick: |config| Config { epochs: 1, lr: 1e-3, ..config },
     data: |config| {
@@ -44,12 +46,7 @@ fn report(learned: &Learned<'_>, report: &mut Report) {
     let Some(labels) = learned.split.test.labels() else { return };
     let images = learned.embed_test(Side::U);
     let classes = learned.split.test.dim(Side::V);
-    let labels_embedded = learned.device.embed(
-        learned.network,
-        &learned.trained.params,
-        Side::V,
-        &Table { data: &one_hot(classes), dim: classes },
-    );
+    let labels_embedded = learned.device.embed(learned.network, &learned.trained.params, Side::V, &OneHot(classes));
     let dim = learned.config.dim;
     let [inputs, names] = [&images, &labels_embedded].map(|data| Table { data, dim });
     let found = classification::classify(learned.tilting, learned.trained.tau, &inputs, &names, None).labels;
@@ -57,9 +54,4 @@ fn report(learned: &Learned<'_>, report: &mut Report) {
     let accuracy = right as f64 / labels.len().max(1) as f64;
     report.insert("test_accuracy", accuracy);
     report.table.push(format!("test accuracy: {:.2}% of {} images", 100.0 * accuracy, labels.len()));
-}
-
-/// Labels as v has them, `[classes, classes]`.
-pub(super) fn one_hot(classes: usize) -> Vec<f32> {
-    (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect()
 }

@@ -25,6 +25,8 @@ pub struct Experiment {
     pub name: &'static str,
     /// One line for people.
     pub about: &'static str,
+    /// Whether v is a one-hot label.
+    labelled: bool,
     defaults: fn(Config) -> Config,
     /// What `quick` changes.
     quick: fn(Config) -> Config,
@@ -348,17 +350,88 @@ impl Model {
     /// [`Error`] when `x` has another width than the encoder, or a row that is not finite.
     pub fn embed<D: Device<Real = f32>>(&self, device: &D, side: Side, x: &Npy, output: &Path) -> Result<(), Error> {
         let encoder = &self.network.encoders[side as usize];
-        if x.dim() != encoder.input {
-            return Err(DataError::Format {
-                path: x.path().into(),
-                found: format!("{} columns", x.dim()),
-                expected: format!("{}, as the encoder reads", encoder.input),
-            }
-            .into());
-        }
+        self.check_width(side, x, x.path())?;
         x.check_finite()?;
         Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
             embed_to(device, &self.network, &self.params, side, x, push)
         })?)
+    }
+
+    /// Embeds all `rows` as `side`, `[rows, dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Train`] when the device fails.
+    pub fn embed_in_memory<D: Device<Real = f32>>(
+        &self,
+        device: &D,
+        side: Side,
+        rows: &dyn Rows,
+    ) -> Result<Vec<f32>, Error> {
+        let mut out = Vec::with_capacity(rows.count() * self.config.dim);
+        let push = &mut |part: &[f32]| {
+            out.extend_from_slice(part);
+            Ok(())
+        };
+        embed_to(device, &self.network, &self.params, side, rows, push).map_err(|e| TrainError::Device(e.into()))?;
+        Ok(out)
+    }
+
+    /// Fails unless rows of `path` are as wide as the encoder of `side` reads.
+    ///
+    /// # Errors
+    /// [`DataError::Format`].
+    pub fn check_width(&self, side: Side, rows: &dyn Rows, path: &Path) -> Result<(), DataError> {
+        let expected = self.network.encoders[side as usize].input;
+        if rows.dim() == expected {
+            return Ok(());
+        }
+        Err(DataError::Format {
+            path: path.into(),
+            found: format!("{} columns", rows.dim()),
+            expected: format!("{expected}, as the encoder reads"),
+        })
+    }
+
+    /// Its tilting.
+    pub fn tilting(&self) -> Tilting {
+        parse_tilting(&self.config.tilting).expect("checked when it was loaded")
+    }
+
+    /// Its temperature, as trained.
+    pub fn tau(&self) -> f64 {
+        (-f64::from(self.params[self.network.logit_scale.start])).exp()
+    }
+
+    /// The pairs it was trained on, and those held out.
+    ///
+    /// # Errors
+    /// [`Error`] when its files are no longer there.
+    pub fn data(&self) -> Result<Split, Error> {
+        (find(&self.config.experiment)?.data)(&self.config)
+    }
+
+    /// The one-hot labels that were its v side, if they were: `[classes, classes]`.
+    pub fn labels(&self) -> Option<OneHot> {
+        let labelled = find(&self.config.experiment).is_ok_and(|e| e.labelled);
+        labelled.then(|| OneHot(self.network.encoders[Side::V as usize].input))
+    }
+}
+
+/// One-hot labels of so many classes.
+#[derive(Clone, Copy, Debug)]
+pub struct OneHot(pub usize);
+
+impl Rows for OneHot {
+    fn count(&self) -> usize {
+        self.0
+    }
+    fn dim(&self) -> usize {
+        self.0
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        out.chunks_exact_mut(self.0).enumerate().for_each(|(row, out)| {
+            out.fill(0.0);
+            out[first + row] = 1.0;
+        });
     }
 }
