@@ -11,7 +11,7 @@ mod train;
 
 use self::device::{Device, why_not_cuda};
 use crate::config::{ConfigError, parse_precision};
-use crate::data::{DataError, Side, npy::Npy};
+use crate::data::{DataError, Side, download::DownloadError, npy::Npy};
 use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::contrast::Cuda;
@@ -67,7 +67,7 @@ enum Command {
     Bench(bench::Bench),
     /// Show what this machine computes with
     Devices,
-    /// Write a built-in data set as .npy files
+    /// Write a built-in data set as .npy files, or download MNIST
     Data(data::Data),
 }
 
@@ -101,6 +101,15 @@ enum Failure {
 impl From<DataError> for Failure {
     fn from(e: DataError) -> Self {
         Failure::Input(e.to_string())
+    }
+}
+
+impl From<DownloadError> for Failure {
+    fn from(e: DownloadError) -> Self {
+        match e {
+            DownloadError::Disk(e) => e.into(),
+            refused => Failure::Other(refused.to_string()),
+        }
     }
 }
 
