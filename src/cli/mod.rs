@@ -12,7 +12,7 @@ mod train;
 
 use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
-use crate::data::DataError;
+use crate::data::{DataError, download::DownloadError};
 use crate::device::cpu::Isa;
 use crate::experiments;
 use crate::objective::LossError;
@@ -72,7 +72,7 @@ enum Command {
     Bench(bench::Bench),
     /// Show what this machine computes with
     Devices,
-    /// Write a built-in data set as .npy files
+    /// Write a built-in data set as .npy files, or download MNIST
     Data(data::Data),
 }
 
@@ -89,6 +89,15 @@ enum Failure {
 impl From<DataError> for Failure {
     fn from(e: DataError) -> Self {
         Failure::Input(e.to_string())
+    }
+}
+
+impl From<DownloadError> for Failure {
+    fn from(e: DownloadError) -> Self {
+        match e {
+            DownloadError::Disk(e) => e.into(),
+            refused => Failure::Other(refused.to_string()),
+        }
     }
 }
 

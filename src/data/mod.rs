@@ -5,6 +5,8 @@
 //! run resumes exactly at any step. [`Prefetch`] gathers batches on a thread of its own, beside compute.
 
 pub mod digits;
+#[cfg(feature = "cli")]
+pub mod download;
 pub mod gaussian2d;
 pub mod gp;
 pub mod idx;
@@ -330,26 +332,29 @@ impl Source for PairsSource {
 /// # Errors
 /// [`DataError::Io`] naming `path`; nothing is left behind then.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), DataError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
     let write = || {
         let mut builder = tempfile::Builder::new();
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut writer = BufWriter::new(builder.tempfile_in(folder)?);
+        let mut writer = BufWriter::new(builder.tempfile_in(folder(path))?);
         fill(&mut writer)?;
         let file = writer.into_inner()?;
         file.as_file().sync_all()?;
         file.persist(path)?;
-        // The rename itself must reach the disk; only unix lets a folder be opened and synced.
-        #[cfg(unix)]
-        File::open(folder)?.sync_all()?;
-        Ok(())
+        sync_folder(path)
     };
     write().map_err(DataError::io(path))
+}
+
+/// The folder that `path` lies in.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes a rename to `path` reach the disk; only unix lets a folder be opened and synced.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder(path))?.sync_all() } else { Ok(()) }
 }
 
 /// The first row of `data` `[rows, dim]` that holds a NaN or an infinity. Runs on all cores.
