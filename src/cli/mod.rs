@@ -7,6 +7,7 @@ mod bench;
 mod data;
 mod device;
 mod loss;
+mod reproduce;
 mod tasks;
 mod train;
 
@@ -68,6 +69,8 @@ enum Command {
     Classify(tasks::Classify),
     /// Draw from the learned conditional law of one side given the other
     Sample(tasks::Sample),
+    /// Make the paper's figures again, each beside what the theory or the paper says
+    Reproduce(reproduce::Reproduce),
     /// Time the fused loss with both gradients
     Bench(bench::Bench),
     /// Show what this machine computes with
@@ -201,6 +204,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Retrieve(args) => tasks::retrieve(&args, &common),
         Command::Classify(args) => tasks::classify(&args, &common),
         Command::Sample(args) => tasks::sample(&args, &common),
+        Command::Reproduce(args) => reproduce::run(&args, &common),
         Command::Bench(args) => bench::run(&args, &common),
         Command::Devices => devices(&common),
         Command::Data(args) => data::run(&args, &common),

@@ -14,11 +14,13 @@ use super::gaussian2d::Gaussian;
 use std::f64::consts::{PI, SQRT_2};
 
 /// Points of observation: the numbers in u.
-const POINTS: usize = 12;
+pub const POINTS: usize = 12;
 /// Leading coefficients: the numbers in v.
-const COEFFICIENTS: usize = 5;
-const MODES: usize = 1000;
-const NOISE: f64 = 0.05;
+pub const COEFFICIENTS: usize = 5;
+/// Modes in all.
+pub const MODES: usize = 1000;
+/// Standard deviation of the noise on u.
+pub const NOISE: f64 = 0.05;
 
 /// The law of (u, v): exact covariance blocks (12 x 12, 12 x 5, 5 x 5) and a sampler.
 pub fn gp() -> Gaussian {
@@ -35,10 +37,25 @@ pub fn gp() -> Gaussian {
     Gaussian::new(POINTS, COEFFICIENTS, c_uu, c_uv, c_vv).expect("the noise makes it positive definite")
 }
 
+/// The points of observation `x_i`.
+pub fn points() -> [f64; POINTS] {
+    std::array::from_fn(|i| (i as f64 + 0.5) / POINTS as f64)
+}
+
+/// `w(x)` of the coefficients `xi_1, xi_2, ..`; those not given are zero.
+pub fn field(xi: &[f64], x: f64) -> f64 {
+    xi.iter().enumerate().map(|(j, xi)| xi * mode(j + 1, x)).sum()
+}
+
+/// `sqrt(l_j) psi_j(x)`.
+fn mode(j: usize, x: f64) -> f64 {
+    let wave = j as f64 * PI;
+    SQRT_2 * (wave * x).cos() / (wave * wave + 9.0)
+}
+
 /// `sqrt(l_j) psi_j` at point `i` (from 0).
 fn amplitude(j: usize, i: usize) -> f64 {
-    let (wave, x) = (j as f64 * PI, (i as f64 + 0.5) / POINTS as f64);
-    SQRT_2 * (wave * x).cos() / (wave * wave + 9.0)
+    mode(j, points()[i])
 }
 
 #[cfg(test)]

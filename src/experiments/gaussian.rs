@@ -39,26 +39,37 @@ fn draw(law: &Gaussian, config: &Config) -> Split {
     Split::at_end(Arc::new(law.sample(config.seed, config.samples)), 0)
 }
 
+/// The model of linear encoders `g` `[dim, dim_u]` and `h` `[dim, dim_v]`. `None` for cosine: unit rows make the model
+/// non-Gaussian.
+pub(super) fn quadratic<'a>(
+    theory: &'a Theory,
+    tilting: Tilting,
+    g: &[f64],
+    h: &[f64],
+    dim: usize,
+    tau: f64,
+) -> Option<Model<'a>> {
+    let (nu, nv) = (g.len() / dim, h.len() / dim);
+    match tilting {
+        Tilting::Dot => {
+            let entry = |ij: usize| (0..dim).map(|k| g[k * nu + ij / nv] * h[k * nv + ij % nv]).sum::<f64>() / tau;
+            Some(theory.dot(&(0..nu * nv).map(entry).collect::<Vec<_>>()))
+        }
+        Tilting::L2 => Some(theory.l2(g, h, dim, tau)),
+        Tilting::Cosine => None,
+    }
+}
+
 fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
-    let config = learned.config;
+    let (config, dim) = (learned.config, learned.config.dim);
     let linear = |spec: &EncoderSpec| *spec == EncoderSpec::Linear { bias: false };
     if !(linear(&config.encoder_u) && linear(&config.encoder_v)) {
         return report.table.push("no closed form: an encoder is not linear without bias".into());
     }
     let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
-    let (dim, tau) = (config.dim, learned.trained.tau);
     let theory = Theory::new(law);
-    let model: Model<'_> = match learned.tilting {
-        Tilting::Dot => {
-            let (nu, nv) = (law.dim_u, law.dim_v);
-            let a: Vec<f64> = (0..nu * nv)
-                .map(|ij| (0..dim).map(|k| g[k * nu + ij / nv] * h[k * nv + ij % nv]).sum::<f64>() / tau)
-                .collect();
-            theory.dot(&a)
-        }
-        Tilting::L2 => theory.l2(&g, &h, dim, tau),
-        // Unit rows make the model non-Gaussian.
-        Tilting::Cosine => return report.table.push("no closed form: the cosine tilting is not Gaussian".into()),
+    let Some(model) = quadratic(&theory, learned.tilting, &g, &h, dim, learned.trained.tau) else {
+        return report.table.push("no closed form: the cosine tilting is not Gaussian".into());
     };
     let optimum = match (learned.tilting, &config.objective[..]) {
         (Tilting::Dot, "conditional") => Some(theory.conditional_optimum(dim)),

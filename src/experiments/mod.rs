@@ -5,15 +5,21 @@
 mod gaussian;
 mod images;
 mod pairs;
+#[cfg(feature = "plots")]
+pub mod reproduce;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
 use crate::data::{DataError, Rows, Side, SideOf, Source, Split, write_atomic};
+#[cfg(feature = "plots")]
+use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
+#[cfg(feature = "plots")]
+use crate::theory::{self, Theory};
 use crate::train::{Progress, TrainError, Trained, train};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -160,9 +166,14 @@ impl Learned<'_> {
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
-        let span = self.network.layout.spans.iter().find(|s| s.name == name).expect("the experiment's own encoder");
-        self.trained.params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
+        tensor(self.network, &self.trained.params, name)
     }
+}
+
+/// A tensor of the arena in f64, row-major.
+fn tensor(network: &Network, params: &[f32], name: &str) -> Vec<f64> {
+    let span = network.layout.spans.iter().find(|s| s.name == name).expect("the experiment's own encoder");
+    params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
 }
 
 /// Settings of a run: the experiment's own, under a file's, under the flags'.
@@ -355,6 +366,26 @@ impl Model {
         Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
             embed_to(device, &self.network, &self.params, side, x, push)
         })?)
+    }
+
+    /// Trains on `source` in memory, on this CPU.
+    ///
+    /// # Errors
+    /// [`Error::Train`].
+    #[cfg(feature = "plots")]
+    fn fit(config: Config, source: &dyn Source) -> Result<Model, Error> {
+        config.validate()?;
+        let network = network(&config, source)?;
+        let (device, stop) = (&mut Cpu::new(), AtomicBool::new(false));
+        let trained = train(device, &config, &network, source, None, None, &stop, &mut |_| ())?;
+        Ok(Model { config, network, params: trained.params })
+    }
+
+    /// The Gaussian model of its linear encoders; `None` for cosine, which has none.
+    #[cfg(feature = "plots")]
+    fn quadratic<'a>(&self, theory: &'a Theory) -> Option<theory::Model<'a>> {
+        let [g, h] = ["u.0.weight", "v.0.weight"].map(|name| tensor(&self.network, &self.params, name));
+        gaussian::quadratic(theory, self.tilting(), &g, &h, self.config.dim, self.tau())
     }
 
     /// Embeds all `rows` as `side`, `[rows, dim]`.

@@ -17,6 +17,9 @@
 
 use crate::data::gaussian2d::Gaussian;
 use faer::{Mat, MatRef, Side};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
 
 /// A Gaussian law of pairs in its canonical form.
 #[derive(Clone, Debug)]
@@ -54,6 +57,40 @@ pub struct Conditional {
     pub mean: Vec<f64>,
     /// The covariance, `[dim_x, dim_x]`.
     pub cov: Vec<f64>,
+}
+
+impl Conditional {
+    /// The mean given `y`, which is also the mode: the best u for a v in the sense of retrieval. `[dim_x]`.
+    ///
+    /// # Panics
+    /// When `y` has another length than the law's.
+    pub fn mean_at(&self, y: &[f64]) -> Vec<f64> {
+        let n = self.dim();
+        assert_eq!(self.mean.len(), n * y.len(), "the mean of {n} numbers given {}", y.len());
+        let row = |row: &[f64]| row.iter().zip(y).map(|(a, y)| a * y).sum();
+        self.mean.chunks_exact(y.len()).map(row).collect()
+    }
+    /// `count` independent draws given `y` by `seed`, `[count, dim_x]`.
+    ///
+    /// # Panics
+    /// As [`mean_at`](Conditional::mean_at).
+    pub fn sample(&self, y: &[f64], count: usize, seed: u64) -> Vec<f64> {
+        let (n, mean) = (self.dim(), self.mean_at(y));
+        let root = matrix(&self.cov, n, n).llt(Side::Lower).expect("a conditional covariance is positive definite");
+        let root = root.L();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut out = Vec::with_capacity(count * n);
+        let mut z = vec![0f64; n];
+        for _ in 0..count {
+            z.fill_with(|| StandardNormal.sample(&mut rng));
+            out.extend((0..n).map(|i| mean[i] + (0..=i).map(|j| root[(i, j)] * z[j]).sum::<f64>()));
+        }
+        out
+    }
+    /// Numbers in x.
+    fn dim(&self) -> usize {
+        self.cov.len().isqrt()
+    }
 }
 
 /// How far a learned model's conditional means are from the truth, beside the best that its rank allows.

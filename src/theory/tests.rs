@@ -489,3 +489,31 @@ fn certificates() {
 fn a_of_another_shape_is_refused() {
     certify(&gp(), &[0.0; 59], 5);
 }
+
+#[test]
+fn draws_of_a_conditional_have_its_mean_and_covariance() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let law = random_law(&mut rng, (3, 2));
+    let theory = Theory::new(&law);
+    let y = [0.7, -1.3];
+    let conditional = theory.u_given_v();
+    let mean = conditional.mean_at(&y);
+    for (i, mean) in mean.iter().enumerate() {
+        let row = &conditional.mean[i * 2..][..2];
+        assert!((mean - (row[0] * y[0] + row[1] * y[1])).abs() < 1e-12);
+    }
+    let count = 40_000;
+    let draws = conditional.sample(&y, count, 11);
+    assert_eq!(draws.len(), count * 3);
+    for i in 0..3 {
+        for j in 0..3 {
+            let x: Vec<f64> = draws.chunks_exact(3).map(|x| (x[i] - mean[i]) * (x[j] - mean[j])).collect();
+            let got = x.iter().sum::<f64>() / count as f64;
+            let [ii, ij, jj] = [(i, i), (i, j), (j, j)].map(|(i, j)| conditional.cov[i * 3 + j]);
+            let sigma = ((ii * jj + ij * ij) / count as f64).sqrt();
+            assert!((got - ij).abs() < 4.5 * sigma, "cov[{i}, {j}]: {got}, {ij}");
+        }
+        let drawn = draws.iter().skip(i).step_by(3).sum::<f64>() / count as f64;
+        assert!((drawn - mean[i]).abs() < 4.5 * (conditional.cov[i * 4] / count as f64).sqrt());
+    }
+}

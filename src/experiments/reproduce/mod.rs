@@ -1,0 +1,184 @@
+//! The paper's figures, each beside what the theory or the paper says, from one command.
+//!
+//! A new question is a file here and a line in [`ALL`]. Nothing that is written depends on the clock or on the number
+//! of threads: every number is that of the seed.
+
+mod gaussian2d;
+mod gp;
+mod mnist;
+
+use super::Error;
+use crate::data::{DataError, write_atomic};
+use crate::plot::{Axis, Criterion, Figure, Mark, Shape, Style, Table, report};
+use serde_json::json;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// A part of the paper.
+pub struct Part {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// One line for people.
+    pub about: &'static str,
+    figures: fn(&Request<'_>) -> Result<Vec<Figure>, Error>,
+}
+
+/// Every part, in the order of its figures.
+pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART];
+
+/// What is asked.
+pub struct Request<'a> {
+    /// Shorter runs and fewer points.
+    pub quick: bool,
+    /// Of everything random.
+    pub seed: u64,
+    /// Where figures and the runs behind them go.
+    pub out: &'a Path,
+    /// Folder of MNIST's files; rendered digits stand for them where it is `None`.
+    pub mnist: Option<&'a Path>,
+    /// Told what is being done.
+    pub tell: &'a (dyn Fn(&str) + Sync),
+}
+
+/// Makes the figures of `parts` and writes `NAME.svg`, `NAME.png` and `NAME.csv` of each, `figures.json` and
+/// `report.html` to `request.out`.
+///
+/// # Errors
+/// [`Error`].
+pub fn reproduce(parts: &[&Part], request: &Request<'_>) -> Result<Vec<Figure>, Error> {
+    let io = |source| DataError::Io { path: request.out.into(), source };
+    std::fs::create_dir_all(request.out).map_err(io)?;
+    let write = |name: &str, bytes: &[u8]| write_atomic(&request.out.join(name), |w| w.write_all(bytes));
+    let mut all = Vec::new();
+    for part in parts {
+        (request.tell)(&format!("{}: {}", part.name, part.about));
+        for figure in (part.figures)(request)? {
+            let png = figure.png().map_err(|e| io(std::io::Error::other(e)))?;
+            write(&format!("{}.svg", figure.name), figure.svg().as_bytes())?;
+            write(&format!("{}.png", figure.name), &png)?;
+            write(&format!("{}.csv", figure.name), figure.csv().as_bytes())?;
+            all.push(figure);
+        }
+    }
+    let figures: Vec<_> = all.iter().map(Figure::json).collect();
+    let names: Vec<_> = parts.iter().map(|p| p.name).collect();
+    let record = json!({
+        "paper": "arXiv 2505.24134", "parts": names, "quick": request.quick, "seed": request.seed, "figures": figures,
+    });
+    write("figures.json", format!("{record:#}\n").as_bytes())?;
+    let intro = [
+        "Figures of Baptista, Stuart and Tran, “A mathematical perspective on contrastive learning” (arXiv 2505.24134), \
+         made again from trained encoders, each beside what the theory or the paper says."
+            .to_string(),
+        format!(
+            "Parts: {}. Seed {}. {}",
+            names.join(", "),
+            request.seed,
+            if request.quick { "Quick settings: shorter runs and fewer points than the paper's." } else { "Full settings." }
+        ),
+    ];
+    write("report.html", report("The paper, reproduced", &intro, &all).as_bytes())?;
+    Ok(all)
+}
+
+/// `f` of each job, in order: as many at a time as there are threads, each on one thread, since a run of small
+/// batches gains nothing from more.
+fn parallel<J: Sync, R: Send>(jobs: &[J], f: impl Fn(&J) -> Result<R, Error> + Sync) -> Result<Vec<R>, Error> {
+    let next = AtomicUsize::new(0);
+    let done: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
+    let work = || {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("the machine has one more thread");
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(at) else { return };
+            *done[at].lock().expect("no job panics with the lock held") = Some(pool.install(|| f(job)));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..rayon::current_num_threads().min(jobs.len()) {
+            scope.spawn(work);
+        }
+    });
+    let result = |slot: Mutex<Option<_>>| slot.into_inner().expect("no job panicked").expect("each job was done");
+    done.into_iter().map(result).collect()
+}
+
+/// A criterion: `found` is within `share` of `expected`.
+fn near(claim: impl Into<String>, found: f64, expected: f64, share: f64) -> Criterion {
+    Criterion {
+        claim: format!("{} is {} within {}%", claim.into(), short(expected), short(100.0 * share)),
+        found: short(found),
+        passed: (found - expected).abs() <= share * expected.abs(),
+    }
+}
+
+/// A criterion: `found` is below `bound`.
+fn below(claim: impl Into<String>, found: f64, bound: f64) -> Criterion {
+    Criterion {
+        claim: format!("{} is below {}", claim.into(), short(bound)),
+        found: short(found),
+        passed: found < bound,
+    }
+}
+
+/// A criterion: `found` is above `bound`.
+fn above(claim: impl Into<String>, found: f64, bound: f64) -> Criterion {
+    Criterion {
+        claim: format!("{} is above {}", claim.into(), short(bound)),
+        found: short(found),
+        passed: found > bound,
+    }
+}
+
+/// A criterion on a series: each number is below the one before.
+fn falls(claim: impl Into<String>, series: &[f64]) -> Criterion {
+    Criterion {
+        claim: format!("{} falls from point to point", claim.into()),
+        found: series.iter().map(|&x| short(x)).collect::<Vec<_>>().join(", "),
+        passed: series.windows(2).all(|w| w[1] < w[0]),
+    }
+}
+
+/// Four digits.
+fn short(x: f64) -> String {
+    match x.abs() {
+        0.0 => "0".into(),
+        a if !(1e-3..1e5).contains(&a) => format!("{x:.3e}"),
+        a => {
+            let digits = (3 - a.log10().floor() as i32).max(0) as usize;
+            let text = format!("{x:.digits$}");
+            if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
+        }
+    }
+}
+
+fn axis(label: &str) -> Axis {
+    Axis { label: label.into(), ..Axis::default() }
+}
+
+fn log_axis(label: &str) -> Axis {
+    Axis { log: true, ..axis(label) }
+}
+
+fn mark(label: impl Into<String>, style: Style, shape: Shape) -> Mark {
+    Mark { label: label.into(), style, shape }
+}
+
+/// A table of numbers.
+fn table(title: &str, columns: &[&str], rows: Vec<Vec<String>>) -> Table {
+    Table { title: title.into(), columns: columns.iter().map(|c| (*c).into()).collect(), rows }
+}
+
+/// `n` numbers from `ends[0]` to `ends[1]`.
+fn linspace(ends: [f64; 2], n: usize) -> Vec<f64> {
+    (0..n).map(|i| ends[0] + (ends[1] - ends[0]) * i as f64 / (n - 1) as f64).collect()
+}
+
+/// Mean and standard error of its mean (0 for one number).
+fn mean_error(x: &[f64]) -> [f64; 2] {
+    let n = x.len() as f64;
+    let mean = x.iter().sum::<f64>() / n;
+    let squares: f64 = x.iter().map(|x| (x - mean).powi(2)).sum();
+    [mean, if x.len() > 1 { (squares / (n - 1.0) / n).sqrt() } else { 0.0 }]
+}
