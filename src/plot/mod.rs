@@ -1,10 +1,26 @@
 //! Figures as data: what is drawn, what it should show, and its numbers. [`Figure::svg`] and [`Figure::png`] draw
-//! it, [`report`] sets figures into one page that needs no network.
+//! it, [`Figure::csv`] and [`Figure::json`] write its numbers, [`report`] sets figures into one page that needs no
+//! network.
 //!
 //! One style for all: a colour means the same law in every figure, and no two colours differ by hue alone.
 
+mod draw;
+mod page;
+mod scale;
+#[cfg(test)]
+mod tests;
+
+pub use page::report;
+
+/// The one font of all figures: DejaVu Sans, cut down to Latin, Greek and signs (its licence stands beside it), so that a
+/// figure is the same on every machine.
+const FONT: &[u8] = include_bytes!("DejaVuSans.ttf");
+
+/// Pixels of a PNG for each unit of its SVG.
+const ZOOM: f32 = 2.0;
+
 /// One figure: panels side by side, what to see in them, and whether it is so.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub struct Figure {
     /// Its file name without extension, as `fig02`.
     pub name: String,
@@ -45,7 +61,7 @@ pub struct Table {
 }
 
 /// Axes with marks.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Panel {
     /// Heading.
     pub title: String,
@@ -60,7 +76,7 @@ pub struct Panel {
 }
 
 /// An axis.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Axis {
     /// Quantity and unit.
     pub label: String,
@@ -73,7 +89,7 @@ pub struct Axis {
 }
 
 /// Something drawn.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub struct Mark {
     /// Its entry in the legend and in the CSV.
     pub label: String,
@@ -84,7 +100,7 @@ pub struct Mark {
 }
 
 /// How a mark looks.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub enum Style {
     /// What the theory or the paper says: dashed black.
     Theory,
@@ -95,7 +111,7 @@ pub enum Style {
 }
 
 /// What a mark is, in the axes' units.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub enum Shape {
     /// A line through `[x, y]`.
     Line(Vec<[f64; 2]>),
@@ -126,5 +142,66 @@ pub enum Shape {
         values: Vec<f64>,
     },
 }
-mod stub;
-pub use stub::report;
+
+impl Figure {
+    /// An SVG document.
+    pub fn svg(&self) -> String {
+        draw::svg(self)
+    }
+    /// A PNG, two pixels to a unit of the SVG.
+    pub fn png(&self) -> Vec<u8> {
+        use resvg::{tiny_skia, usvg};
+        let mut options = usvg::Options::default();
+        options.fontdb_mut().load_font_data(FONT.to_vec());
+        options.font_family = "DejaVu Sans".into();
+        let tree = usvg::Tree::from_str(&self.svg(), &options).expect("our own SVG is well formed");
+        let size = tree.size().to_int_size().scale_by(ZOOM).expect("a figure has a size");
+        let mut pixels = tiny_skia::Pixmap::new(size.width(), size.height()).expect("a figure has a size");
+        resvg::render(&tree, tiny_skia::Transform::from_scale(ZOOM, ZOOM), &mut pixels.as_mut());
+        pixels.encode_png().expect("memory takes everything")
+    }
+    /// Every number drawn, a line for each: `panel,mark,kind,x,y,z,w`. z is the half length of an error bar, the value
+    /// of a function at (x, y), the darkness of the square in column x and row y; `z, w` are the length of an arrow.
+    pub fn csv(&self) -> String {
+        let mut out = String::from("panel,mark,kind,x,y,z,w\n");
+        for panel in &self.panels {
+            for mark in &panel.marks {
+                let mut push = |kind: &str, numbers: &[f64]| {
+                    let [panel, label] = [&panel.title, &mark.label].map(|text| quoted(text));
+                    let cells = (0..4).map(|i| numbers.get(i).map_or(String::new(), f64::to_string));
+                    out += &format!("{panel},{label},{kind},{}\n", cells.collect::<Vec<_>>().join(","));
+                };
+                match &mark.shape {
+                    Shape::Line(xy) => xy.iter().for_each(|p| push("line", p)),
+                    Shape::Points(xy) => xy.iter().for_each(|p| push("points", p)),
+                    Shape::Errors(xyz) => xyz.iter().for_each(|p| push("errors", p)),
+                    Shape::Bars(y) => y.iter().enumerate().for_each(|(x, &y)| push("bars", &[x as f64, y])),
+                    Shape::Arrows(xyzw) => xyzw.iter().for_each(|p| push("arrows", p)),
+                    Shape::Contours { x, y, values, .. } => values
+                        .iter()
+                        .enumerate()
+                        .for_each(|(at, &z)| push("contours", &[x[at % x.len()], y[at / x.len()], z])),
+                    Shape::Image { width, values } => values
+                        .iter()
+                        .enumerate()
+                        .for_each(|(at, &z)| push("image", &[(at % width) as f64, (at / width) as f64, z])),
+                }
+            }
+        }
+        out
+    }
+    /// All of it; numbers that are not finite are null.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::to_value(self).expect("numbers and text have a JSON form")
+    }
+}
+
+/// A cell of a CSV file.
+fn quoted(text: &str) -> String {
+    if text.contains([',', '"', '\n']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into() }
+}
+
+/// Text inside XML and HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}

@@ -54,9 +54,8 @@ pub fn reproduce(parts: &[&Part], request: &Request<'_>) -> Result<Vec<Figure>, 
     for part in parts {
         (request.tell)(&format!("{}: {}", part.name, part.about));
         for figure in (part.figures)(request)? {
-            let png = figure.png().map_err(|e| io(std::io::Error::other(e)))?;
             write(&format!("{}.svg", figure.name), figure.svg().as_bytes())?;
-            write(&format!("{}.png", figure.name), &png)?;
+            write(&format!("{}.png", figure.name), &figure.png())?;
             write(&format!("{}.csv", figure.name), figure.csv().as_bytes())?;
             all.push(figure);
         }
@@ -66,7 +65,7 @@ pub fn reproduce(parts: &[&Part], request: &Request<'_>) -> Result<Vec<Figure>, 
     let record = json!({
         "paper": "arXiv 2505.24134", "parts": names, "quick": request.quick, "seed": request.seed, "figures": figures,
     });
-    write("figures.json", format!("{record:#}\n").as_bytes())?;
+    write("figures.json", format!("{record}\n").as_bytes())?;
     let intro = [
         "Figures of Baptista, Stuart and Tran, “A mathematical perspective on contrastive learning” (arXiv 2505.24134), \
          made again from trained encoders, each beside what the theory or the paper says."

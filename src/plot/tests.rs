@@ -1,0 +1,133 @@
+use super::draw::contour;
+use super::*;
+
+fn axis(label: &str, log: bool) -> Axis {
+    Axis { label: label.into(), log, ..Axis::default() }
+}
+
+/// A figure with every kind of mark and text that must be escaped.
+fn figure() -> Figure {
+    let mark = |label: &str, i, shape| Mark { label: label.into(), style: Style::Series(i), shape };
+    let panel =
+        |marks, log| Panel { title: "<a & \"b\">".into(), x: axis("x", log), y: axis("y", log), marks, equal: false };
+    let grid: Vec<f64> = (0..9).map(f64::from).collect();
+    let values = (0..81).map(|at| f64::from(at % 9) - 4.0).collect();
+    Figure {
+        name: "fig".into(),
+        title: "all of it".into(),
+        see: "everything".into(),
+        panels: vec![
+            panel(
+                vec![
+                    mark("line, dashed", 0, Shape::Line(vec![[0.125, 3.5], [f64::NAN, 1.0], [-2.25, 7.75]])),
+                    mark("points", 1, Shape::Points(vec![[1.5, 2.5]])),
+                    mark("arrows", 2, Shape::Arrows(vec![[0.0, 0.0, 1.0, 2.0]])),
+                    mark("contours", 3, Shape::Contours { x: grid.clone(), y: grid, values, levels: vec![0.5] }),
+                ],
+                false,
+            ),
+            panel(
+                vec![mark(
+                    "errors",
+                    4,
+                    Shape::Errors(vec![[1.0, -3.0, 0.5], [10.0, 2.0, 3.0], [0.0, f64::INFINITY, 1.0]]),
+                )],
+                true,
+            ),
+            panel(
+                vec![mark("bars", 5, Shape::Bars(vec![1.0, -2.0])), mark("more", 6, Shape::Bars(vec![0.5, 0.25]))],
+                false,
+            ),
+            panel(vec![mark("image", 0, Shape::Image { width: 2, values: vec![0.0, 1.0, 0.5] })], false),
+            panel(vec![], true),
+        ],
+        columns: 2,
+        tables: vec![Table { title: "t".into(), columns: vec!["c".into()], rows: vec![vec!["7 < 8".into()]] }],
+        criteria: vec![Criterion { claim: "1 < 2".into(), found: "<yes>".into(), passed: true }],
+    }
+}
+
+#[test]
+fn every_number_is_in_the_files() {
+    let csv = figure().csv();
+    let rows: Vec<_> = csv.lines().collect();
+    assert_eq!(rows.len(), 1 + 3 + 1 + 1 + 81 + 3 + 2 + 2 + 3);
+    assert!(rows.contains(&r#""<a & ""b"">","line, dashed",line,-2.25,7.75,,"#), "{csv}");
+    assert!(csv.contains(",errors,10,2,3,\n") && csv.contains(",image,1,0,1,\n") && csv.contains(",arrows,0,0,1,2\n"));
+    let json = figure().json();
+    assert_eq!(json["panels"][0]["marks"][0]["shape"]["Line"][2][1], 7.75);
+    assert!(json["panels"][0]["marks"][0]["shape"]["Line"][1][0].is_null());
+}
+
+#[test]
+fn the_drawing_is_whole_and_always_the_same() {
+    use resvg::{tiny_skia::Pixmap, usvg};
+    let svg = figure().svg();
+    assert_eq!(svg, figure().svg());
+    assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    let document = usvg::roxmltree::Document::parse(&svg).unwrap();
+    let texts: Vec<_> = document.descendants().filter(|n| n.has_tag_name("text")).filter_map(|n| n.text()).collect();
+    for text in ["<a & \"b\">", "all of it", "line, dashed", "bars", "errors"] {
+        assert!(texts.contains(&text), "{text} in {texts:?}");
+    }
+    // No two entries of the legend are one.
+    assert_eq!(texts.iter().filter(|t| **t == "points").count(), 1);
+    let png = figure().png();
+    let pixels = Pixmap::decode_png(&png).unwrap();
+    let root = document.root_element();
+    let size = |name: &str| root.attribute(name).unwrap().parse::<f32>().unwrap();
+    assert_eq!([pixels.width() as f32, pixels.height() as f32], [2.0 * size("width"), 2.0 * size("height")]);
+    // Drawn with the font at hand, the text is dark; its title takes up the first rows.
+    let dark = pixels.pixels()[..pixels.width() as usize * 60].iter().filter(|p| p.red() < 100).count();
+    assert!(dark > 200, "{dark} dark pixels where the title is");
+}
+
+#[test]
+fn a_contour_of_a_circle_lies_on_it() {
+    let grid: Vec<f64> = (0..81).map(|i| -2.0 + 0.05 * f64::from(i)).collect();
+    let values: Vec<f64> = grid.iter().flat_map(|y| grid.iter().map(move |x| x * x + y * y)).collect();
+    let segments = contour(&grid, &grid, &values, 1.0);
+    let length: f64 = segments.iter().map(|[a, b]| (a[0] - b[0]).hypot(a[1] - b[1])).sum();
+    assert!((length - std::f64::consts::TAU).abs() < 0.01, "{length}");
+    assert!(segments.iter().flatten().all(|p| (p[0].hypot(p[1]) - 1.0).abs() < 1e-3));
+}
+
+#[test]
+fn ticks_are_round_numbers_inside_the_axis() {
+    let labels = |axis: &Axis, values: &[f64]| -> Vec<String> {
+        scale::Scale::new(axis, values.iter().copied(), [0.0, 100.0])
+            .ticks()
+            .into_iter()
+            .map(|(_, label)| label)
+            .collect()
+    };
+    assert_eq!(labels(&axis("", false), &[-1.0, 1.0]), ["−1.0", "−0.5", "0.0", "0.5", "1.0"]);
+    assert_eq!(labels(&axis("", true), &[1e-4, 1.0]), ["10⁻⁴", "10⁻³", "10⁻²", "0.1", "1"]);
+    assert_eq!(labels(&axis("", true), &[128.0, 1024.0]), ["200", "500", "1000"]);
+    assert_eq!(labels(&axis("", true), &[2e3, 1e5]), ["2000", "5000", "10,000", "20,000", "50,000", "100,000"]);
+    // Nothing to draw is an empty axis, not a panic.
+    assert!(!labels(&axis("", true), &[-1.0, 0.0, f64::NAN]).is_empty());
+    assert!(!labels(&axis("", false), &[3.0]).is_empty());
+}
+
+#[test]
+fn the_page_needs_no_network_and_says_all() {
+    let mut failing = figure();
+    failing.criteria[0].passed = false;
+    let page = report("A & B", &["first".into()], &[figure(), failing]);
+    let outside = page.replace("http://www.w3.org/2000/svg", "");
+    assert!(!outside.contains("http") && !outside.contains("src="), "{outside}");
+    for text in [
+        "A &amp; B",
+        "first",
+        "everything",
+        "1 &lt; 2",
+        "&lt;yes&gt;",
+        "7 &lt; 8",
+        "FAILS",
+        "1 of 1 hold",
+        "0 of 1 hold",
+    ] {
+        assert!(page.contains(text), "{text}");
+    }
+}
