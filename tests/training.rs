@@ -218,7 +218,7 @@ fn learn(config: &Config, source: &dyn Source) -> (Network, Vec<f32>, Vec<f32>, 
     let mut losses = Vec::new();
     let stop = AtomicBool::new(false);
     let observe = &mut |progress: Progress| losses.push(progress.loss);
-    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe).unwrap();
+    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe, None).unwrap();
     (network, start, trained.params, losses)
 }
 

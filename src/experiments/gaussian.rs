@@ -20,6 +20,7 @@ pub const GP: Experiment = Experiment {
     defaults: |base| Config { epochs: 500, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 60, lr: 4e-3, ..config },
     data: |config| Ok(draw(&gp::gp(), config)),
+    evaluate: None,
     report: |learned, report| report_on(&gp::gp(), learned, report),
 };
 
@@ -30,6 +31,7 @@ pub const GAUSSIAN2D: Experiment = Experiment {
     defaults: |base| Config { dim: 1, epochs: 200, lr: 3e-3, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 30, lr: 1e-2, ..config },
     data: |config| Ok(draw(&gaussian2d::gaussian2d(), config)),
+    evaluate: None,
     report: |learned, report| report_on(&gaussian2d::gaussian2d(), learned, report),
 };
 
@@ -44,7 +46,7 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
         return report.table.push("no closed form: an encoder is not linear without bias".into());
     }
     let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
-    let (dim, tau) = (config.dim, learned.trained.tau);
+    let (dim, tau) = (config.dim, learned.tau);
     let theory = Theory::new(law);
     let model: Model<'_> = match learned.tilting {
         Tilting::Dot => {

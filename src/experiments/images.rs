@@ -16,6 +16,7 @@ pub const DIGITS: Experiment = Experiment {
         let held_out = (config.samples as f64 * config.held_out) as usize;
         Ok(Split::at_end(Arc::new(digits::digits(config.seed, config.samples + held_out)), held_out))
     },
+    evaluate: None,
     report,
 };
 
@@ -31,6 +32,7 @@ pub const MNIST: Experiment = Experiment {
         }
         Ok(idx::mnist(&config.data)?)
     },
+    evaluate: None,
     report,
 };
 
@@ -41,12 +43,11 @@ fn lenet(base: Config) -> Config {
 /// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
 fn report(learned: &Learned<'_>, report: &mut Report) {
     let Some(labels) = learned.split.test.labels() else { return };
-    let images = learned.embed_test(Side::U);
+    let images = learned.embed(&*learned.split.test, Side::U);
     let classes = learned.split.test.dim(Side::V);
     let one_hot: Vec<f32> = (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect();
     let one_hot = crate::data::Memory::new(vec![0.0; classes], 1, one_hot, classes);
-    let labels_embedded =
-        learned.device.embed(learned.network, &learned.trained.params, Side::V, &super::SideOf(&one_hot, Side::V));
+    let labels_embedded = learned.embed(&one_hot, Side::V);
     let found = learned.device.best(learned.tilting, &images, &labels_embedded, learned.config.dim);
     let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
     let accuracy = right as f64 / labels.len().max(1) as f64;

@@ -4,7 +4,9 @@
 
 mod gaussian;
 mod images;
+mod ocean;
 mod pairs;
+mod retrieval;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
@@ -14,8 +16,8 @@ use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
-use crate::tasks::retrieval::{self, Recall};
-use crate::train::{Progress, TrainError, Trained, train};
+use crate::tasks::retrieval::{best, recall, Recall};
+use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -30,11 +32,14 @@ pub struct Experiment {
     /// What `quick` changes.
     quick: fn(Config) -> Config,
     data: fn(&Config) -> Result<Split, Error>,
+    /// What else is measured of the model, after every epoch.
+    evaluate: Option<fn(&Learned<'_>) -> Evaluation>,
     report: fn(&Learned<'_>, &mut Report),
 }
 
 /// Every experiment; the first is the default.
-pub const ALL: &[Experiment] = &[gaussian::GP, gaussian::GAUSSIAN2D, images::DIGITS, images::MNIST, pairs::PAIRS];
+pub const ALL: &[Experiment] =
+    &[gaussian::GP, gaussian::GAUSSIAN2D, images::DIGITS, images::MNIST, ocean::OCEAN, pairs::PAIRS];
 
 /// Why a run could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -95,11 +100,12 @@ pub struct Outcome {
     pub stopped: bool,
 }
 
-/// What a report may look at.
+/// What a report may look at: a model, trained or in training.
 pub struct Learned<'a> {
     config: &'a Config,
     network: &'a Network,
-    trained: &'a Trained,
+    params: &'a [f32],
+    tau: f64,
     split: &'a Split,
     tilting: Tilting,
     device: &'a dyn Embed,
@@ -129,10 +135,10 @@ impl<D: Device<Real = f32>> Embed for D {
         out
     }
     fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall {
-        retrieval::recall(self, tilting, u, v, dim)
+        recall(self, tilting, u, v, dim)
     }
     fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize> {
-        retrieval::best(self, tilting, queries, items, dim)
+        best(self, tilting, queries, items, dim)
     }
 }
 
@@ -189,14 +195,14 @@ impl Rows for Npy {
 }
 
 impl Learned<'_> {
-    /// Embeddings of one side of the held-out pairs.
-    fn embed_test(&self, side: Side) -> Vec<f32> {
-        self.device.embed(self.network, &self.trained.params, side, &SideOf(&*self.split.test, side))
+    /// Embeddings of one side of `source`.
+    fn embed(&self, source: &dyn Source, side: Side) -> Vec<f32> {
+        self.device.embed(self.network, self.params, side, &SideOf(source, side))
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
         let span = self.network.layout.spans.iter().find(|s| s.name == name).expect("the experiment's own encoder");
-        self.trained.params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
+        self.params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
     }
 }
 
@@ -307,7 +313,15 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     }
     open_folder(dir, config, resume)?;
 
-    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe)?;
+    let tilting = parse_tilting(&config.tilting)?;
+    let mut evaluate = experiment.evaluate.map(|evaluate| {
+        let (network, split) = (&network, &split);
+        move |device: &D, params: &[f32], tau: f64| {
+            evaluate(&Learned { config, network, params, tau, split, tilting, device })
+        }
+    });
+    let evaluate = evaluate.as_mut().map(|f| f as &mut Evaluate<'_, D>);
+    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe, evaluate)?;
     let mut report = Report::default();
     report.insert("experiment", experiment.name);
     report.insert("device", device_name);
@@ -317,8 +331,8 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     report.insert("loss", trained.loss);
     report.insert("tau", trained.tau);
     if !trained.stopped {
-        let tilting = parse_tilting(&config.tilting)?;
-        let learned = Learned { config, network: &network, trained: &trained, split: &split, tilting, device };
+        let (params, tau) = (&trained.params[..], trained.tau);
+        let learned = Learned { config, network: &network, params, tau, split: &split, tilting, device };
         (experiment.report)(&learned, &mut report);
         checkpoint::write_model(dir, config, &network.layout, &trained.params)?;
         write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;

@@ -139,6 +139,13 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
         }
     }
 
+    /// The arena.
+    pub(super) fn params(&self, device: &D) -> Vec<f32> {
+        let mut host = vec![0.0; self.network.layout.len()];
+        device.download(all(&self.params, host.len()), &mut host);
+        host
+    }
+
     /// All that is needed to go on from here.
     pub(super) fn checkpoint(&self, device: &D, step: u64, loss_sum: f64, seconds: f64) -> Checkpoint {
         Checkpoint::of(device, self.config, step, loss_sum, seconds, [&self.params, &self.adam.m, &self.adam.v])
