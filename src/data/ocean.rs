@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! psi(x, t) = Re sum_k psi_k exp(i w_k t) exp(2 pi i k.x)        dx/dt = J grad psi(x, t),   J = [[0, -1], [1, 0]]
-//! psi_k     = A (1 + |k|^2)^(-3/2) (xi + i eta)/sqrt(2)          xi, eta ~ N(0, 1), drawn for every sample
+//! psi_k     = A exp(-|k|^2/4) (xi + i eta)/sqrt(2)               xi, eta ~ N(0, 1), drawn for every sample
 //! w_k       ~ N(0, 1/T^2)                                        drawn once for a data set
 //! ```
 //!
@@ -37,7 +37,7 @@ pub const HORIZON: f64 = 0.1;
 /// Where every drifter starts.
 pub const START: [f64; 2] = [0.75, 0.75];
 /// A: with it, the root mean square of the speed is 10, once around the torus in the time T.
-const AMPLITUDE: f64 = 1.9756;
+const AMPLITUDE: f64 = 0.6364;
 /// The random stream of the frequencies. Sample i has stream i.
 const FREQUENCIES: u64 = u64::MAX;
 
@@ -108,7 +108,7 @@ impl Ocean {
         let mut rng = stream(self.seed, i as u64);
         from_fn(|at| {
             let [k1, k2] = wave_number(at % MODES).map(f64::from);
-            (AMPLITUDE * (1.0 + k1 * k1 + k2 * k2).powf(-1.5) * normal(&mut rng) / 2f64.sqrt()) as f32
+            (AMPLITUDE * (-(k1 * k1 + k2 * k2) / 4.0).exp() * normal(&mut rng) / 2f64.sqrt()) as f32
         })
     }
     /// The first `samples` pairs.
