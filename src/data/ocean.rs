@@ -184,21 +184,20 @@ impl Flow {
     pub fn trajectory(&self, recording: Recording) -> Vec<[f64; 2]> {
         let Recording { positions, every } = recording;
         let dt = recording.dt();
-        let turn = self.turn(dt / 2.0);
-        let mut x = START;
-        let path = (0..positions).map(|p| {
-            // Times between stored ones are reached by turning on: phases are computed here only, where rounding of the
-            // turns is forgotten.
-            let mut terms = self.terms_at((p * every) as f64 * dt);
-            let mut now = Half::sum(&terms);
+        // Phases are turned on, not computed. Two turns, so that a thousand roundings add up and not twenty thousand.
+        let [half, whole] = [0.5, every as f64].map(|steps| self.turn(steps * dt));
+        let (mut x, mut first) = (START, self.terms_at(0.0));
+        let path = (0..positions).map(|_| {
+            let (mut terms, mut now) = (first, Half::sum(&first));
             for _ in 0..every {
-                let [half, next] = from_fn(|_| {
-                    terms = from_fn(|i| terms[i].times(&turn[i]));
+                let [middle, next] = from_fn(|_| {
+                    terms = from_fn(|i| terms[i].times(&half[i]));
                     Half::sum(&terms)
                 });
-                x = step(x, dt, [&now, &half, &next]);
+                x = step(x, dt, [&now, &middle, &next]);
                 now = next;
             }
+            first = from_fn(|i| first[i].times(&whole[i]));
             x
         });
         path.collect()
@@ -221,16 +220,28 @@ impl Flow {
 }
 
 impl Half {
+    #[inline]
     fn times(&self, by: &Half) -> Half {
-        let part = |f: &dyn Fn(usize, usize) -> f64| from_fn(|k2| from_fn(|k1| f(k2, k1)));
-        Half {
-            re: part(&|k2, k1| self.re[k2][k1] * by.re[k2][k1] - self.im[k2][k1] * by.im[k2][k1]),
-            im: part(&|k2, k1| self.re[k2][k1] * by.im[k2][k1] + self.im[k2][k1] * by.re[k2][k1]),
+        let mut out = Half { re: [[0.0; LANES]; SIDE], im: [[0.0; LANES]; SIDE] };
+        for k2 in 0..SIDE {
+            for k1 in 0..LANES {
+                let ([a, b], [c, d]) = ([self.re[k2][k1], self.im[k2][k1]], [by.re[k2][k1], by.im[k2][k1]]);
+                out.re[k2][k1] = a * c - b * d;
+                out.im[k2][k1] = a * d + b * c;
+            }
         }
+        out
     }
+    #[inline]
     fn sum([a, b]: &[Half; 2]) -> Half {
-        let part = |a: &[[f64; LANES]; SIDE], b: &[[f64; LANES]; SIDE]| from_fn(|k2| from_fn(|k1| a[k2][k1] + b[k2][k1]));
-        Half { re: part(&a.re, &b.re), im: part(&a.im, &b.im) }
+        let mut out = *a;
+        for k2 in 0..SIDE {
+            for k1 in 0..LANES {
+                out.re[k2][k1] += b.re[k2][k1];
+                out.im[k2][k1] += b.im[k2][k1];
+            }
+        }
+        out
     }
     /// psi and its two derivatives at x, of a sum of terms.
     #[inline]
@@ -302,42 +313,155 @@ fn normal(rng: &mut ChaCha8Rng) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Side, Source};
+    use crate::data::{Npy, Side, Source};
 
-    fn flow(i: usize) -> Flow {
+    /// Flows of the first samples.
+    fn flows(count: usize) -> Vec<Flow> {
         let ocean = Ocean::new(5, Recording::PAPER);
-        Flow::new(&ocean.coefficients(i), &ocean.frequencies)
+        (0..count).map(|i| Flow::new(&ocean.coefficients(i), &ocean.frequencies)).collect()
     }
 
-    fn distance(a: [f64; 2], b: [f64; 2]) -> f64 {
-        (a[0] - b[0]).hypot(a[1] - b[1])
+    /// Points of space and time all over: multiples of irrational numbers.
+    fn points(count: usize) -> impl Iterator<Item = ([f64; 2], f64)> {
+        let all = (1..=count as u32).map(|i| [2f64, 3.0, 5.0].map(|root| (f64::from(i) * root.sqrt()).fract()));
+        all.map(|[x, y, t]| ([x, -y], HORIZON * t))
     }
 
-    /// psi as it is defined, mode by mode, and its derivatives.
-    fn naive(u: &[f32; COEFFICIENTS], frequencies: &[f32; MODES], x: [f64; 2], t: f64) -> [f64; 3] {
-        let mut out = [0.0; 3];
-        for m in 0..MODES {
-            let k = [(m / 7) as f64 - 3.0, (m % 7) as f64 - 3.0];
-            let angle = f64::from(frequencies[m]) * t + TAU * (k[0] * x[0] + k[1] * x[1]);
-            let (re, im) = (f64::from(u[m]), f64::from(u[MODES + m]));
-            out[0] += re * angle.cos() - im * angle.sin();
-            let slope = -TAU * (re * angle.sin() + im * angle.cos());
-            out[1] += k[0] * slope;
-            out[2] += k[1] * slope;
-        }
-        out
+    fn median(mut x: Vec<f64>) -> f64 {
+        x.sort_by(f64::total_cmp);
+        x[x.len() / 2]
+    }
+
+    /// The derivative of equally spaced values, at the fifth of nine, to order 8.
+    fn slope(values: [f64; 9], spacing: f64) -> f64 {
+        let weights = [4.0 / 5.0, -1.0 / 5.0, 4.0 / 105.0, -1.0 / 280.0];
+        (1..=4).map(|i| weights[i - 1] * (values[4 + i] - values[4 - i])).sum::<f64>() / spacing
     }
 
     #[test]
-    fn print_times() {
-        let ocean = Ocean::new(0, Recording::PAPER);
-        let t = std::time::Instant::now();
-        let data = ocean.sample(200);
-        println!("{:?} a sample", t.elapsed() / 200);
-        let mut far: Vec<f64> = data.side(Side::V).chunks(2000).map(|v| v.chunks(2).map(|x| distance(START, [x[0].into(), x[1].into()])).fold(0.0, f64::max)).collect();
-        far.sort_by(f64::total_cmp);
-        println!("{:?}", [10,50,100,150,190].map(|i| far[i]));
-        assert_eq!(data.len(), 200);
-        let _ = (flow(0), naive(&ocean.coefficients(0), &ocean.frequencies, START, 0.0));
+    fn the_field_is_its_formula() {
+        let ocean = Ocean::new(5, Recording::PAPER);
+        for (i, (x, t)) in points(50).enumerate() {
+            let u = ocean.coefficients(i);
+            let [mut stream, mut velocity] = [0.0, 0.0].map(|z| [z, z]);
+            for m in 0..MODES {
+                let k = [(m / 7) as f64 - 3.0, (m % 7) as f64 - 3.0];
+                let angle = f64::from(ocean.frequencies[m]) * t + TAU * (k[0] * x[0] + k[1] * x[1]);
+                let (re, im) = (f64::from(u[m]), f64::from(u[MODES + m]));
+                let d = -TAU * (re * angle.sin() + im * angle.cos());
+                stream[0] += re * angle.cos() - im * angle.sin();
+                velocity = [velocity[0] - k[1] * d, velocity[1] + k[0] * d];
+            }
+            let flow = Flow::new(&u, &ocean.frequencies);
+            stream[1] = flow.stream(x, t);
+            assert!((stream[0] - stream[1]).abs() < 1e-12, "{stream:?}");
+            let found = flow.velocity(x, t);
+            assert!((0..2).all(|i| (found[i] - velocity[i]).abs() < 1e-11), "{found:?} for {velocity:?}");
+        }
+    }
+
+    #[test]
+    fn the_field_is_periodic_and_without_divergence() {
+        let h = 1e-3;
+        let mut worst = 0.0f64;
+        for (flow, (x, t)) in flows(50).iter().zip(points(50)) {
+            let moved = flow.velocity([x[0] - 2.0, x[1] + 5.0], t);
+            assert!((0..2).all(|i| (moved[i] - flow.velocity(x, t)[i]).abs() < 1e-11));
+            let along = |axis: usize| {
+                let at = |j: usize| from_fn(|i| x[i] + if i == axis { (j as f64 - 4.0) * h } else { 0.0 });
+                slope(from_fn(|j| flow.velocity(at(j), t)[axis]), h)
+            };
+            worst = worst.max((along(0) + along(1)).abs());
+        }
+        println!("divergence {worst:.1e}, where derivatives of the velocity are about 100");
+        // Rounding: a few 1e-16 of a point, times a derivative of 100, over 1e-3.
+        assert!(worst < 1e-9, "{worst:e}");
+    }
+
+    #[test]
+    fn the_integrator_has_order_4() {
+        let flows = flows(20);
+        let end = |flow: &Flow, every: usize| flow.trajectory(Recording { positions: 1, every })[0];
+        let steps = [125, 250, 500, 1000, 2000];
+        let errors = steps.map(|every| {
+            let error = |flow: &Flow| {
+                let (a, b) = (end(flow, every), end(flow, 16_000));
+                (a[0] - b[0]).hypot(a[1] - b[1])
+            };
+            median(flows.iter().map(error).collect())
+        });
+        for (errors, steps) in errors.windows(2).zip(steps) {
+            let order = (errors[0] / errors[1]).log2();
+            println!("dt = T/{steps}: error {:.1e}, order {order:.2} from there to its half", errors[0]);
+            assert!((order - 4.0).abs() < 0.25, "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn stored_positions_obey_the_equation() {
+        for (recording, bound) in [(Recording::PAPER, 1e-8), (Recording::QUICK, 1e-3)] {
+            let spacing = recording.dt() * recording.every as f64;
+            let mut worst = 0.0f64;
+            for flow in flows(20) {
+                let path = flow.trajectory(recording);
+                for (p, nine) in path.windows(9).enumerate() {
+                    let velocity = flow.velocity(nine[4], (p + 5) as f64 * spacing);
+                    for i in 0..2 {
+                        worst = worst.max((slope(from_fn(|j| nine[j][i]), spacing) - velocity[i]).abs());
+                    }
+                }
+            }
+            println!("{recording:?}: residual {worst:.1e}, where the velocity is about 10");
+            assert!(worst < bound, "{worst:e}");
+        }
+    }
+
+    #[test]
+    fn drifters_cross_a_good_part_of_the_torus() {
+        // E|velocity|^2 = 2 pi^2 sum_k |k|^2 E|psi_k|^2.
+        let square = |m: usize| wave_number(m).map(|k| f64::from(k * k)).iter().sum::<f64>();
+        let energy: f64 = (0..MODES).map(|m| square(m) * (AMPLITUDE * (-square(m) / 4.0).exp()).powi(2)).sum();
+        assert!((TAU * TAU / 2.0 * energy - 100.0).abs() < 0.01, "{energy}");
+
+        let paths: Vec<_> = flows(400).iter().map(|flow| flow.trajectory(Recording::QUICK)).collect();
+        let gap = |a: &[f64; 2], b: &[f64; 2]| (a[0] - b[0]).hypot(a[1] - b[1]);
+        let of = |f: &dyn Fn(&Vec<[f64; 2]>) -> f64| median(paths.iter().map(f).collect());
+        let end = of(&|path| gap(&START, &path[99]));
+        let far = of(&|path| path.iter().map(|x| gap(&START, x)).fold(0.0, f64::max));
+        let length = of(&|path| gap(&START, &path[0]) + path.windows(2).map(|x| gap(&x[0], &x[1])).sum::<f64>());
+        println!("medians: displacement {end:.2}, largest displacement {far:.2}, length {length:.2}");
+        assert!(far > 0.35 && length > 0.8, "{far} {length}");
+    }
+
+    #[test]
+    fn samples_depend_on_seed_and_index_alone() {
+        let ocean = |seed| Ocean::new(seed, Recording { positions: 8, every: 3 });
+        let many = ocean(3).sample(37);
+        assert_eq!((many.len(), many.dim(Side::U), many.dim(Side::V)), (37, 98, 16));
+        let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        assert_eq!(single.install(|| ocean(3).sample(37)), many);
+        let few = ocean(3).sample(5);
+        assert_eq!(many.side(Side::U)[..5 * 98], *few.side(Side::U));
+        assert_eq!(many.side(Side::V)[..5 * 16], *few.side(Side::V));
+        let other = ocean(4);
+        assert_ne!(other.sample(5), few);
+        assert_ne!(other.frequencies, ocean(3).frequencies);
+    }
+
+    /// Files are the samples, beyond one part too, and hold all that is needed to make a trajectory again.
+    #[test]
+    fn files_hold_the_samples() {
+        let folder = tempfile::tempdir().unwrap();
+        let ocean = Ocean::new(7, Recording { positions: 2, every: 1 });
+        ocean.write(folder.path(), 1027).unwrap();
+        let read = |name: &str| Npy::open(folder.path().join(name)).unwrap();
+        let (u, v, frequencies) = (read("u.npy"), read("v.npy"), read("frequencies.npy"));
+        let sample = ocean.sample(1027);
+        assert_eq!(u.as_f32().unwrap(), sample.side(Side::U));
+        assert_eq!(v.as_f32().unwrap(), sample.side(Side::V));
+        let last = u.as_f32().unwrap()[1026 * COEFFICIENTS..].try_into().unwrap();
+        let flow = Flow::new(last, frequencies.as_f32().unwrap().try_into().unwrap());
+        let again = flow.trajectory(Recording { positions: 2, every: 1 });
+        assert!(again.as_flattened().iter().map(|&x| x as f32).eq(v.as_f32().unwrap()[1026 * 4..].iter().copied()));
     }
 }

@@ -16,7 +16,7 @@ use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
-use crate::tasks::retrieval::{best, recall, Recall};
+use crate::tasks::retrieval::{Recall, best, recall};
 use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};

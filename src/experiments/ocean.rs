@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::data::ocean::{COEFFICIENTS, Ocean, Recording};
 use crate::data::{PairsSource, Source, Split};
 use crate::nn::EncoderSpec;
+use crate::optim::Schedule;
 use std::sync::Arc;
 
 /// Trajectories and flows.
@@ -25,11 +26,16 @@ pub const OCEAN: Experiment = Experiment {
         encoder_v: transformer([1000, 2], 256, 12),
         ..base
     },
+    // Ten positions a token, which makes velocities easy to read off and sequences short.
     quick: |config| Config {
-        samples: 10_000,
-        held_out: 0.2,
-        lr: 1e-3,
-        encoder_v: transformer([20, 10], 128, 3),
+        samples: 40_000,
+        held_out: 0.05,
+        epochs: 16,
+        lr: 2e-3,
+        warmup: 100,
+        schedule: Schedule::Cosine,
+        tau: 0.02,
+        encoder_v: transformer([10, 20], 64, 3),
         ..config
     },
     data: |config| {
