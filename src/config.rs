@@ -323,6 +323,11 @@ impl Config {
         Ok(())
     }
 
+    /// Pairs embedded at a time: the batch, or a micro-batch of it.
+    pub fn micro(&self) -> usize {
+        if self.micro_batch > 0 { self.micro_batch } else { self.batch }
+    }
+
     /// As a TOML file that reproduces the run.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("every setting has a TOML form")

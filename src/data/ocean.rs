@@ -392,7 +392,7 @@ mod tests {
         });
         for (errors, steps) in errors.windows(2).zip(steps) {
             let order = (errors[0] / errors[1]).log2();
-            println!("dt = T/{steps}: error {:.1e}, order {order:.2} from there to its half", errors[0]);
+            println!("dt = T/{steps}: error {:.1e}, half of it: {:.1e}, order {order:.2}", errors[0], errors[1]);
             assert!((order - 4.0).abs() < 0.25, "{errors:?}");
         }
     }

@@ -113,7 +113,7 @@ pub struct Learned<'a> {
 
 /// A device as far as reports need it.
 trait Embed {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32>;
+    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32>;
     fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall;
     fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize>;
 }
@@ -125,9 +125,9 @@ trait Rows {
 }
 
 impl<D: Device<Real = f32>> Embed for D {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32> {
+    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32> {
         let mut out = Vec::with_capacity(rows.count() * network.encoders[side as usize].output);
-        embed_to(self, network, params, side, rows, &mut |part| {
+        embed_to(self, network, params, side, micro, rows, &mut |part| {
             out.extend_from_slice(part);
             Ok(())
         })
@@ -142,24 +142,25 @@ impl<D: Device<Real = f32>> Embed for D {
     }
 }
 
-/// Embeds all rows in order, some at a time, each part handed to `push`.
+/// Embeds all rows in order, each part handed to `push`: at most `micro` at a time, for whose activations there is
+/// memory where the model was trained.
 fn embed_to<D: Device<Real = f32>>(
     device: &D,
     network: &Network,
     params: &[f32],
     side: Side,
+    micro: usize,
     rows: &dyn Rows,
     push: &mut Push<'_, f32>,
 ) -> io::Result<()> {
-    const ROWS: usize = 1024;
     let encoder = &network.encoders[side as usize];
-    let chunk = ROWS.min(rows.count());
+    let chunk = micro.min(rows.count());
     let mut arena = device.alloc(params.len());
     device.upload(params, ViewMut { buf: &mut arena, at: 0..params.len() });
     let mut acts = encoder.acts(device, chunk);
     let mut x = device.alloc(chunk * encoder.input);
     let (mut input, mut output) = (vec![0.0; chunk * encoder.input], vec![0.0; chunk * encoder.output]);
-    for first in (0..rows.count()).step_by(ROWS) {
+    for first in (0..rows.count()).step_by(micro) {
         let count = chunk.min(rows.count() - first);
         let (input, output) = (&mut input[..count * encoder.input], &mut output[..count * encoder.output]);
         rows.read(first, count, input);
@@ -197,7 +198,7 @@ impl Rows for Npy {
 impl Learned<'_> {
     /// Embeddings of one side of `source`.
     fn embed(&self, source: &dyn Source, side: Side) -> Vec<f32> {
-        self.device.embed(self.network, self.params, side, &SideOf(source, side))
+        self.device.embed(self.network, self.params, side, self.config.micro(), &SideOf(source, side))
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
@@ -409,7 +410,7 @@ impl Model {
         }
         x.check_finite()?;
         Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
-            embed_to(device, &self.network, &self.params, side, x, push)
+            embed_to(device, &self.network, &self.params, side, self.config.micro(), x, push)
         })?)
     }
 }
