@@ -56,6 +56,8 @@ pub mod experiments;
 pub mod nn;
 pub mod objective;
 pub mod optim;
+#[cfg(feature = "plots")]
+pub mod plot;
 pub mod tasks;
 #[cfg(feature = "theory")]
 pub mod theory;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Every room of the library with its floor. A room may use its own floor and those below.
-const FLOORS: [(&str, usize); 14] = [
+const FLOORS: [(&str, usize); 15] = [
     ("kernels", 0),
     ("objective", 1),
     ("data", 1),
@@ -21,6 +21,7 @@ const FLOORS: [(&str, usize); 14] = [
     ("checkpoint", 4),
     ("train", 4),
     ("tasks", 4),
+    ("plot", 1),
     ("experiments", 5),
     ("cli", 6),
     ("main", 6),

@@ -2,6 +2,7 @@
 #![cfg(feature = "cuda")]
 #![allow(missing_docs)]
 
+#[allow(dead_code, reason = "each test program takes what it needs of it")]
 #[path = "common/twin.rs"]
 mod twin;
 

@@ -7,19 +7,18 @@ mod bench;
 mod data;
 mod device;
 mod loss;
+mod tasks;
 mod train;
 
-use self::device::{Device, why_not_cuda};
+use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
-use crate::data::{DataError, Side, npy::Npy};
-use crate::device::cpu::{Cpu, Isa};
-#[cfg(feature = "cuda")]
-use crate::device::cuda::contrast::Cuda;
-use crate::experiments::{self, Model};
+use crate::data::{DataError, download::DownloadError};
+use crate::device::cpu::Isa;
+use crate::experiments;
 use crate::objective::LossError;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Contrastive learning at the speed of the hardware.
@@ -62,30 +61,19 @@ enum Command {
     /// Train encoders: without arguments, the built-in Gaussian process, certified against its theory
     Train(Box<train::Train>),
     /// Embed data with a trained model
-    Embed(Embed),
+    Embed(tasks::Embed),
+    /// Find the best items for each query, exactly
+    Retrieve(tasks::Retrieve),
+    /// Label data with a trained model
+    Classify(tasks::Classify),
+    /// Draw from the learned conditional law of one side given the other
+    Sample(tasks::Sample),
     /// Time the fused loss with both gradients
     Bench(bench::Bench),
     /// Show what this machine computes with
     Devices,
-    /// Write a built-in data set as .npy files
+    /// Write a built-in data set as .npy files, or download MNIST
     Data(data::Data),
-}
-
-/// `embed`.
-#[derive(Args)]
-struct Embed {
-    /// Folder of a training run
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-    /// Which encoder: u or v
-    #[arg(long, value_name = "SIDE")]
-    side: String,
-    /// Data, [rows, columns] .npy
-    #[arg(long, value_name = "X.npy")]
-    input: PathBuf,
-    /// Embeddings, [rows, dim] f32 .npy
-    #[arg(long, value_name = "E.npy")]
-    output: PathBuf,
 }
 
 /// Why a command ends early.
@@ -101,6 +89,15 @@ enum Failure {
 impl From<DataError> for Failure {
     fn from(e: DataError) -> Self {
         Failure::Input(e.to_string())
+    }
+}
+
+impl From<DownloadError> for Failure {
+    fn from(e: DownloadError) -> Self {
+        match e {
+            DownloadError::Disk(e) => e.into(),
+            refused => Failure::Other(refused.to_string()),
+        }
     }
 }
 
@@ -200,7 +197,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
     match command {
         Command::Loss(args) => loss::run(&args, &common),
         Command::Train(args) => train::run(*args, &common),
-        Command::Embed(args) => embed(&args, &common),
+        Command::Embed(args) => tasks::embed(&args, &common),
+        Command::Retrieve(args) => tasks::retrieve(&args, &common),
+        Command::Classify(args) => tasks::classify(&args, &common),
+        Command::Sample(args) => tasks::sample(&args, &common),
         Command::Bench(args) => bench::run(&args, &common),
         Command::Devices => devices(&common),
         Command::Data(args) => data::run(&args, &common),
@@ -247,29 +247,6 @@ fn check_output(path: &Path) -> Result<(), Failure> {
         }
     };
     Err(bad_flag(&path.display().to_string(), found, "a file in a folder that can be written"))
-}
-
-fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
-    let side = match &args.side[..] {
-        "u" => Side::U,
-        "v" => Side::V,
-        other => return Err(bad_flag("--side", other, "u or v")),
-    };
-    let model = Model::load(&args.model)?;
-    let x = Npy::open(&args.input)?;
-    check_output(&args.output)?;
-    let choice = common.choose(None)?;
-    match &choice.device {
-        Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(driver, _) => model.embed(&Cuda::new(driver, choice.precision()), side, &x, &args.output),
-    }?;
-    choice.announce();
-    let json = serde_json::json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
-    common.print(
-        &json,
-        &[format!("{}: {} embeddings of dimension {}", args.output.display(), x.rows(), model.config.dim)],
-    )
 }
 
 fn devices(common: &Common) -> Result<(), Failure> {

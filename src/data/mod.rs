@@ -5,6 +5,8 @@
 //! run resumes exactly at any step. [`Prefetch`] gathers batches on a thread of its own, beside compute.
 
 pub mod digits;
+#[cfg(feature = "cli")]
+pub mod download;
 pub mod gaussian2d;
 pub mod gp;
 pub mod idx;
@@ -55,6 +57,68 @@ pub trait Source: Send + Sync {
     /// Class of each pair, where the v side is a one-hot label.
     fn labels(&self) -> Option<&[u8]> {
         None
+    }
+}
+
+/// Rows of numbers, readable at any index from any thread.
+pub trait Rows: Sync {
+    /// Number of rows.
+    fn count(&self) -> usize;
+    /// Numbers a row.
+    fn dim(&self) -> usize;
+    /// Writes the rows from `first` on, `[out.len() / dim, dim]`, as f32.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    fn read(&self, first: usize, out: &mut [f32]);
+}
+
+/// Rows in memory, `[count, dim]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Table<'a> {
+    /// `count * dim` numbers.
+    pub data: &'a [f32],
+    /// Numbers a row.
+    pub dim: usize,
+}
+
+impl Rows for Table<'_> {
+    fn count(&self) -> usize {
+        self.data.len() / self.dim
+    }
+    fn dim(&self) -> usize {
+        self.dim
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.data[first * self.dim..][..out.len()]);
+    }
+}
+
+impl Rows for Npy {
+    fn count(&self) -> usize {
+        self.rows()
+    }
+    fn dim(&self) -> usize {
+        Npy::dim(self)
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        self.read_rows(first..first + out.len() / Npy::dim(self), out);
+    }
+}
+
+/// One side of a source.
+pub struct SideOf<'a>(pub &'a dyn Source, pub Side);
+
+impl Rows for SideOf<'_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+    fn dim(&self) -> usize {
+        self.0.dim(self.1)
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        let index: Vec<usize> = (first..first + out.len() / Rows::dim(self)).collect();
+        self.0.gather(self.1, &index, out);
     }
 }
 
@@ -269,26 +333,29 @@ impl Source for PairsSource {
 /// # Errors
 /// [`DataError::Io`] naming `path`; nothing is left behind then.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), DataError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
     let write = || {
         let mut builder = tempfile::Builder::new();
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut writer = BufWriter::new(builder.tempfile_in(folder)?);
+        let mut writer = BufWriter::new(builder.tempfile_in(folder(path))?);
         fill(&mut writer)?;
         let file = writer.into_inner()?;
         file.as_file().sync_all()?;
         file.persist(path)?;
-        // The rename itself must reach the disk; only unix lets a folder be opened and synced.
-        #[cfg(unix)]
-        File::open(folder)?.sync_all()?;
-        Ok(())
+        sync_folder(path)
     };
     write().map_err(DataError::io(path))
+}
+
+/// The folder that `path` lies in.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes a rename to `path` reach the disk; only unix lets a folder be opened and synced.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder(path))?.sync_all() } else { Ok(()) }
 }
 
 /// The first row of `data` `[rows, dim]` that holds a NaN or an infinity. Runs on all cores.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 pub const GP: Experiment = Experiment {
     name: "gp",
     about: "linear encoders of noisy point values and of Fourier coefficients of a Gaussian process, beside the closed-form optimum",
+    labelled: false,
     // A cosine to zero takes the optimiser's noise off the last digits: twice the excess error without it.
     defaults: |base| Config { epochs: 500, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 60, lr: 4e-3, ..config },
@@ -28,6 +29,7 @@ pub const GP: Experiment = Experiment {
 pub const GAUSSIAN2D: Experiment = Experiment {
     name: "gaussian2d",
     about: "one-dimensional linear encoders of two correlated Gaussian numbers, beside the closed forms",
+    labelled: false,
     defaults: |base| Config { dim: 1, epochs: 200, lr: 3e-3, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 30, lr: 1e-2, ..config },
     data: |config| Ok(draw(&gaussian2d::gaussian2d(), config)),

@@ -1,15 +1,17 @@
 //! LeNet against one-hot labels: rendered digits, and MNIST from its files (section 6.2).
 
-use super::{Experiment, Learned, Report};
+use super::{Experiment, Learned, OneHot, Report};
 use crate::config::{Config, ConfigError};
-use crate::data::{Side, Split, digits, idx};
+use crate::data::{Side, SideOf, Split, Table, digits, idx};
 use crate::nn::EncoderSpec;
+use crate::tasks::classification;
 use std::sync::Arc;
 
 /// Built-in rendered digits.
 pub const DIGITS: Experiment = Experiment {
     name: "digits",
     about: "LeNet on rendered digits, which need no file",
+    labelled: true,
     defaults: |base| Config { samples: 20_000, held_out: 0.25, epochs: 8, lambda_u: 0.0, lambda_v: 2.0, ..lenet(base) },
     quick: |config| Config { samples: 6_000, epochs: 4, ..config },
     data: |config| {
@@ -24,6 +26,7 @@ pub const DIGITS: Experiment = Experiment {
 pub const MNIST: Experiment = Experiment {
     name: "mnist",
     about: "LeNet on MNIST's four IDX files in --data DIR, as in the paper",
+    labelled: true,
     defaults: |base| Config { epochs: 300, lr: 1e-4, ..lenet(base) },
     quick: |config| Config { epochs: 1, lr: 1e-3, ..config },
     data: |config| {
@@ -43,12 +46,12 @@ fn lenet(base: Config) -> Config {
 /// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
 fn report(learned: &Learned<'_>, report: &mut Report) {
     let Some(labels) = learned.split.test.labels() else { return };
-    let images = learned.embed(&*learned.split.test, Side::U);
+    let images = learned.embed(&SideOf(&*learned.split.test, Side::U), Side::U);
     let classes = learned.split.test.dim(Side::V);
-    let one_hot: Vec<f32> = (0..classes * classes).map(|k| f32::from(u8::from(k / classes == k % classes))).collect();
-    let one_hot = crate::data::Memory::new(vec![0.0; classes], 1, one_hot, classes);
-    let labels_embedded = learned.embed(&one_hot, Side::V);
-    let found = learned.device.best(learned.tilting, &images, &labels_embedded, learned.config.dim);
+    let names = learned.embed(&OneHot(classes), Side::V);
+    let dim = learned.config.dim;
+    let [inputs, names] = [&images, &names].map(|data| Table { data, dim });
+    let found = classification::classify(learned.tilting, learned.tau, &inputs, &names, None).labels;
     let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
     let accuracy = right as f64 / labels.len().max(1) as f64;
     report.insert("test_accuracy", accuracy);

@@ -11,12 +11,11 @@ mod retrieval;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Side, Source, Split, write_atomic};
+use crate::data::{DataError, Rows, Side, Source, Split, write_atomic};
 use crate::device::{Contrast, Device, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
-use crate::tasks::retrieval::{Recall, best, recall};
 use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,6 +27,8 @@ pub struct Experiment {
     pub name: &'static str,
     /// One line for people.
     pub about: &'static str,
+    /// Whether v is a one-hot label.
+    labelled: bool,
     defaults: fn(Config) -> Config,
     /// What `quick` changes.
     quick: fn(Config) -> Config,
@@ -114,14 +115,6 @@ pub struct Learned<'a> {
 /// A device as far as reports need it.
 trait Embed {
     fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32>;
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall;
-    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize>;
-}
-
-/// Rows to embed.
-trait Rows {
-    fn count(&self) -> usize;
-    fn read(&self, first: usize, count: usize, out: &mut [f32]);
 }
 
 impl<D: Device<Real = f32>> Embed for D {
@@ -133,12 +126,6 @@ impl<D: Device<Real = f32>> Embed for D {
         })
         .expect("memory takes everything");
         out
-    }
-    fn recall(&self, tilting: Tilting, u: &[f32], v: &[f32], dim: usize) -> Recall {
-        recall(self, tilting, u, v, dim)
-    }
-    fn best(&self, tilting: Tilting, queries: &[f32], items: &[f32], dim: usize) -> Vec<usize> {
-        best(self, tilting, queries, items, dim)
     }
 }
 
@@ -163,7 +150,7 @@ fn embed_to<D: Device<Real = f32>>(
     for first in (0..rows.count()).step_by(micro) {
         let count = chunk.min(rows.count() - first);
         let (input, output) = (&mut input[..count * encoder.input], &mut output[..count * encoder.output]);
-        rows.read(first, count, input);
+        rows.read(first, input);
         device.upload(input, ViewMut { buf: &mut x, at: 0..input.len() });
         encoder.forward(device, &arena, View { buf: &x, at: 0..input.len() }, count, &mut acts);
         device.download(View { buf: &acts.output, at: 0..output.len() }, output);
@@ -173,32 +160,10 @@ fn embed_to<D: Device<Real = f32>>(
     Ok(())
 }
 
-/// One side of a source.
-struct SideOf<'a>(&'a dyn Source, Side);
-
-impl Rows for SideOf<'_> {
-    fn count(&self) -> usize {
-        self.0.len()
-    }
-    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
-        let index: Vec<usize> = (first..first + count).collect();
-        self.0.gather(self.1, &index, out);
-    }
-}
-
-impl Rows for Npy {
-    fn count(&self) -> usize {
-        self.rows()
-    }
-    fn read(&self, first: usize, count: usize, out: &mut [f32]) {
-        self.read_rows(first..first + count, out);
-    }
-}
-
 impl Learned<'_> {
-    /// Embeddings of one side of `source`.
-    fn embed(&self, source: &dyn Source, side: Side) -> Vec<f32> {
-        self.device.embed(self.network, self.params, side, self.config.micro(), &SideOf(source, side))
+    /// Embeddings of `rows`, as `side`.
+    fn embed(&self, rows: &dyn Rows, side: Side) -> Vec<f32> {
+        self.device.embed(self.network, self.params, side, self.config.micro(), rows)
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
@@ -400,17 +365,89 @@ impl Model {
     /// [`Error`] when `x` has another width than the encoder, or a row that is not finite.
     pub fn embed<D: Device<Real = f32>>(&self, device: &D, side: Side, x: &Npy, output: &Path) -> Result<(), Error> {
         let encoder = &self.network.encoders[side as usize];
-        if x.dim() != encoder.input {
-            return Err(DataError::Format {
-                path: x.path().into(),
-                found: format!("{} columns", x.dim()),
-                expected: format!("{}, as the encoder reads", encoder.input),
-            }
-            .into());
-        }
+        self.check_width(side, x, x.path())?;
         x.check_finite()?;
         Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
             embed_to(device, &self.network, &self.params, side, self.config.micro(), x, push)
         })?)
+    }
+
+    /// Embeds all `rows` as `side`, `[rows, dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Train`] when the device fails.
+    pub fn embed_in_memory<D: Device<Real = f32>>(
+        &self,
+        device: &D,
+        side: Side,
+        rows: &dyn Rows,
+    ) -> Result<Vec<f32>, Error> {
+        let mut out = Vec::with_capacity(rows.count() * self.config.dim);
+        let push = &mut |part: &[f32]| {
+            out.extend_from_slice(part);
+            Ok(())
+        };
+        embed_to(device, &self.network, &self.params, side, self.config.micro(), rows, push)
+            .map_err(|e| TrainError::Device(e.into()))?;
+        Ok(out)
+    }
+
+    /// Fails unless rows of `path` are as wide as the encoder of `side` reads.
+    ///
+    /// # Errors
+    /// [`DataError::Format`].
+    pub fn check_width(&self, side: Side, rows: &dyn Rows, path: &Path) -> Result<(), DataError> {
+        let expected = self.network.encoders[side as usize].input;
+        if rows.dim() == expected {
+            return Ok(());
+        }
+        Err(DataError::Format {
+            path: path.into(),
+            found: format!("{} columns", rows.dim()),
+            expected: format!("{expected}, as the encoder reads"),
+        })
+    }
+
+    /// Its tilting.
+    pub fn tilting(&self) -> Tilting {
+        parse_tilting(&self.config.tilting).expect("checked when it was loaded")
+    }
+
+    /// Its temperature, as trained.
+    pub fn tau(&self) -> f64 {
+        (-f64::from(self.params[self.network.logit_scale.start])).exp()
+    }
+
+    /// The pairs it was trained on, and those held out.
+    ///
+    /// # Errors
+    /// [`Error`] when its files are no longer there.
+    pub fn data(&self) -> Result<Split, Error> {
+        (find(&self.config.experiment)?.data)(&self.config)
+    }
+
+    /// The one-hot labels that were its v side, if they were: `[classes, classes]`.
+    pub fn labels(&self) -> Option<OneHot> {
+        let labelled = find(&self.config.experiment).is_ok_and(|e| e.labelled);
+        labelled.then(|| OneHot(self.network.encoders[Side::V as usize].input))
+    }
+}
+
+/// One-hot labels of so many classes.
+#[derive(Clone, Copy, Debug)]
+pub struct OneHot(pub usize);
+
+impl Rows for OneHot {
+    fn count(&self) -> usize {
+        self.0
+    }
+    fn dim(&self) -> usize {
+        self.0
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        out.chunks_exact_mut(self.0).enumerate().for_each(|(row, out)| {
+            out.fill(0.0);
+            out[first + row] = 1.0;
+        });
     }
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 pub const OCEAN: Experiment = Experiment {
     name: "ocean",
     about: "a transformer of drifters' trajectories finds the flows that carried them, and flows their trajectories",
+    labelled: false,
     defaults: |base| Config {
         samples: 2 * 32_268,
         held_out: 0.5,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 pub const PAIRS: Experiment = Experiment {
     name: "pairs",
     about: "your own pairs: row i of --u U.npy with row i of --v V.npy",
+    labelled: false,
     defaults: |base| Config {
         dim: 128,
         tilting: "cosine".into(),

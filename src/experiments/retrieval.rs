@@ -1,8 +1,8 @@
 //! What experiments judged by retrieval report: recall both ways, at the end and over training.
 
 use super::{Learned, Report};
-use crate::data::{Side, Source, Subset};
-use crate::tasks::retrieval::Recall;
+use crate::data::{Side, SideOf, Source, Subset, Table};
+use crate::tasks::retrieval::{self, Recall};
 use crate::train::Evaluation;
 
 /// The most pairs that recall over training is measured on: enough for a percent of its value, and less work than
@@ -10,8 +10,9 @@ use crate::train::Evaluation;
 const CURVE: usize = 4096;
 
 fn recall(learned: &Learned<'_>, source: &dyn Source) -> Recall {
-    let [u, v] = [Side::U, Side::V].map(|side| learned.embed(source, side));
-    learned.device.recall(learned.tilting, &u, &v, learned.config.dim)
+    let [u, v] = [Side::U, Side::V].map(|side| learned.embed(&SideOf(source, side), side));
+    let [u, v] = [&u, &v].map(|data| Table { data, dim: learned.config.dim });
+    retrieval::recall(learned.tilting, &u, &v)
 }
 
 /// Recall on the held-out pairs.

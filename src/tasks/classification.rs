@@ -1,0 +1,177 @@
+//! Classification by a finite set of labels (Algorithm 2): the label of largest s(u, label), or after fine-tuning of
+//! largest `G' g_u(u)/tau + F` (34), (35).
+
+use super::scores::exact;
+use crate::data::{Rows, permute};
+use crate::device::cpu::Cpu;
+use crate::device::{Device, Engine, View, ViewMut};
+use crate::nn::Layout;
+use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Tilting, Write};
+use crate::optim::{Adam, AdamConfig, Schedule};
+use rayon::prelude::*;
+
+/// Labels found, and how sure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Labels {
+    /// `[inputs]`; ties: the lowest.
+    pub labels: Vec<usize>,
+    /// `softmax_k (s(u_i, label_k) + bias_k)`, `[inputs, classes]`.
+    pub probabilities: Vec<f64>,
+}
+
+/// A classifier on frozen embeddings: logits `G' g/tau + F`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Head {
+    /// G', `[classes, dim]`.
+    pub weight: Vec<f32>,
+    /// F, `[classes]`.
+    pub bias: Vec<f32>,
+}
+
+/// Labels the embeddings `inputs` by the embedded `classes`, `[classes, dim]`, and a bias of each class, `[classes]`.
+///
+/// # Panics
+/// When there is no class, or shapes differ.
+pub fn classify(tilting: Tilting, tau: f64, inputs: &dyn Rows, classes: &dyn Rows, bias: Option<&[f32]>) -> Labels {
+    let (n, dim, count) = (inputs.count(), inputs.dim(), classes.count());
+    assert!(count > 0 && classes.dim() == dim && bias.is_none_or(|b| b.len() == count), "{count} classes");
+    let mut class = vec![0f32; count * dim];
+    classes.read(0, &mut class);
+    let mut probabilities = vec![0f64; n * count];
+    let label = |(i, p): (usize, &mut [f64])| {
+        let mut input = vec![0f32; dim];
+        inputs.read(i, &mut input);
+        for (k, (p, class)) in p.iter_mut().zip(class.chunks_exact(dim)).enumerate() {
+            *p = exact(tilting, &input, class) / tau + bias.map_or(0.0, |b| f64::from(b[k]));
+        }
+        let best = (0..count).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+        let most = p[best];
+        p.iter_mut().for_each(|p| *p = (*p - most).exp());
+        let total: f64 = p.iter().sum();
+        p.iter_mut().for_each(|p| *p /= total);
+        best
+    };
+    let labels = probabilities.par_chunks_exact_mut(count).enumerate().map(label).collect();
+    Labels { labels, probabilities }
+}
+
+/// Steps of fine-tuning, their batch and peak learning rate; the problem is convex and small.
+const STEPS: u64 = 2000;
+const BATCH: usize = 512;
+const LR: f64 = 0.02;
+
+/// Trains a classifier on frozen `embeddings`, `[M, dim]`, of known `labels`, each below `classes`, by the one-sided loss
+/// (34): cross entropy less log K.
+///
+/// # Errors
+/// [`LossError`] when an embedding is not finite.
+///
+/// # Panics
+/// When shapes do not fit, or there is no embedding.
+pub fn fine_tune(
+    tau: f64,
+    embeddings: &dyn Rows,
+    labels: &[u32],
+    classes: usize,
+    seed: u64,
+) -> Result<Head, LossError> {
+    let (n, dim) = (embeddings.count(), embeddings.dim());
+    assert!(n > 0 && labels.len() == n, "{} labels of {n} embeddings", labels.len());
+    let mut engine = Cpu::<f32>::new();
+    let device = Cpu::<f32>::new();
+    let mut layout = Layout::default();
+    let weight = layout.push("weight", &[classes, dim]);
+    let bias = layout.push("bias", &[classes]);
+    let mut params = device.alloc(layout.len());
+    let mut grads = device.alloc(layout.len());
+    let mut adam = Adam::new(&device, AdamConfig::default(), &layout);
+    let loss = Loss {
+        tilting: Tilting::Dot,
+        objective: Objective::Conditional { lambda_u: 0.0, lambda_v: 2.0 },
+        tau,
+        smoothing: 0.0,
+    };
+    let batch = BATCH.min(n);
+    let (mut g, mut host) = (vec![0f32; layout.len()], vec![0f32; layout.len()]);
+    let (mut rows, mut positives) = (vec![0f32; batch * dim], vec![0u32; batch]);
+    let per_epoch = (n / batch) as u64;
+    for step in 0..STEPS {
+        for (i, (row, positive)) in rows.chunks_exact_mut(dim).zip(&mut positives).enumerate() {
+            let at = (step % per_epoch) as usize * batch + i;
+            let pick = permute(seed, step / per_epoch, n, at);
+            embeddings.read(pick, row);
+            *positive = labels[pick];
+        }
+        let batch = Batch {
+            u: Matrix::f32(&rows, dim),
+            v: Matrix::f32(&host[weight.clone()], dim),
+            pairs: Pairs { positives: Positives::Index(&positives), ..Pairs::default() },
+            offset_v: Some(&host[bias.clone()]),
+            moments: None,
+        };
+        let (g_weight, g_bias) = g.split_at_mut(weight.end);
+        let gradients =
+            Gradients { u: None, v: Some(Write::Set(g_weight)), offset_v: Some(Write::Set(&mut g_bias[..classes])) };
+        engine.loss(&loss, &batch, gradients)?;
+        device.upload(&g, ViewMut { buf: &mut grads, at: 0..g.len() });
+        let lr = LR * Schedule::Cosine.factor(step, 0, STEPS);
+        adam.step(&device, step, lr, 1.0, &mut params, &grads);
+        device.download(View { buf: &params, at: 0..host.len() }, &mut host);
+    }
+    Ok(Head { weight: host[weight].to_vec(), bias: host[bias].to_vec() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Table;
+    use rand::{RngExt, SeedableRng};
+
+    #[test]
+    fn probabilities_are_the_softmax_and_ties_go_to_the_lowest() {
+        let (inputs, classes) = ([1f32, 0.0, 0.5, -2.0], [0.0f32, 1.0, 2.0, 0.0, 2.0, 0.0]);
+        let (inputs, classes) = (Table { data: &inputs, dim: 2 }, Table { data: &classes, dim: 2 });
+        let got = classify(Tilting::Dot, 0.5, &inputs, &classes, None);
+        assert_eq!(got.labels, [1, 1]);
+        let e = 4f64.exp();
+        for (got, want) in got.probabilities.iter().zip([1.0, e, e].map(|x| x / (1.0 + 2.0 * e))) {
+            assert!((got - want).abs() < 1e-12);
+        }
+        let biased = classify(Tilting::Dot, 0.5, &inputs, &classes, Some(&[0.0, 0.0, 0.1]));
+        assert_eq!(biased.labels, [2, 2]);
+    }
+
+    // Where the data are Gaussian with equal covariances, the best classifier is linear and known: fine-tuning finds
+    // weights whose error rate is Bayes', and probabilities that are calibrated.
+    #[test]
+    fn fine_tuning_finds_the_bayes_classifier() {
+        let (n, dim, classes) = (6000, 3, 3);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(4);
+        let means: Vec<f32> = (0..classes * dim).map(|_| rng.random_range(-1.5..1.5)).collect();
+        let labels: Vec<u32> = (0..n).map(|_| rng.random_range(0..classes as u32)).collect();
+        // The sum of twelve uniform numbers, less 6, is near enough to normal.
+        let mut normal = || (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0;
+        let x: Vec<f32> = labels
+            .iter()
+            .flat_map(|&l| (0..dim).map(move |k| (l as usize) * dim + k))
+            .map(|at| means[at] + normal())
+            .collect();
+        let x = Table { data: &x, dim };
+        let tau = 0.3;
+        let head = fine_tune(tau, &x, &labels, classes, 1).unwrap();
+        let weight = Table { data: &head.weight, dim };
+        let got = classify(Tilting::Dot, tau, &x, &weight, Some(&head.bias));
+        let bayes: Vec<f32> = means.chunks(dim).map(|m| -0.5 * m.iter().map(|x| x * x).sum::<f32>()).collect();
+        let best = classify(Tilting::Dot, 1.0, &x, &Table { data: &means, dim }, Some(&bayes));
+        let right =
+            |found: &[usize]| found.iter().zip(&labels).filter(|&(&f, &l)| f == l as usize).count() as f64 / n as f64;
+        assert!(
+            (right(&got.labels) - right(&best.labels)).abs() < 0.005,
+            "{} {}",
+            right(&got.labels),
+            right(&best.labels)
+        );
+        let off: f64 = got.probabilities.iter().zip(&best.probabilities).map(|(a, b)| (a - b).abs()).sum::<f64>();
+        assert!(off / (n * classes) as f64 * 1.0 < 0.02, "{off}");
+    }
+}

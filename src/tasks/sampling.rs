@@ -1,0 +1,163 @@
+//! Draws from the learned conditional nu(u|v): item i with weight softmax_i s(u_i, v), with replacement (28).
+
+use super::scores::{Block, each_block};
+use crate::data::Rows;
+use crate::objective::Tilting;
+use rand::{RngExt, SeedableRng};
+use rayon::prelude::*;
+
+/// Draws for each query.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Draws {
+    /// Which items, `[queries, count]`, in the order drawn.
+    pub indices: Vec<usize>,
+    /// Their weights, `[queries, count]`.
+    pub weights: Vec<f64>,
+    /// Effective number of items, `1 / sum_i w_i^2`, `[queries]`: 1 when one has all the weight, as many as there are
+    /// when all have the same.
+    pub ess: Vec<f64>,
+}
+
+/// Draws `count` items for each query, at temperature `tau`. The items are read twice; memory is O(queries count).
+///
+/// # Panics
+/// When there is no item, or dimensions differ.
+pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, count: usize, seed: u64) -> Draws {
+    assert!(items.count() > 0, "nothing to draw from");
+    let n = queries.count();
+    // A score as `each_block` has it, times this, is s(query, item) but for a constant of the query.
+    let gains: Vec<f64> = (0..n)
+        .map(|i| {
+            let mut query = vec![0f32; queries.dim()];
+            queries.read(i, &mut query);
+            let norm = query.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            if !tilting.unit_rows() {
+                1.0 / tau
+            } else if norm > 0.0 {
+                1.0 / (norm * tau)
+            } else {
+                0.0
+            }
+        })
+        .collect();
+    let mut tallies = vec![Tally { most: f64::NEG_INFINITY, sum: 0.0, squares: 0.0 }; n];
+    each_block(tilting, queries, items, |Block { queries, items, scores, .. }| {
+        let rows = tallies[queries.clone()].par_iter_mut().zip(&gains[queries]);
+        rows.zip(scores.par_chunks_exact(items.len())).for_each(|((tally, &gain), scores)| tally.add(scores, gain));
+    });
+    let mut draws = Draws {
+        indices: vec![0; n * count],
+        weights: vec![0.0; n * count],
+        ess: tallies.iter().map(|t| t.sum * t.sum / t.squares).collect(),
+    };
+    if count == 0 {
+        return draws;
+    }
+    // A draw is the item at which the weights' running sum passes a uniform number.
+    let mut walks: Vec<Walk> = (0..n).into_par_iter().map(|i| Walk::new(count, seed, i as u64)).collect();
+    each_block(tilting, queries, items, |Block { queries, items, scores, .. }| {
+        let at = queries.start * count..queries.end * count;
+        let out =
+            draws.indices[at.clone()].par_chunks_exact_mut(count).zip(draws.weights[at].par_chunks_exact_mut(count));
+        let rows = walks[queries.clone()].par_iter_mut().zip(out).zip(tallies[queries.clone()].par_iter());
+        rows.zip(&gains[queries]).zip(scores.par_chunks_exact(items.len())).for_each(
+            |((((walk, (indices, weights)), tally), &gain), scores)| {
+                for (j, &score) in scores.iter().enumerate() {
+                    let weight = tally.weight(score, gain);
+                    walk.at += weight;
+                    while let Some(&(_, slot)) = walk.due.last().filter(|(u, _)| *u < walk.at) {
+                        walk.due.pop();
+                        (indices[slot], weights[slot]) = (items.start + j, weight);
+                    }
+                }
+            },
+        );
+    });
+    draws
+}
+
+/// Sums of exp(logit - most) and of its square.
+#[derive(Clone, Copy)]
+struct Tally {
+    most: f64,
+    sum: f64,
+    squares: f64,
+}
+
+impl Tally {
+    fn add(&mut self, scores: &[f32], gain: f64) {
+        let most = scores.iter().fold(self.most, |most, &s| most.max(f64::from(s) * gain));
+        let fade = (self.most - most).exp();
+        (self.most, self.sum, self.squares) = (most, self.sum * fade, self.squares * fade * fade);
+        for &score in scores {
+            let x = (f64::from(score) * gain - most).exp();
+            self.sum += x;
+            self.squares += x * x;
+        }
+    }
+    fn weight(&self, score: f32, gain: f64) -> f64 {
+        (f64::from(score) * gain - self.most).exp() / self.sum
+    }
+}
+
+/// Where the running sum of a query's weights is, and the uniform numbers it has still to pass: the least is last.
+struct Walk {
+    at: f64,
+    due: Vec<(f64, usize)>,
+}
+
+impl Walk {
+    fn new(count: usize, seed: u64, query: u64) -> Self {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(query);
+        // What rounding takes from the sum of the weights is less than what is kept free here.
+        let mut due: Vec<(f64, usize)> = (0..count).map(|slot| (rng.random::<f64>() * (1.0 - 1e-9), slot)).collect();
+        due.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+        Walk { at: 0.0, due }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Table;
+
+    // Against weights by the definition, over more than one block; frequencies by a chi-square with known moments.
+    #[test]
+    fn draws_have_the_weights_of_the_definition() {
+        let (items, dim, count) = (2500, 3, 40_000);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let mut draw = |n: usize| -> Vec<f32> { (0..n * dim).map(|_| rng.random_range(-1.5..1.5)).collect() };
+        let (x, q) = (draw(items), draw(2));
+        let (tables, tau) = ([Table { data: &q, dim }, Table { data: &x, dim }], 0.6);
+        for &tilting in Tilting::ALL {
+            let got = sample(tilting, tau, &tables[0], &tables[1], count, 9);
+            for i in 0..2 {
+                let s =
+                    |j: usize| super::super::scores::exact(tilting, &q[i * dim..][..dim], &x[j * dim..][..dim]) / tau;
+                let total: f64 = (0..items).map(|j| s(j).exp()).sum();
+                let w: Vec<f64> = (0..items).map(|j| s(j).exp() / total).collect();
+                let ess = 1.0 / w.iter().map(|w| w * w).sum::<f64>();
+                assert!((got.ess[i] / ess - 1.0).abs() < 1e-5, "{tilting:?}: {} {ess}", got.ess[i]);
+                let mut seen = vec![0.0; items];
+                for (&j, &weight) in got.indices[i * count..][..count].iter().zip(&got.weights[i * count..][..count]) {
+                    assert!((weight / w[j] - 1.0).abs() < 1e-5);
+                    seen[j] += 1.0;
+                }
+                let chi: f64 =
+                    seen.iter().zip(&w).map(|(n, w)| (n - count as f64 * w).powi(2) / (count as f64 * w)).sum();
+                // Mean items - 1; its variance is that of Poisson numbers, rare ones counting more.
+                let spread = (2.0 * items as f64 + w.iter().map(|w| 1.0 / (count as f64 * w)).sum::<f64>()).sqrt();
+                assert!((chi - items as f64 + 1.0).abs() < 4.0 * spread, "{tilting:?}: {chi}, spread {spread}");
+            }
+            assert_eq!(got, sample(tilting, tau, &tables[0], &tables[1], count, 9));
+        }
+    }
+
+    #[test]
+    fn one_item_with_all_the_weight_is_always_drawn() {
+        let (q, x) = ([1f32], [0f32, 800.0, 3.0]);
+        let got = sample(Tilting::Dot, 1.0, &Table { data: &q, dim: 1 }, &Table { data: &x, dim: 1 }, 50, 1);
+        assert!(got.indices.iter().all(|&i| i == 1) && got.ess == [1.0]);
+    }
+}
