@@ -202,6 +202,34 @@ impl Flow {
         });
         path.collect()
     }
+    /// The divergence of the velocity at (x, t), by differences of order 8. It is 0 but for rounding, which the
+    /// differences make some 1e-12 of.
+    pub fn divergence(&self, x: [f64; 2], t: f64) -> f64 {
+        let spacing = 1e-3;
+        let along = |axis: usize| {
+            let at = |j: usize| from_fn(|i| x[i] + if i == axis { (j as f64 - 4.0) * spacing } else { 0.0 });
+            slope(from_fn(|j| self.velocity(at(j), t)[axis]), spacing)
+        };
+        along(0) + along(1)
+    }
+    /// The largest component of dx/dt - velocity on the recorded positions, by differences of order 8.
+    pub fn residual(&self, recording: Recording) -> f64 {
+        let spacing = recording.dt() * recording.every as f64;
+        let path = self.trajectory(recording);
+        let mut worst = 0.0f64;
+        for (p, nine) in path.windows(9).enumerate() {
+            let velocity = self.velocity(nine[4], (p + 5) as f64 * spacing);
+            for i in 0..2 {
+                worst = worst.max((slope(from_fn(|j| nine[j][i]), spacing) - velocity[i]).abs());
+            }
+        }
+        worst
+    }
+    /// How far from where it should be the drifter is at T after so many steps; 16,000 steps tell where it should be.
+    pub fn error(&self, steps: usize) -> f64 {
+        let [a, b] = [steps, 16_000].map(|every| self.trajectory(Recording { positions: 1, every })[0]);
+        (a[0] - b[0]).hypot(a[1] - b[1])
+    }
     /// The field at one time.
     fn at(&self, t: f64) -> Half {
         Half::sum(&self.terms_at(t))
@@ -288,6 +316,12 @@ fn step(x: [f64; 2], dt: f64, [now, half, next]: [&Half; 3]) -> [f64; 2] {
     on(from_fn(|i| k1[i] + 2.0 * (k2[i] + k3[i]) + k4[i]), dt / 6.0)
 }
 
+/// The derivative of equally spaced values, at the fifth of nine, to order 8.
+fn slope(values: [f64; 9], spacing: f64) -> f64 {
+    let weights = [4.0 / 5.0, -1.0 / 5.0, 4.0 / 105.0, -1.0 / 280.0];
+    (1..=4).map(|i| weights[i - 1] * (values[4 + i] - values[4 - i])).sum::<f64>() / spacing
+}
+
 /// Powers 0 to 3 of exp(2 pi i x).
 fn powers(x: f64) -> [Complex; LANES] {
     let (s, c) = (TAU * x).sin_cos();
@@ -332,12 +366,6 @@ mod tests {
         x[x.len() / 2]
     }
 
-    /// The derivative of equally spaced values, at the fifth of nine, to order 8.
-    fn slope(values: [f64; 9], spacing: f64) -> f64 {
-        let weights = [4.0 / 5.0, -1.0 / 5.0, 4.0 / 105.0, -1.0 / 280.0];
-        (1..=4).map(|i| weights[i - 1] * (values[4 + i] - values[4 - i])).sum::<f64>() / spacing
-    }
-
     #[test]
     fn the_field_is_its_formula() {
         let ocean = Ocean::new(5, Recording::PAPER);
@@ -362,16 +390,11 @@ mod tests {
 
     #[test]
     fn the_field_is_periodic_and_without_divergence() {
-        let h = 1e-3;
         let mut worst = 0.0f64;
         for (flow, (x, t)) in flows(50).iter().zip(points(50)) {
             let moved = flow.velocity([x[0] - 2.0, x[1] + 5.0], t);
             assert!((0..2).all(|i| (moved[i] - flow.velocity(x, t)[i]).abs() < 1e-11));
-            let along = |axis: usize| {
-                let at = |j: usize| from_fn(|i| x[i] + if i == axis { (j as f64 - 4.0) * h } else { 0.0 });
-                slope(from_fn(|j| flow.velocity(at(j), t)[axis]), h)
-            };
-            worst = worst.max((along(0) + along(1)).abs());
+            worst = worst.max(flow.divergence(x, t).abs());
         }
         println!("divergence {worst:.1e}, where derivatives of the velocity are about 100");
         // Rounding: a few 1e-16 of a point, times a derivative of 100, over 1e-3.
@@ -381,15 +404,8 @@ mod tests {
     #[test]
     fn the_integrator_has_order_4() {
         let flows = flows(20);
-        let end = |flow: &Flow, every: usize| flow.trajectory(Recording { positions: 1, every })[0];
         let steps = [125, 250, 500, 1000, 2000];
-        let errors = steps.map(|every| {
-            let error = |flow: &Flow| {
-                let (a, b) = (end(flow, every), end(flow, 16_000));
-                (a[0] - b[0]).hypot(a[1] - b[1])
-            };
-            median(flows.iter().map(error).collect())
-        });
+        let errors = steps.map(|steps| median(flows.iter().map(|flow| flow.error(steps)).collect()));
         for (errors, steps) in errors.windows(2).zip(steps) {
             let order = (errors[0] / errors[1]).log2();
             println!("dt = T/{steps}: error {:.1e}, half of it: {:.1e}, order {order:.2}", errors[0], errors[1]);
@@ -400,17 +416,7 @@ mod tests {
     #[test]
     fn stored_positions_obey_the_equation() {
         for (recording, bound) in [(Recording::PAPER, 1e-8), (Recording::QUICK, 1e-3)] {
-            let spacing = recording.dt() * recording.every as f64;
-            let mut worst = 0.0f64;
-            for flow in flows(20) {
-                let path = flow.trajectory(recording);
-                for (p, nine) in path.windows(9).enumerate() {
-                    let velocity = flow.velocity(nine[4], (p + 5) as f64 * spacing);
-                    for i in 0..2 {
-                        worst = worst.max((slope(from_fn(|j| nine[j][i]), spacing) - velocity[i]).abs());
-                    }
-                }
-            }
+            let worst = flows(20).iter().map(|flow| flow.residual(recording)).fold(0.0, f64::max);
             println!("{recording:?}: residual {worst:.1e}, where the velocity is about 10");
             assert!(worst < bound, "{worst:e}");
         }

@@ -6,6 +6,8 @@ mod gaussian;
 mod images;
 mod ocean;
 mod pairs;
+#[cfg(feature = "plots")]
+pub mod reproduce;
 mod retrieval;
 
 use crate::checkpoint::{self, Checkpoint};

@@ -1,7 +1,7 @@
 //! What experiments judged by retrieval report: recall both ways, at the end and over training.
 
 use super::{Learned, Report};
-use crate::data::{Side, SideOf, Source, Subset, Table};
+use crate::data::{Side, SideOf, Source, Split, Subset, Table};
 use crate::tasks::retrieval::{self, Recall};
 use crate::train::Evaluation;
 
@@ -31,10 +31,15 @@ pub fn report(learned: &Learned<'_>, report: &mut Report) {
     }
 }
 
+/// How many pairs recall over training is measured on.
+pub fn pairs(split: &Split) -> usize {
+    CURVE.min(split.train.len()).min(split.test.len())
+}
+
 /// Recall on the first held-out pairs and on as many of the training pairs, as `recall_test_u_to_v_at_1` and so on.
 pub fn evaluate(learned: &Learned<'_>) -> Evaluation {
     let [train, test] = [&learned.split.train, &learned.split.test];
-    let pairs = CURVE.min(train.len()).min(test.len());
+    let pairs = pairs(learned.split);
     let mut out = Evaluation::new();
     if pairs > 0 {
         for (name, source) in [("train", train), ("test", test)] {
