@@ -172,8 +172,11 @@ pub fn inputs(dir: &Path, config: &Config) -> Result<[usize; 2], DataError> {
     Ok([read(&config.encoder_u, "u.0.weight")?, read(&config.encoder_v, "v.0.weight")?])
 }
 
+/// Numbers of a model beside its loss, by their names in `metrics.jsonl`.
+pub type Evaluation = serde_json::Map<String, serde_json::Value>;
+
 /// One line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Record {
     /// From 0.
     pub step: u64,
@@ -189,6 +192,9 @@ pub struct Record {
     pub lr: f64,
     /// Pairs a second since the line before.
     pub samples_per_s: f64,
+    /// At an epoch's end, where the experiment has any.
+    #[serde(flatten)]
+    pub evaluation: Evaluation,
 }
 
 /// `metrics.jsonl`, appended to.

@@ -80,11 +80,11 @@ settings! {
     u: PathBuf,
     /// `pairs`: the v side, `.npy`; empty for none.
     v: PathBuf,
-    /// `mnist`: folder of the IDX files; empty for none.
+    /// `mnist`: folder of the IDX files. `ocean`: folder of `u.npy` and `v.npy`, if they are not to be made. Empty for none.
     data: PathBuf,
-    /// Samples to generate (gp, gaussian2d, digits).
+    /// Samples to generate (gp, gaussian2d, digits, ocean).
     samples: usize,
-    /// Share of the pairs held out for the report: the last ones (pairs), or as many more (digits); in \[0, 1).
+    /// Share of the pairs held out for the report: the last ones (pairs, ocean), or as many more (digits); in \[0, 1).
     held_out: f64,
     /// A short run, for a first look and for tests.
     quick: bool,
@@ -321,6 +321,11 @@ impl Config {
             return Err(ConfigError::value("micro_batch", self.micro_batch, expected));
         }
         Ok(())
+    }
+
+    /// Pairs embedded at a time: the batch, or a micro-batch of it.
+    pub fn micro(&self) -> usize {
+        if self.micro_batch > 0 { self.micro_batch } else { self.batch }
     }
 
     /// As a TOML file that reproduces the run.

@@ -13,6 +13,7 @@
 mod moments;
 mod state;
 
+pub use crate::checkpoint::Evaluation;
 use crate::checkpoint::{Checkpoint, Due, Metrics, Record};
 use crate::config::Config;
 use crate::data::{DataError, Prefetch, Source};
@@ -33,6 +34,9 @@ pub struct Progress {
     /// Of the last batch.
     pub loss: f64,
 }
+
+/// Measures a model: its parameters and temperature.
+pub type Evaluate<'a, D> = dyn FnMut(&D, &[f32], f64) -> Evaluation + 'a;
 
 /// How training ended.
 #[derive(Clone, Debug)]
@@ -84,7 +88,7 @@ pub enum TrainError {
 }
 
 /// Trains `network` on `source`; `start` is a checkpoint to go on from. Files go to `dir`. Stops early, with a
-/// checkpoint, once `stop` is set.
+/// checkpoint, once `stop` is set. What `evaluate` measures after each epoch goes to the line of its last step.
 ///
 /// # Errors
 /// [`TrainError`]; the last checkpoint stays.
@@ -101,6 +105,7 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     start: Option<Checkpoint>,
     stop: &AtomicBool,
     observe: &mut dyn FnMut(Progress),
+    mut evaluate: Option<&mut Evaluate<'_, D>>,
 ) -> Result<Trained, TrainError> {
     let begun = Instant::now();
     let epoch_steps = Prefetch::steps_per_epoch(source.len(), config.batch);
@@ -130,13 +135,16 @@ pub fn train<D: Contrast + Device<Real = f32>>(
 
             let epoch = step / epoch_steps;
             loss_sum = if step % epoch_steps == 0 { 0.0 } else { loss_sum } + value.loss;
+            let evaluate = evaluate.as_mut().filter(|_| (step + 1) % epoch_steps == 0);
             if let Some(metrics) = &mut metrics
-                && (step % config.log_every == 0 || step + 1 == steps)
+                && (step % config.log_every == 0 || step + 1 == steps || evaluate.is_some())
             {
                 let samples = (step + 1 - logged.1) as f64 * config.batch as f64;
                 let samples_per_s = samples / logged.0.elapsed().as_secs_f64();
+                let evaluation = evaluate.map(|f| f(device, &state.params(device), state.loss(device, step).tau));
                 logged = (Instant::now(), step + 1);
-                metrics.push(&Record { step, epoch, loss: value.loss, tau: loss.tau, grad_norm, lr, samples_per_s })?;
+                let (loss, tau, evaluation) = (value.loss, loss.tau, evaluation.unwrap_or_default());
+                metrics.push(&Record { step, epoch, loss, tau, grad_norm, lr, samples_per_s, evaluation })?;
             }
             step += 1;
             observe(Progress { steps: [step, steps], loss: value.loss });

@@ -167,7 +167,9 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         ("--side", vec!["embed", "--model", "nowhere", "--side", "w", "--input", "u.npy", "--output", "e.npy"]),
         ("file/out", vec!["data", "gp", "--out", "file/out", "--samples", "10"]),
         ("--samples", vec!["data", "gp", "--out", "out", "--samples", "0"]),
-        ("ocean", vec!["data", "ocean", "--out", "out"]),
+        ("sea", vec!["data", "sea", "--out", "out"]),
+        ("nowhere", train(&["ocean", "--data", "nowhere"])),
+        ("encoder", train(&["ocean", "--quick", "--samples", "64", "--held-out", "0", "--batch", "8", "--dim", "7"])),
         ("--samples", vec!["data", "mnist", "--out", "out", "--samples", "10"]),
         ("--from", vec!["data", "mnist", "--out", "out", "--from", "https://127.0.0.1/mnist/"]),
         ("--from", vec!["data", "gp", "--out", "out", "--from", "http://127.0.0.1/gp/"]),
@@ -390,7 +392,7 @@ fn inputs_may_be_f16_f32_or_f64() {
 #[test]
 fn data_writes_what_it_says_and_the_seed_decides_it() {
     let dir = tempfile::tempdir().unwrap();
-    for (set, dims) in [("gp", [12, 5]), ("gaussian2d", [1, 1]), ("digits", [784, 10])] {
+    for (set, dims) in [("gp", [12, 5]), ("gaussian2d", [1, 1]), ("digits", [784, 10]), ("ocean", [98, 2000])] {
         let make = |out: &str, seed: &str| {
             let args = ["data", set, "--out", out, "--samples", "23", "--seed", seed, "--json"];
             let got = json(dir.path(), &args);
@@ -540,6 +542,27 @@ fn embed_and_pairs_work_together() {
             assert!((embedded.as_f32().unwrap()[1999 * 5 + k] - want).abs() < 1e-5);
         }
     }
+}
+
+// Recall over training is in the line of each epoch's last step, whatever is logged besides; at the end it is that
+// of the report. Pairs made and the same pairs from files are one experiment.
+#[test]
+fn ocean_reports_recall_as_it_learns() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["train", "ocean", "--quick", "--batch", "16", "--epochs", "2", "--log-every", "1000", "--json"];
+    let made = json(dir.path(), &[&args[..], &["--samples", "80", "--held-out", "0.4", "--out", "made"]].concat());
+    let metrics = std::fs::read_to_string(dir.path().join("made/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 2, 5]);
+    for key in ["u_to_v_at_1", "u_to_v_at_5", "v_to_u_at_1", "v_to_u_at_5"] {
+        let over_training = |set: &str, line: usize| &lines[line][format!("recall_{set}_{key}")];
+        assert!(over_training("test", 0).is_null() && over_training("train", 1).is_number());
+        assert_eq!(*over_training("test", 2), made["recall"][key], "{key}");
+    }
+    let data = contrastive::data::ocean::Ocean::new(0, contrastive::data::ocean::Recording::QUICK);
+    data.write(dir.path(), 80).unwrap();
+    let read = json(dir.path(), &[&args[..], &["--data", ".", "--held-out", "0.4", "--out", "read"]].concat());
+    assert_eq!((&made["loss"], &made["recall"]), (&read["loss"], &read["recall"]));
 }
 
 const LONG: &[&str] = &["train", "--epochs", "150", "--out"];

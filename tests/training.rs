@@ -86,10 +86,26 @@ const SHUFFLED: &str = "experiment = 'gp'\nsamples = 230\nbatch = 32\nepochs = 3
 /// Convolutions, and one-hot labels without parameters.
 const IMAGES: &str = "experiment = 'digits'\nsamples = 112\nbatch = 16\nepochs = 3\nlog_every = 1\n";
 
+/// Recall on 28 pairs at the end of each epoch, which is measured and changes nothing.
+const OCEAN: &str = r#"
+experiment = "ocean"
+quick = true
+samples = 140
+held_out = 0.2
+batch = 16
+epochs = 3
+[encoder_v]
+kind = "transformer"
+sequence = [10, 20]
+width = 8
+heads = 2
+depth = 1
+"#;
+
 // Fails when any state is missing from the checkpoint: the data's position, a moment, the schedule's step, the bias.
 #[test]
 fn a_run_that_stops_and_goes_on_ends_in_the_same_bits() {
-    for toml in [BUSY, SHUFFLED, IMAGES] {
+    for toml in [BUSY, SHUFFLED, IMAGES, OCEAN] {
         let config = settings(toml);
         let whole = tempfile::tempdir().unwrap();
         assert!(!run(&config, whole.path(), false, None).unwrap().stopped);
@@ -107,7 +123,7 @@ fn a_run_that_stops_and_goes_on_ends_in_the_same_bits() {
             assert!(!run(&config, parts.path(), true, None).unwrap().stopped);
             assert!(model(whole.path()) == model(parts.path()), "stopped at {stops:?}: another model");
             assert_eq!(metrics(whole.path()), metrics(parts.path()), "stopped at {stops:?}");
-            for key in ["loss", "tau", "steps", "test_accuracy"] {
+            for key in ["loss", "tau", "steps", "test_accuracy", "recall"] {
                 assert_eq!(summary(whole.path())[key], summary(parts.path())[key], "stopped at {stops:?}: {key}");
             }
         }
@@ -147,10 +163,13 @@ fn metrics_beyond_the_checkpoint_are_written_again() {
 fn metrics_are_on_disk_line_by_line() {
     let dir = tempfile::tempdir().unwrap();
     let mut open = Metrics::open(dir.path(), 0).unwrap();
-    let record = Record { step: 0, epoch: 0, loss: -1.5, tau: 1.0, grad_norm: 2.0, lr: 0.1, samples_per_s: 9.0 };
+    let evaluation = [("recall".into(), 0.5.into())].into_iter().collect();
+    let record =
+        Record { step: 0, epoch: 0, loss: -1.5, tau: 1.0, grad_norm: 2.0, lr: 0.1, samples_per_s: 9.0, evaluation };
     open.push(&record).unwrap();
     // The file is still open: a reader, or a kill, sees the line.
     assert_eq!(metrics(dir.path())[0]["loss"], -1.5);
+    assert_eq!(metrics(dir.path())[0]["recall"], 0.5);
 }
 
 #[test]
@@ -199,7 +218,7 @@ fn a_broken_checkpoint_is_an_error_and_no_panic() {
 fn the_model_does_not_depend_on_the_number_of_threads() {
     // Above the sizes below which products stay on one thread.
     let gp = "experiment = 'gp'\nsamples = 1600\nbatch = 400\nepochs = 2\ntrain_tau = true\n";
-    for toml in [gp, BUSY, IMAGES] {
+    for toml in [gp, BUSY, IMAGES, OCEAN] {
         let models = [1, 3].map(|threads| {
             let dir = tempfile::tempdir().unwrap();
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -218,7 +237,7 @@ fn learn(config: &Config, source: &dyn Source) -> (Network, Vec<f32>, Vec<f32>, 
     let mut losses = Vec::new();
     let stop = AtomicBool::new(false);
     let observe = &mut |progress: Progress| losses.push(progress.loss);
-    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe).unwrap();
+    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe, None).unwrap();
     (network, start, trained.params, losses)
 }
 

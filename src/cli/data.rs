@@ -3,6 +3,7 @@
 use super::{Common, Failure, bad_flag, on_terminal};
 use crate::data::download::{Content, fetch, is_http};
 use crate::data::npy::{write_npy_f32, write_npy_i64};
+use crate::data::ocean::{COEFFICIENTS, MODES, Ocean, Recording};
 use crate::data::{DataError, Side, Source, digits, gaussian2d, gp};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
@@ -36,10 +37,10 @@ const MNIST: [(&str, Content<'_>); 4] = [
 /// Flags of `data`.
 #[derive(clap::Args)]
 pub struct Data {
-    /// gp, gaussian2d or digits, which are generated, or mnist, which is downloaded (11.6 MB)
+    /// gp, gaussian2d, digits or ocean, which are generated, or mnist, which is downloaded (11.6 MB)
     #[arg(value_name = "SET")]
     set: String,
-    /// Folder for u.npy, v.npy and, for digits, labels.npy; for mnist, its four IDX files, .gz
+    /// Folder for u.npy, v.npy and, for digits, labels.npy, for ocean, frequencies.npy; for mnist, its four IDX files, .gz
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Samples to generate [default: 10000]
@@ -70,31 +71,44 @@ fn generate(args: &Data, seed: u64) -> Result<Answer, Failure> {
     if n == 0 {
         return Err(bad_flag("--samples", 0, "1 or more"));
     }
-    let source: Box<dyn Source> = match &args.set[..] {
-        "gp" => Box::new(gp::gp().sample(seed, n)),
-        "gaussian2d" => Box::new(gaussian2d::gaussian2d().sample(seed, n)),
-        "digits" => Box::new(digits::digits(seed, n)),
-        other => return Err(bad_flag("data", other, "gp, gaussian2d, digits or mnist")),
+    let out = &args.out;
+    let (dims, mut lines) = match &args.set[..] {
+        "gp" => write(out, &gp::gp().sample(seed, n))?,
+        "gaussian2d" => write(out, &gaussian2d::gaussian2d().sample(seed, n))?,
+        "digits" => write(out, &digits::digits(seed, n))?,
+        "ocean" => {
+            make_folder(out)?;
+            Ocean::new(seed, Recording::PAPER).write(out, n)?;
+            let frequencies = format!("{}: [{MODES}] f32", out.join("frequencies.npy").display());
+            ([COEFFICIENTS, Recording::PAPER.dim()], vec![frequencies])
+        }
+        other => return Err(bad_flag("data", other, "gp, gaussian2d, digits, ocean or mnist")),
     };
-    make_folder(&args.out)?;
+    let pairs = ["u.npy", "v.npy"].iter().zip(dims);
+    lines.splice(0..0, pairs.map(|(name, dim)| format!("{}: [{n}, {dim}] f32", out.join(name).display())));
+    let json = json!({"set": args.set, "samples": n, "dim_u": dims[0], "dim_v": dims[1], "out": out});
+    Ok((json, lines))
+}
+
+/// Writes a set that is in memory, and tells how wide its sides are and what it has beside them.
+fn write(out: &Path, source: &dyn Source) -> Result<([usize; 2], Vec<String>), DataError> {
+    make_folder(out)?;
+    let n = source.len();
     let index: Vec<usize> = (0..n).collect();
-    let mut lines = Vec::new();
     for (side, name) in [(Side::U, "u.npy"), (Side::V, "v.npy")] {
         let dim = source.dim(side);
         let mut x = vec![0f32; n * dim];
         source.gather(side, &index, &mut x);
-        let path = args.out.join(name);
-        write_npy_f32(&path, &[n, dim], &x)?;
-        lines.push(format!("{}: [{n}, {dim}] f32", path.display()));
+        write_npy_f32(out.join(name), &[n, dim], &x)?;
     }
+    let mut lines = Vec::new();
     if let Some(labels) = source.labels() {
         let labels: Vec<i64> = labels.iter().map(|&l| i64::from(l)).collect();
-        let path = args.out.join("labels.npy");
+        let path = out.join("labels.npy");
         write_npy_i64(&path, &[n], &labels)?;
         lines.push(format!("{}: [{n}] i64", path.display()));
     }
-    let json = json!({"set": args.set, "samples": n, "dim_u": source.dim(Side::U), "dim_v": source.dim(Side::V), "out": args.out});
-    Ok((json, lines))
+    Ok(([source.dim(Side::U), source.dim(Side::V)], lines))
 }
 
 fn mnist(args: &Data) -> Result<Answer, Failure> {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Once};
 /// the run's config.toml.
 #[derive(clap::Args)]
 pub struct Train {
-    /// gp, gaussian2d, digits, mnist or pairs [default: gp]
+    /// gp, gaussian2d, digits, mnist, ocean or pairs [default: gp]
     #[arg(value_name = "EXPERIMENT")]
     experiment: Option<String>,
     /// Settings, .toml: every flag is also a key [default: none]
@@ -38,25 +38,25 @@ pub struct Train {
     /// pairs: the v side, .npy [default: none]
     #[arg(long, value_name = "V.npy")]
     v: Option<PathBuf>,
-    /// mnist: folder of the four IDX files, plain or .gz [default: none]
+    /// mnist: folder of the four IDX files, plain or .gz; ocean: of u.npy and v.npy of `data ocean` [default: none]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Training samples to generate [default: gp, gaussian2d 10000; digits 20000]
+    /// Samples to generate: to train on, for ocean to hold out from too [default: gp, gaussian2d 10000; digits 20000; ocean 64536]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
-    /// Share of the pairs held out for the report [default: pairs 0.1, digits 0.25]
+    /// Share of the pairs held out for the report [default: pairs 0.1, digits 0.25, ocean 0.5]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     held_out: Option<f64>,
-    /// Passes over the training pairs [default: gp 500, gaussian2d 200, digits 8, mnist 300, pairs 10]
+    /// Passes over the training pairs [default: gp 500, gaussian2d 200, digits 8, mnist 300, ocean 20, pairs 10]
     #[arg(long, value_name = "E")]
     epochs: Option<u64>,
-    /// Pairs a step [default: 512]
+    /// Pairs a step [default: 512; ocean 128]
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
     /// Gradient caching: pairs embedded at a time, a divisor of the batch; 0 is off [default: 0]
     #[arg(long, value_name = "B")]
     micro_batch: Option<usize>,
-    /// Peak learning rate [default: gp, digits, pairs 0.001; gaussian2d 0.003; mnist 0.0001]
+    /// Peak learning rate [default: gp, digits, pairs 0.001; gaussian2d 0.003; mnist, ocean 0.0001]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     lr: Option<f64>,
     /// Steps of linear warmup [default: 0]
@@ -68,10 +68,10 @@ pub struct Train {
     /// Largest gradient norm; 0 does not clip [default: 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     grad_clip: Option<f64>,
-    /// Embedding dimension [default: gp 5, gaussian2d 1, digits and mnist 10, pairs 128]
+    /// Embedding dimension [default: gp 5, gaussian2d 1, digits and mnist 10, ocean 98, pairs 128]
     #[arg(long, value_name = "D")]
     dim: Option<usize>,
-    /// cosine, dot or l2 [default: pairs cosine, else dot]
+    /// cosine, dot or l2 [default: pairs, ocean cosine; else dot]
     #[arg(long, value_name = "TILTING")]
     tilting: Option<String>,
     /// conditional, joint, sigmoid, mmd or joint-mmd [default: conditional]
@@ -83,10 +83,10 @@ pub struct Train {
     /// Weight of v|u [default: 1; digits 2]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     lambda_v: Option<f64>,
-    /// Temperature, the initial one if trained [default: pairs 0.07, else 1]
+    /// Temperature, the initial one if trained [default: pairs, ocean 0.07; else 1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     tau: Option<f64>,
-    /// Train the temperature: log(1/tau), kept in [0, ln 100] [default: pairs on, else off]
+    /// Train the temperature: log(1/tau), kept in [0, ln 100] [default: pairs, ocean on; else off]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     train_tau: Option<bool>,
     /// Initial bias of the sigmoid loss, which is trained [default: 0]

@@ -12,6 +12,7 @@ pub mod gp;
 pub mod idx;
 pub mod images;
 pub mod npy;
+pub mod ocean;
 pub mod tensors;
 
 mod permute;

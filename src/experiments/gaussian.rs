@@ -21,6 +21,7 @@ pub const GP: Experiment = Experiment {
     defaults: |base| Config { epochs: 500, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 60, lr: 4e-3, ..config },
     data: |config| Ok(draw(&gp::gp(), config)),
+    evaluate: None,
     report: |learned, report| report_on(&gp::gp(), learned, report),
 };
 
@@ -32,6 +33,7 @@ pub const GAUSSIAN2D: Experiment = Experiment {
     defaults: |base| Config { dim: 1, epochs: 200, lr: 3e-3, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 30, lr: 1e-2, ..config },
     data: |config| Ok(draw(&gaussian2d::gaussian2d(), config)),
+    evaluate: None,
     report: |learned, report| report_on(&gaussian2d::gaussian2d(), learned, report),
 };
 
@@ -68,7 +70,7 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
     }
     let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
     let theory = Theory::new(law);
-    let Some(model) = quadratic(&theory, learned.tilting, &g, &h, dim, learned.trained.tau) else {
+    let Some(model) = quadratic(&theory, learned.tilting, &g, &h, dim, learned.tau) else {
         return report.table.push("no closed form: the cosine tilting is not Gaussian".into());
     };
     let optimum = match (learned.tilting, &config.objective[..]) {

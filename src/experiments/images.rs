@@ -2,7 +2,7 @@
 
 use super::{Experiment, Learned, OneHot, Report};
 use crate::config::{Config, ConfigError};
-use crate::data::{Side, Split, Table, digits, idx};
+use crate::data::{Side, SideOf, Split, Table, digits, idx};
 use crate::nn::EncoderSpec;
 use crate::tasks::classification;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ pub const DIGITS: Experiment = Experiment {
         let held_out = (config.samples as f64 * config.held_out) as usize;
         Ok(Split::at_end(Arc::new(digits::digits(config.seed, config.samples + held_out)), held_out))
     },
+    evaluate: None,
     report,
 };
 
@@ -34,6 +35,7 @@ pub const MNIST: Experiment = Experiment {
         }
         Ok(idx::mnist(&config.data)?)
     },
+    evaluate: None,
     report,
 };
 
@@ -44,12 +46,12 @@ fn lenet(base: Config) -> Config {
 /// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
 fn report(learned: &Learned<'_>, report: &mut Report) {
     let Some(labels) = learned.split.test.labels() else { return };
-    let images = learned.embed_test(Side::U);
+    let images = learned.embed(&SideOf(&*learned.split.test, Side::U), Side::U);
     let classes = learned.split.test.dim(Side::V);
-    let labels_embedded = learned.device.embed(learned.network, &learned.trained.params, Side::V, &OneHot(classes));
+    let names = learned.embed(&OneHot(classes), Side::V);
     let dim = learned.config.dim;
-    let [inputs, names] = [&images, &labels_embedded].map(|data| Table { data, dim });
-    let found = classification::classify(learned.tilting, learned.trained.tau, &inputs, &names, None).labels;
+    let [inputs, names] = [&images, &names].map(|data| Table { data, dim });
+    let found = classification::classify(learned.tilting, learned.tau, &inputs, &names, None).labels;
     let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
     let accuracy = right as f64 / labels.len().max(1) as f64;
     report.insert("test_accuracy", accuracy);

@@ -4,14 +4,16 @@
 
 mod gaussian;
 mod images;
+mod ocean;
 mod pairs;
 #[cfg(feature = "plots")]
 pub mod reproduce;
+mod retrieval;
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Rows, Side, SideOf, Source, Split, write_atomic};
+use crate::data::{DataError, Rows, Side, Source, Split, write_atomic};
 #[cfg(feature = "plots")]
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, View, ViewMut};
@@ -20,7 +22,7 @@ use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
-use crate::train::{Progress, TrainError, Trained, train};
+use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -37,11 +39,14 @@ pub struct Experiment {
     /// What `quick` changes.
     quick: fn(Config) -> Config,
     data: fn(&Config) -> Result<Split, Error>,
+    /// What else is measured of the model, after every epoch.
+    evaluate: Option<fn(&Learned<'_>) -> Evaluation>,
     report: fn(&Learned<'_>, &mut Report),
 }
 
 /// Every experiment; the first is the default.
-pub const ALL: &[Experiment] = &[gaussian::GP, gaussian::GAUSSIAN2D, images::DIGITS, images::MNIST, pairs::PAIRS];
+pub const ALL: &[Experiment] =
+    &[gaussian::GP, gaussian::GAUSSIAN2D, images::DIGITS, images::MNIST, ocean::OCEAN, pairs::PAIRS];
 
 /// Why a run could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -102,11 +107,12 @@ pub struct Outcome {
     pub stopped: bool,
 }
 
-/// What a report may look at.
+/// What a report may look at: a model, trained or in training.
 pub struct Learned<'a> {
     config: &'a Config,
     network: &'a Network,
-    trained: &'a Trained,
+    params: &'a [f32],
+    tau: f64,
     split: &'a Split,
     tilting: Tilting,
     device: &'a dyn Embed,
@@ -114,13 +120,13 @@ pub struct Learned<'a> {
 
 /// A device as far as reports need it.
 trait Embed {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32>;
+    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32>;
 }
 
 impl<D: Device<Real = f32>> Embed for D {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, rows: &dyn Rows) -> Vec<f32> {
+    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32> {
         let mut out = Vec::with_capacity(rows.count() * network.encoders[side as usize].output);
-        embed_to(self, network, params, side, rows, &mut |part| {
+        embed_to(self, network, params, side, micro, rows, &mut |part| {
             out.extend_from_slice(part);
             Ok(())
         })
@@ -129,24 +135,25 @@ impl<D: Device<Real = f32>> Embed for D {
     }
 }
 
-/// Embeds all rows in order, some at a time, each part handed to `push`.
+/// Embeds all rows in order, each part handed to `push`: at most `micro` at a time, for whose activations there is
+/// memory where the model was trained.
 fn embed_to<D: Device<Real = f32>>(
     device: &D,
     network: &Network,
     params: &[f32],
     side: Side,
+    micro: usize,
     rows: &dyn Rows,
     push: &mut Push<'_, f32>,
 ) -> io::Result<()> {
-    const ROWS: usize = 1024;
     let encoder = &network.encoders[side as usize];
-    let chunk = ROWS.min(rows.count());
+    let chunk = micro.min(rows.count());
     let mut arena = device.alloc(params.len());
     device.upload(params, ViewMut { buf: &mut arena, at: 0..params.len() });
     let mut acts = encoder.acts(device, chunk);
     let mut x = device.alloc(chunk * encoder.input);
     let (mut input, mut output) = (vec![0.0; chunk * encoder.input], vec![0.0; chunk * encoder.output]);
-    for first in (0..rows.count()).step_by(ROWS) {
+    for first in (0..rows.count()).step_by(micro) {
         let count = chunk.min(rows.count() - first);
         let (input, output) = (&mut input[..count * encoder.input], &mut output[..count * encoder.output]);
         rows.read(first, input);
@@ -160,13 +167,13 @@ fn embed_to<D: Device<Real = f32>>(
 }
 
 impl Learned<'_> {
-    /// Embeddings of one side of the held-out pairs.
-    fn embed_test(&self, side: Side) -> Vec<f32> {
-        self.device.embed(self.network, &self.trained.params, side, &SideOf(&*self.split.test, side))
+    /// Embeddings of `rows`, as `side`.
+    fn embed(&self, rows: &dyn Rows, side: Side) -> Vec<f32> {
+        self.device.embed(self.network, self.params, side, self.config.micro(), rows)
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
-        tensor(self.network, &self.trained.params, name)
+        tensor(self.network, self.params, name)
     }
 }
 
@@ -283,7 +290,15 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     }
     open_folder(dir, config, resume)?;
 
-    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe)?;
+    let tilting = parse_tilting(&config.tilting)?;
+    let mut evaluate = experiment.evaluate.map(|evaluate| {
+        let (network, split) = (&network, &split);
+        move |device: &D, params: &[f32], tau: f64| {
+            evaluate(&Learned { config, network, params, tau, split, tilting, device })
+        }
+    });
+    let evaluate = evaluate.as_mut().map(|f| f as &mut Evaluate<'_, D>);
+    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe, evaluate)?;
     let mut report = Report::default();
     report.insert("experiment", experiment.name);
     report.insert("device", device_name);
@@ -293,8 +308,8 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     report.insert("loss", trained.loss);
     report.insert("tau", trained.tau);
     if !trained.stopped {
-        let tilting = parse_tilting(&config.tilting)?;
-        let learned = Learned { config, network: &network, trained: &trained, split: &split, tilting, device };
+        let (params, tau) = (&trained.params[..], trained.tau);
+        let learned = Learned { config, network: &network, params, tau, split: &split, tilting, device };
         (experiment.report)(&learned, &mut report);
         checkpoint::write_model(dir, config, &network.layout, &trained.params)?;
         write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
@@ -364,7 +379,7 @@ impl Model {
         self.check_width(side, x, x.path())?;
         x.check_finite()?;
         Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
-            embed_to(device, &self.network, &self.params, side, x, push)
+            embed_to(device, &self.network, &self.params, side, self.config.micro(), x, push)
         })?)
     }
 
@@ -377,7 +392,7 @@ impl Model {
         config.validate()?;
         let network = network(&config, source)?;
         let (device, stop) = (&mut Cpu::new(), AtomicBool::new(false));
-        let trained = train(device, &config, &network, source, None, None, &stop, &mut |_| ())?;
+        let trained = train(device, &config, &network, source, None, None, &stop, &mut |_| (), None)?;
         Ok(Model { config, network, params: trained.params })
     }
 
@@ -403,7 +418,8 @@ impl Model {
             out.extend_from_slice(part);
             Ok(())
         };
-        embed_to(device, &self.network, &self.params, side, rows, push).map_err(|e| TrainError::Device(e.into()))?;
+        embed_to(device, &self.network, &self.params, side, self.config.micro(), rows, push)
+            .map_err(|e| TrainError::Device(e.into()))?;
         Ok(out)
     }
 

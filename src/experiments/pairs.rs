@@ -1,10 +1,9 @@
 //! Your own pairs: two `.npy` files, memory-mapped.
 
-use super::{Error, Experiment, Learned, Report};
+use super::{Error, Experiment, retrieval};
 use crate::config::{Config, ConfigError};
-use crate::data::{PairsSource, Side, Source, Split, Table};
+use crate::data::{PairsSource, Source, Split};
 use crate::nn::EncoderSpec;
-use crate::tasks::retrieval;
 use std::sync::Arc;
 
 /// Pairs from files.
@@ -24,7 +23,8 @@ pub const PAIRS: Experiment = Experiment {
     },
     quick: |config| Config { epochs: 1, ..config },
     data,
-    report,
+    evaluate: Some(retrieval::evaluate),
+    report: retrieval::report,
 };
 
 fn data(config: &Config) -> Result<Split, Error> {
@@ -36,26 +36,4 @@ fn data(config: &Config) -> Result<Split, Error> {
     let source = PairsSource::open(&config.u, &config.v)?;
     let held_out = (source.len() as f64 * config.held_out) as usize;
     Ok(Split::at_end(Arc::new(source), held_out))
-}
-
-fn report(learned: &Learned<'_>, report: &mut Report) {
-    if learned.split.test.is_empty() {
-        return;
-    }
-    let [u, v] = [Side::U, Side::V].map(|side| learned.embed_test(side));
-    let [u, v] = [&u, &v].map(|data| Table { data, dim: learned.config.dim });
-    let recall = retrieval::recall(learned.tilting, &u, &v);
-    report.insert("recall", recall);
-    report.table.push(format!(
-        "{:<10}{:>8}{:>8}   on {} held-out pairs",
-        "recall",
-        "@1",
-        "@5",
-        learned.split.test.len()
-    ));
-    for (name, at_1, at_5) in
-        [("u to v", recall.u_to_v_at_1, recall.u_to_v_at_5), ("v to u", recall.v_to_u_at_1, recall.v_to_u_at_5)]
-    {
-        report.table.push(format!("{name:<10}{:>7.1}%{:>7.1}%", 100.0 * at_1, 100.0 * at_5));
-    }
 }

@@ -154,8 +154,8 @@ fn key(out: &mut String, mark: &Mark, [x, y]: [f64; 2]) {
 }
 
 fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
-    let [left, right] = [x + MARGIN[3], x + PANEL[0] - MARGIN[1]];
-    let [top, bottom] = [y + MARGIN[0], y + PANEL[1] - MARGIN[2]];
+    let [mut left, mut right] = [x + MARGIN[3], x + PANEL[0] - MARGIN[1]];
+    let [mut top, mut bottom] = [y + MARGIN[0], y + PANEL[1] - MARGIN[2]];
     let image = panel.marks.iter().find_map(|mark| match &mark.shape {
         Shape::Image { width, values } => Some((*width, values)),
         _ => None,
@@ -169,24 +169,21 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
             [x + 20.0, y + MARGIN[0], PANEL[0] - 40.0, PANEL[1] - MARGIN[0] - 10.0],
         );
     }
-    text(out, [(left + right) / 2.0, y + 20.0], 14.0, "middle", "", &panel.title);
-    let [mut sx, mut sy] = [
-        Scale::new(
-            &panel.x,
-            panel.marks.iter().flat_map(|m| m.shape.extent().into_iter().map(|p| p[0])),
-            [left, right],
-        ),
-        Scale::new(
-            &panel.y,
-            panel.marks.iter().flat_map(|m| m.shape.extent().into_iter().map(|p| p[1])),
-            [bottom, top],
-        ),
-    ];
+    let extent: Vec<[f64; 2]> = panel.marks.iter().flat_map(|m| m.shape.extent()).collect();
+    let scales = |x: [f64; 2], y: [f64; 2]| {
+        let along = |i: usize| extent.iter().map(move |p| p[i]);
+        [Scale::new(&panel.x, along(0), x), Scale::new(&panel.y, along(1), y)]
+    };
+    let [mut sx, mut sy] = scales([left, right], [bottom, top]);
     if panel.equal {
-        let unit = sx.unit().max(sy.unit());
-        sx.widen(unit);
-        sy.widen(unit);
+        // The axis with room to spare gives it up on both sides.
+        let [ux, uy] = [sx.unit(), sy.unit()];
+        let [spare_x, spare_y] = [(1.0 - ux / uy).max(0.0), (1.0 - uy / ux).max(0.0)];
+        let [half_x, half_y] = [(right - left) * spare_x / 2.0, (bottom - top) * spare_y / 2.0];
+        [left, right, top, bottom] = [left + half_x, right - half_x, top + half_y, bottom - half_y];
+        [sx, sy] = scales([left, right], [bottom, top]);
     }
+    text(out, [(left + right) / 2.0, top - 12.0], 14.0, "middle", "", &panel.title);
     let names = |axis: &super::Axis, scale: &Scale| -> Vec<(f64, String)> {
         if axis.names.is_empty() {
             return scale.ticks();
@@ -213,7 +210,7 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
         text(out, [left - 6.0, at + 4.0], 12.0, "end", "", &label);
     }
     text(out, [(left + right) / 2.0, bottom + 38.0], 13.0, "middle", "", &panel.x.label);
-    let [lx, ly] = [x + 14.0, (top + bottom) / 2.0];
+    let [lx, ly] = [left - MARGIN[3] + 14.0, (top + bottom) / 2.0];
     text(out, [lx, ly], 13.0, "middle", &format!(" transform=\"rotate(-90 {} {})\"", N(lx), N(ly)), &panel.y.label);
     let frame =
         format!("x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"", N(left), N(top), N(right - left), N(bottom - top));

@@ -38,11 +38,6 @@ impl Scale {
     pub fn unit(&self) -> f64 {
         ((self.ends[1] - self.ends[0]) / (self.page[1] - self.page[0])).abs()
     }
-    /// Widens the axis around its middle until a unit of the page is `unit` of its own.
-    pub fn widen(&mut self, unit: f64) {
-        let (middle, half) = ((self.ends[0] + self.ends[1]) / 2.0, unit * (self.page[1] - self.page[0]).abs() / 2.0);
-        self.ends = [middle - half, middle + half];
-    }
     /// Where `x` is on the page; `None` when it is nowhere.
     pub fn at(&self, x: f64) -> Option<f64> {
         let x = if self.log { x.log10() } else { x };

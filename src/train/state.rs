@@ -16,7 +16,7 @@ pub(super) struct State<'a, D: Device> {
     config: &'a Config,
     network: &'a Network,
     precision: Precision,
-    /// Rows embedded at a time: the batch, or a micro-batch of it.
+    /// Rows embedded at a time.
     micro: usize,
     /// The arena, its gradient, and Adam's moments.
     params: D::Buf,
@@ -42,7 +42,7 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
         start: &Checkpoint,
     ) -> Self {
         let Network { encoders, layout, .. } = network;
-        let micro = if config.micro_batch > 0 { config.micro_batch } else { config.batch };
+        let micro = config.micro();
         let mut adam = Adam::new(device, config.adam, layout);
         let mut params = device.alloc(layout.len());
         for (buf, from) in [&mut params, &mut adam.m, &mut adam.v].into_iter().zip(&start.arenas) {
@@ -137,6 +137,13 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
             let kept = [scale[0].clamp(0.0, 100f32.ln())];
             device.upload(&kept, ViewMut { buf: &mut self.params, at: self.network.logit_scale.clone() });
         }
+    }
+
+    /// The arena.
+    pub(super) fn params(&self, device: &D) -> Vec<f32> {
+        let mut host = vec![0.0; self.network.layout.len()];
+        device.download(all(&self.params, host.len()), &mut host);
+        host
     }
 
     /// All that is needed to go on from here.

@@ -171,8 +171,8 @@ impl Models<'_> {
         let truth = at_one(&truth(self.theory));
         let mut criteria = Vec::new();
         let mut rows = vec![vec!["truth".into(), short(truth[0]), short(truth[1]), String::new(), String::new()]];
-        let panels = (KINDS.iter().zip(self.learned).zip(self.optima).enumerate())
-            .map(|(i, ((kind, learned), optimum))| {
+        let panels = (KINDS.iter().zip(self.learned).zip(self.optima))
+            .map(|((kind, learned), optimum)| {
                 let (got, best) = (at_one(&of(learned)), at_one(&of(optimum)));
                 criteria.push(near(format!("{}: mean", kind.name), got[0], best[0], TOLERANCE));
                 criteria.push(near(format!("{}: variance", kind.name), got[1], best[1], TOLERANCE));
@@ -185,7 +185,7 @@ impl Models<'_> {
                     y: axis("density"),
                     marks: vec![
                         mark("truth", Style::Truth, line(|x| density(truth, x))),
-                        mark("learned", Style::Series(i), line(|x| density(got, x))),
+                        mark("learned", Style::Series(0), line(|x| density(got, x))),
                         mark("theory", Style::Theory, line(|x| density(best, x))),
                     ],
                     equal: false,
@@ -214,7 +214,7 @@ impl Models<'_> {
         let mut panels = Vec::new();
         let var = |law: &Option<Gaussian>| law.as_ref().map_or([f64::NAN; 2], |l| [l.c_uu[0], l.c_vv[0]]);
         let mut gaps = Vec::new();
-        for (i, ((kind, learned), optimum)) in KINDS.iter().zip(self.learned).zip(self.optima).enumerate() {
+        for ((kind, learned), optimum) in KINDS.iter().zip(self.learned).zip(self.optima) {
             let (got, best) = (var(&learned.law()), var(&optimum.law()));
             gaps.push((got[0] - truth.c_uu[0]).abs());
             for (side, at) in [("u", 0), ("v", 1)] {
@@ -228,7 +228,7 @@ impl Models<'_> {
                 y: axis("density of the marginal"),
                 marks: vec![
                     mark("truth", Style::Truth, line(|x| density([0.0, truth.c_uu[0]], x))),
-                    mark("learned", Style::Series(i), line(|x| density([0.0, got[0]], x))),
+                    mark("learned", Style::Series(0), line(|x| density([0.0, got[0]], x))),
                     mark("theory", Style::Theory, line(|x| density([0.0, best[0]], x))),
                 ],
                 equal: false,
@@ -258,8 +258,8 @@ impl Models<'_> {
     fn joints(&self, truth: &Gaussian) -> Figure {
         let mut rows = Vec::new();
         let mut criteria = Vec::new();
-        let panels = (KINDS.iter().zip(self.learned).zip(self.optima).enumerate())
-            .map(|(i, ((kind, learned), optimum))| {
+        let panels = (KINDS.iter().zip(self.learned).zip(self.optima))
+            .map(|((kind, learned), optimum)| {
                 let (a, best) = (learned.a()[0], optimum.a()[0]);
                 let (b, best_b) = (learned.b()[0], optimum.b()[0]);
                 criteria.push(near(format!("{}: A", kind.name), a, best, TOLERANCE));
@@ -274,7 +274,7 @@ impl Models<'_> {
                         mark("truth", Style::Truth, contours(|u, v| joint_density(truth, u, v))),
                         mark(
                             "learned",
-                            Style::Series(i),
+                            Style::Series(0),
                             contours(|u, v| law.as_ref().map_or(f64::NAN, |l| joint_density(l, u, v))),
                         ),
                     ],

@@ -6,6 +6,7 @@
 mod gaussian2d;
 mod gp;
 mod mnist;
+mod ocean;
 
 use super::Error;
 use crate::data::{DataError, write_atomic};
@@ -25,7 +26,7 @@ pub struct Part {
 }
 
 /// Every part, in the order of its figures.
-pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART];
+pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART, ocean::PART];
 
 /// What is asked.
 pub struct Request<'a> {
