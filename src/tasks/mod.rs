@@ -4,4 +4,4 @@ pub mod classification;
 pub mod retrieval;
 pub mod sampling;
 
-mod scores;
+pub(crate) mod scores;

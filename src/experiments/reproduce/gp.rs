@@ -167,7 +167,9 @@ impl Sweep {
         let mut criteria = Vec::new();
         let mut rows = Vec::new();
         let mut panels = Vec::new();
-        let sides: [(&str, fn(&Certificate) -> [f64; 3]); 2] = [
+        /// Learned, optimum, signal.
+        type Errors = fn(&Certificate) -> [f64; 3];
+        let sides: [(&str, Errors); 2] = [
             ("E[u|v]", |c| [c.err_u_given_v, c.optimum_u_given_v, c.signal_u_given_v]),
             ("E[v|u]", |c| [c.err_v_given_u, c.optimum_v_given_u, c.signal_v_given_u]),
         ];

@@ -6,6 +6,7 @@
 mod gaussian2d;
 mod gp;
 mod mnist;
+mod objectives;
 mod ocean;
 
 use super::Error;
@@ -26,7 +27,7 @@ pub struct Part {
 }
 
 /// Every part, in the order of its figures.
-pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART, ocean::PART];
+pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART, ocean::PART, objectives::PART];
 
 /// What is asked.
 pub struct Request<'a> {
