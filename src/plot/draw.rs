@@ -148,6 +148,17 @@ fn key(out: &mut String, mark: &Mark, [x, y]: [f64; 2]) {
                 mark.style.colour()
             );
         }
+        // As drawn: segments are shorter than a dash.
+        Shape::Contours { .. } => {
+            let colour = mark.style.colour();
+            let _ = writeln!(
+                out,
+                "<path d=\"M{} {}H{}\" stroke=\"{colour}\" stroke-width=\"2\"/>",
+                N(x),
+                N(y),
+                N(x + 28.0)
+            );
+        }
         _ => line(out),
     }
     text(out, [x + 34.0, y + 4.5], 13.0, "start", "", &mark.label);

@@ -407,24 +407,28 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
         },
         passed: dot[4].is_nan() || joint[4] < dot[4],
     });
+    let panel = |title: &str, label: &str, range: [f64; 2], at: usize| {
+        let bars = |at: usize| Shape::Bars(numbers.iter().map(|n| n[at]).collect());
+        Panel {
+            title: title.into(),
+            x: Axis { names: kinds.iter().map(|k| k.0.into()).collect(), ..Axis::default() },
+            y: Axis { range: Some(range), ..log_axis(label) },
+            marks: vec![mark("learned", Style::Series(0), bars(at)), mark("theory", Style::Theory, bars(at + 1))],
+            equal: false,
+        }
+    };
     Ok(Figure {
         name: "gp-models".into(),
         title: "Covariances, means and marginals of the other models".into(),
         see: "Only the one-sided l2 model has the right spread of u given v; the joint loss shrinks the means and brings the \
               marginals closer."
             .into(),
-        panels: vec![Panel {
-            title: "u given v, relative to the truth".into(),
-            x: Axis { names: kinds.iter().map(|k| k.0.into()).collect(), ..Axis::default() },
-            y: axis("relative error"),
-            marks: vec![
-                mark("covariance, learned", Style::Series(0), Shape::Bars(numbers.iter().map(|n| n[0]).collect())),
-                mark("marginal of u, learned", Style::Series(1), Shape::Bars(numbers.iter().map(|n| n[4]).collect())),
-                mark("size of the mean, learned", Style::Series(2), Shape::Bars(numbers.iter().map(|n| n[2]).collect())),
-            ],
-            equal: false,
-        }],
-        columns: 1,
+        panels: vec![
+            panel("error of Cov[u|v]", "relative error", [0.001, 100.0], 0),
+            panel("size of the mean of u given v", "relative to the truth", [0.1, 10.0], 2),
+            panel("error of the marginal of u", "relative error", [0.1, 100.0], 4),
+        ],
+        columns: 3,
         tables: vec![table(
             "relative error of the covariance of u given v, size of its mean operator, relative error of the marginal of u",
             &["model", "covariance, learned", "theory", "size of mean, learned", "theory", "marginal, learned", "theory"],

@@ -317,7 +317,8 @@ fn torus(title: String, flow: &Flow, field: Style, paths: &[(&str, Style, Vec<[f
     let [low, high] = [f64::min, f64::max].map(|of| values.iter().copied().reduce(of).expect("points") / APART);
     let levels = (low.ceil() as i64..=high.floor() as i64).map(|level| level as f64 * APART).collect();
     let shape = Shape::Contours { x: grid.clone(), y: grid, values, levels };
-    let mut marks = vec![Mark { label: "stream function".into(), style: field, shape }];
+    let label = if field == Style::Truth { "stream function" } else { "stream function of the flow found" };
+    let mut marks = vec![Mark { label: label.into(), style: field, shape }];
     for (label, style, path) in paths {
         let pieces = wrapped(path).into_iter();
         marks.extend(pieces.map(|piece| Mark { label: (*label).into(), style: *style, shape: Shape::Line(piece) }));
