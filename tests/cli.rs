@@ -644,7 +644,8 @@ fn ctrl_c_leaves_a_checkpoint_and_130() {
 #[test]
 fn help_documents_every_flag_with_its_default() {
     let dir = tempfile::tempdir().unwrap();
-    for command in ["loss", "train", "embed", "bench", "devices", "data"] {
+    for command in ["loss", "train", "embed", "retrieve", "classify", "sample", "reproduce", "bench", "devices", "data"]
+    {
         let output = run(dir.path(), &[command, "--help"]);
         assert!(output.status.success());
         let help = String::from_utf8(output.stdout).unwrap();
