@@ -1,6 +1,7 @@
 //! What frozen embeddings are used for.
 
 pub mod classification;
+pub mod modalities;
 pub mod retrieval;
 pub mod sampling;
 

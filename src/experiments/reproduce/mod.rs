@@ -6,6 +6,7 @@
 mod gaussian2d;
 mod gp;
 mod mnist;
+mod modalities;
 mod objectives;
 mod ocean;
 
@@ -27,7 +28,7 @@ pub struct Part {
 }
 
 /// Every part, in the order of its figures.
-pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART, ocean::PART, objectives::PART];
+pub const ALL: &[Part] = &[gaussian2d::PART, gp::PART, mnist::PART, ocean::PART, objectives::PART, modalities::PART];
 
 /// What is asked.
 pub struct Request<'a> {
