@@ -4,46 +4,14 @@
 
 mod common;
 
+use common::command::{contrastive, json, refused, run};
 use common::{Case, Moment, OBJECTIVES, Positive, options, relative, wide};
 use contrastive::data::npy::{Npy, write_npy_f32, write_npy_i64};
 use contrastive::objective::{Matrix, Moments, Objective, Tilting, features::random_fourier, reference};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-
-fn contrastive(dir: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_contrastive"));
-    command.current_dir(dir).args(args).stdin(Stdio::null());
-    command
-}
-
-fn run(dir: &Path, args: &[&str]) -> Output {
-    contrastive(dir, args).output().unwrap()
-}
-
-fn json(dir: &Path, args: &[&str]) -> Value {
-    let output = run(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(text.trim_end().lines().count(), 1, "{args:?} prints one object and nothing else: {text}");
-    serde_json::from_str(&text).unwrap()
-}
-
-/// Everything below `dir`, with sizes.
-fn listing(dir: &Path) -> Vec<(PathBuf, u64)> {
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            all.extend(listing(&path));
-        }
-        all.push((path.clone(), path.metadata().unwrap().len()));
-    }
-    all.sort();
-    all
-}
 
 /// A .npy file of any header and payload.
 fn raw_npy(path: &Path, descr: &str, fortran: bool, shape: &str, payload: &[u8]) {
@@ -179,17 +147,7 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         ("--n", vec!["bench", "loss", "--n", "0"]),
         ("nonsense", vec!["nonsense"]),
     ];
-    let before = listing(dir.path());
-    for (what, args) in cases {
-        let output = run(dir.path(), &args);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        let errors: Vec<&str> = stderr.lines().collect();
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
-        assert!(errors.len() == 1 && errors[0].starts_with("error: "), "{args:?}: one line, not {stderr:?}");
-        assert!(errors[0].contains(what), "{args:?} should name {what}: {stderr}");
-        assert!(output.stdout.is_empty(), "{args:?} printed on stdout");
-        assert_eq!(listing(dir.path()), before, "{args:?} left something behind");
-    }
+    refused(dir.path(), cases);
 }
 
 #[test]

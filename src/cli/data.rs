@@ -59,7 +59,8 @@ pub fn run(args: &Data, common: &Common) -> Result<(), Failure> {
 /// What a command answers: as JSON, and to read.
 type Answer = (Value, Vec<String>);
 
-fn make_folder(out: &Path) -> Result<(), DataError> {
+/// Makes a folder and those above it.
+pub(super) fn make_folder(out: &Path) -> Result<(), DataError> {
     std::fs::create_dir_all(out).map_err(|source| DataError::Io { path: out.to_owned(), source })
 }
 

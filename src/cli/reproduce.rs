@@ -1,5 +1,6 @@
 //! `contrastive reproduce`.
 
+use super::data::make_folder;
 use super::{Common, Failure, bad_flag};
 use crate::experiments::reproduce::{ALL, Part, Request, reproduce};
 use serde_json::json;
@@ -29,7 +30,12 @@ pub fn run(args: &Reproduce, common: &Common) -> Result<(), Failure> {
         let names: Vec<_> = ALL.iter().map(|part| part.name).collect();
         return Err(bad_flag("PART", &args.part, format!("{} or all", names.join(", "))));
     }
-    common.choose(Some("the figures are made on the CPU".into()))?.announce();
+    if let Some(mnist) = args.mnist.as_ref().filter(|mnist| !mnist.is_dir()) {
+        return Err(bad_flag("--mnist", mnist.display(), "a folder"));
+    }
+    let choice = common.choose(Some("the figures are made on the CPU".into()))?;
+    make_folder(&args.out)?;
+    choice.announce();
     let start = Instant::now();
     let tell = |text: &str| {
         if !common.json {

@@ -123,6 +123,16 @@ fn open(path: &Path) -> Result<Npy, Failure> {
     Ok(x)
 }
 
+/// Fails unless both can be written, and not to one file.
+fn check_outputs(outputs: [(&str, &Option<PathBuf>); 2]) -> Result<(), Failure> {
+    outputs.iter().filter_map(|(_, path)| path.as_ref()).try_for_each(|path| check_output(path))?;
+    let [(first, a), (second, b)] = outputs;
+    match b {
+        Some(path) if a == b => Err(bad_flag(second, path.display(), format!("another file than {first}"))),
+        _ => Ok(()),
+    }
+}
+
 pub fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     let side = side_of(&args.side)?;
     let model = Model::load(&args.model)?;
@@ -175,7 +185,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     }
     items.check_finite()?;
     queries.check_finite()?;
-    [&args.output, &args.scores].into_iter().flatten().try_for_each(|path| check_output(path))?;
+    check_outputs([("--output", &args.output), ("--scores", &args.scores)])?;
     choice.announce();
     let start = Instant::now();
     // Pairs: recall is of the best five, however few were asked for.
@@ -219,7 +229,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
     if !(0.0..1.0).contains(&args.held_out) {
         return Err(bad_flag("--held-out", args.held_out, "a share in [0, 1)"));
     }
-    [&args.output, &args.probabilities].into_iter().flatten().try_for_each(|path| check_output(path))?;
+    check_outputs([("--output", &args.output), ("--probabilities", &args.probabilities)])?;
     let choice = common.choose(None)?;
     let dim = model.config.dim;
     let n = x.rows();
@@ -311,6 +321,11 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
     }
     let model = Model::load(&args.model)?;
     let given = open(&args.given)?;
+    // More draws than this fit no memory.
+    let most = (1 << 31) / given.rows();
+    if args.count > most {
+        return Err(bad_flag("--count", args.count, format!("1 to {most} for each of {} rows", given.rows())));
+    }
     let file = args.items.as_deref().map(open).transpose()?;
     if let Some(path) = &args.output {
         check_output(path)?;

@@ -1,6 +1,9 @@
 //! Random batches with every option, shared by the tests of losses.
 #![allow(dead_code, missing_docs)]
 
+#[cfg(feature = "cli")]
+pub mod command;
+
 use contrastive::objective::{
     Batch, DataKernel, Loss, Matrix, Moments, Objective, Pairs, Positives, Storage, Tilting, features::random_fourier,
 };
