@@ -72,7 +72,9 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<
 /// More candidates than asked for: of those that f32 can hardly tell apart, f64 chooses.
 const SPARE: usize = 16;
 
-/// The `k` items of largest s(query, item) for each query, by scores in f64. Memory is O(queries k).
+/// The `k` items of largest s(query, item) for each query, in the order of their scores in f64, out of the `k + 16` best by
+/// scores in f32: only where more than 16 different items are within f32's rounding of the last one found may one of them
+/// stand for another. Memory is O(queries k).
 ///
 /// # Panics
 /// When `k` is above the number of items, or dimensions differ.

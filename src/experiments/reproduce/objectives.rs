@@ -206,13 +206,17 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     let theory = Theory::new(&data.law);
     let optimum = theory.l2_optimum(2);
     let exact = {
-        let [a, b] = [optimum.a(), optimum.b()];
+        let [a, b, d] = [optimum.a(), optimum.b(), optimum.d()];
         let (nu, nv) = (data.law.dim_u, data.law.dim_v);
-        let at = |side: Side, i: usize, n: usize| data.fresh.side(side)[i * n..][..n].iter().map(|&x| f64::from(x));
+        let row = |side: Side, i: usize, n: usize| -> Vec<f64> {
+            data.fresh.side(side)[i * n..][..n].iter().map(|&x| f64::from(x)).collect()
+        };
+        let form = |x: &[f64], m: &[f64], y: &[f64]| -> f64 {
+            m.iter().enumerate().map(|(at, m)| x[at / y.len()] * m * y[at % y.len()]).sum()
+        };
         laws(&data.law, &data.fresh, |i, j| {
-            let [u, v]: [Vec<f64>; 2] = [at(Side::U, j, nu).collect(), at(Side::V, i, nv).collect()];
-            let pairs = (0..nu * nv).map(|at| u[at / nv] * a[at] * v[at % nv]).sum::<f64>();
-            pairs - 0.5 * (0..nu * nu).map(|at| u[at / nu] * b[at] * u[at % nu]).sum::<f64>()
+            let (u, v) = (row(Side::U, j, nu), row(Side::V, i, nv));
+            form(&u, &a, &v) - 0.5 * (form(&u, &b, &u) + form(&v, &d, &v))
         })
     };
     let percent = |x: f64| if x.is_nan() { "diverged".into() } else { format!("{:.1}%", 100.0 * x) };
