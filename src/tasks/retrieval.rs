@@ -72,9 +72,8 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<
 /// More candidates than asked for: of those that f32 can hardly tell apart, f64 chooses.
 const SPARE: usize = 16;
 
-/// The `k` items of largest s(query, item) for each query, in the order of their scores in f64, out of the `k + 16` best by
-/// scores in f32: only where more than 16 different items are within f32's rounding of the last one found may one of them
-/// stand for another. Memory is O(queries k).
+/// The `k` items of largest s(query, item) for each query, in the order of their scores in f64: found among the best by
+/// scores in f32, or, where rounding could have left one of them out, among all. Memory is O(queries k).
 ///
 /// # Panics
 /// When `k` is above the number of items, or dimensions differ.
@@ -92,7 +91,10 @@ pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -
             candidates.resize_with(block.queries.len(), Candidates::default);
         }
         let rows = candidates.par_iter_mut().zip(block.scores.par_chunks_exact(block.items.len()));
-        rows.for_each(|(candidates, scores)| candidates.take(scores, block.items.start, keep));
+        rows.zip(block.slack).for_each(|((candidates, scores), &slack)| {
+            candidates.slack = candidates.slack.max(slack);
+            candidates.take(scores, block.items.start, keep);
+        });
         if !block.closing {
             return;
         }
@@ -101,14 +103,19 @@ pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -
         candidates.par_iter().zip(out).zip(block.queries).for_each(|((candidates, (indices, scores)), i)| {
             let (mut query, mut item) = (vec![0f32; dim], vec![0f32; dim]);
             queries.read(i, &mut query);
-            let mut again: Vec<(f64, usize)> = (candidates.kept.iter())
-                .map(|&(_, j)| {
-                    items.read(j as usize, &mut item);
-                    (exact(tilting, &query, &item), j as usize)
-                })
-                .collect();
-            again.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            for ((index, score), (s, j)) in indices.iter_mut().zip(scores).zip(again) {
+            let mut again = |j: usize| {
+                items.read(j, &mut item);
+                (exact(tilting, &query, &item), j)
+            };
+            let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+            let mut found: Vec<(f64, usize)> = candidates.kept.iter().map(|&(_, j)| again(j as usize)).collect();
+            found.sort_unstable_by(order);
+            if found.len() < items.count() && !candidates.certain(&found[..k]) {
+                found = (0..items.count()).map(again).collect();
+                found.select_nth_unstable_by(k - 1, order);
+                found[..k].sort_unstable_by(order);
+            }
+            for ((index, score), (s, j)) in indices.iter_mut().zip(scores).zip(found) {
                 (*index, *score) = (j, s);
             }
         });
@@ -121,15 +128,24 @@ struct Candidates {
     kept: Vec<(f32, u32)>,
     /// No score below it matters.
     floor: f32,
+    /// How far a score may be from what it stands for.
+    slack: f32,
 }
 
 impl Default for Candidates {
     fn default() -> Self {
-        Candidates { kept: Vec::new(), floor: f32::NEG_INFINITY }
+        Candidates { kept: Vec::new(), floor: f32::NEG_INFINITY, slack: 0.0 }
     }
 }
 
 impl Candidates {
+    /// Whether no item that was left out can be better than one of `found`.
+    fn certain(&self, found: &[(f64, usize)]) -> bool {
+        let of = |j: usize| self.kept.iter().find(|kept| kept.1 as usize == j).map_or(f32::NEG_INFINITY, |kept| kept.0);
+        let least = found.iter().fold(f32::INFINITY, |least, &(_, j)| least.min(of(j)));
+        // Both scores may be off; neither infinities nor what is no number compare as greater.
+        f64::from(least) - f64::from(self.floor) > 2.0 * f64::from(self.slack)
+    }
     /// Takes what matters of the scores of the items from `first` on; `keep` are kept.
     fn take(&mut self, scores: &[f32], first: usize, keep: usize) {
         const PART: usize = 64;
@@ -168,6 +184,16 @@ mod tests {
 
     fn rng() -> rand_chacha::ChaCha8Rng {
         rand_chacha::ChaCha8Rng::seed_from_u64(2)
+    }
+
+    // More items than are kept have one score in f32; in f64 the last of them is the best.
+    #[test]
+    fn what_f32_cannot_tell_apart_is_told_apart() {
+        let items: Vec<f32> = (0..3000).flat_map(|i| [1.0, i as f32 * 1e-12]).collect();
+        let items = Table { data: &items, dim: 2 };
+        let queries = [1f32, 1.0, 1.0, -1.0];
+        let found = top_k(Tilting::Dot, &Table { data: &queries, dim: 2 }, &items, 2);
+        assert_eq!(found.indices, [2999, 2998, 0, 1]);
     }
 
     // Small integers: every score is exact, so that ties are ties, and the order is the definition's. Sizes are below

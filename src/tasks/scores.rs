@@ -13,6 +13,8 @@ pub struct Block<'a> {
     pub queries: Range<usize>,
     pub items: Range<usize>,
     pub scores: &'a [f32],
+    /// How far a query's scores here may be from what they stand for, by rounding, `[queries.len()]`.
+    pub slack: &'a [f32],
     /// The first block that its queries meet; it holds their own items, where there are as many.
     pub opening: bool,
     /// The last that they meet.
@@ -39,11 +41,15 @@ pub fn each_block(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, mut f:
     let (mut left, mut right) = (device.alloc(QUERIES * dim), device.alloc(ITEMS * dim));
     let mut block = device.alloc(QUERIES * ITEMS);
     let (mut host, mut offset, mut scores) = (vec![0f32; ITEMS * dim], vec![0f32; ITEMS], vec![0f32; QUERIES * ITEMS]);
+    let (mut sizes, mut slack) = (vec![0f64; ITEMS], vec![0f32; QUERIES]);
+    // Twice what a sum of so many products, each of rounded numbers, can lose.
+    let loss = (dim + 8) as f64 * f64::from(f32::EPSILON);
     for first_query in (0..n).step_by(QUERIES) {
         let rows = QUERIES.min(n - first_query);
         queries.read(first_query, &mut host[..rows * dim]);
         host[..rows * dim].par_chunks_exact_mut(dim).for_each(shift);
         device.upload(&host[..rows * dim], ViewMut { buf: &mut left, at: 0..rows * dim });
+        let norms: Vec<f64> = host[..rows * dim].par_chunks_exact(dim).map(|query| square(query).sqrt()).collect();
         let blocks = m.div_ceil(ITEMS);
         for turn in 0..blocks {
             let first_item = (first_query / ITEMS + turn) % blocks * ITEMS;
@@ -51,13 +57,19 @@ pub fn each_block(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, mut f:
             // A few rows a time, on all cores.
             const PART: usize = 64;
             let parts = host[..cols * dim].par_chunks_mut(PART * dim).zip(offset.par_chunks_mut(PART));
-            parts.enumerate().for_each(|(part, (to, offset))| {
+            parts.zip(sizes.par_chunks_mut(PART)).enumerate().for_each(|(part, ((to, offset), sizes))| {
                 items.read(first_item + part * PART, to);
-                for (row, offset) in to.chunks_exact_mut(dim).zip(offset) {
+                for ((row, offset), size) in to.chunks_exact_mut(dim).zip(offset).zip(sizes) {
                     shift(row);
                     *offset = prepare(tilting, row);
+                    *size = square(row).sqrt();
                 }
             });
+            let longest = sizes[..cols].iter().fold(0f64, |most, &size| most.max(size));
+            let lowest = offset[..cols].iter().fold(0f32, |least, &offset| least.min(offset));
+            for (slack, norm) in slack.iter_mut().zip(&norms) {
+                *slack = (loss * (norm * longest - f64::from(lowest))) as f32;
+            }
             device.upload(&host[..cols * dim], ViewMut { buf: &mut right, at: 0..cols * dim });
             device.gemm(
                 Gemm { m: rows, n: cols, k: dim, transpose_a: false, transpose_b: true },
@@ -74,6 +86,7 @@ pub fn each_block(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, mut f:
                 queries: first_query..first_query + rows,
                 items: first_item..first_item + cols,
                 scores,
+                slack: &slack[..rows],
                 opening: turn == 0,
                 closing: turn + 1 == blocks,
             });
@@ -81,9 +94,14 @@ pub fn each_block(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, mut f:
     }
 }
 
+/// `|x|^2`.
+fn square(x: &[f32]) -> f64 {
+    x.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
+
 /// Makes an item ready for an inner product with a query, and returns what to add to that.
 fn prepare(tilting: Tilting, item: &mut [f32]) -> f32 {
-    let square: f64 = item.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let square = square(item);
     if tilting.unit_rows() && square > 0.0 {
         item.iter_mut().for_each(|x| *x = (f64::from(*x) / square.sqrt()) as f32);
     }
