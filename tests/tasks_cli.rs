@@ -225,6 +225,9 @@ fn classify_finds_the_likeliest_label() {
     let mut negative = truth.clone();
     negative[17] = -3;
     write_npy_i64(at("negative.npy"), &[rows], &negative).unwrap();
+    let mut eleventh = truth.clone();
+    eleventh[17] = 10;
+    write_npy_i64(at("eleventh.npy"), &[rows], &eleventh).unwrap();
     write_npy_f32(at("ones.npy"), &[4], &[1.0; 4]).unwrap();
     let with = |extra: &[&'static str]| {
         let files = ["classify", "--model", "model", "--input", "data/u.npy"];
@@ -239,6 +242,8 @@ fn classify_finds_the_likeliest_label() {
             ("few.npy", written(&["--labels", "few.npy", "--fine-tune"])),
             ("negative.npy", written(&["--labels", "negative.npy"])),
             ("-3", written(&["--labels", "negative.npy", "--fine-tune"])),
+            ("eleventh.npy", written(&["--labels", "eleventh.npy"])),
+            ("--classes", written(&["--labels", "data/labels.npy", "--fine-tune", "--classes", "data/v.npy"])),
             ("missing.npy", written(&["--labels", "missing.npy"])),
             ("ones.npy", written(&["--classes", "ones.npy"])),
             ("--held-out", written(&["--labels", "data/labels.npy", "--fine-tune", "--held-out", "1"])),
@@ -354,7 +359,6 @@ fn reproduce_writes_every_figure() {
 }
 
 #[test]
-#[ignore = "a minute unless optimised: cargo test --release --test tasks_cli -- --ignored"]
 fn reproduce_is_the_same_for_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
     let figures = |threads: &str| {

@@ -240,6 +240,10 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         let Some(labels) = &labels else {
             return Err(bad_flag("--labels", "nothing", "the true labels that --fine-tune learns from"));
         };
+        if let Some(path) = &args.classes {
+            let expected = "nothing with --fine-tune, whose classes are those of --labels";
+            return Err(bad_flag("--classes", path.display(), expected));
+        }
         let trained = n - (n as f64 * args.held_out) as usize;
         let classes = labels.iter().max().map_or(1, |&most| most as usize + 1);
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;
@@ -263,6 +267,12 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
                 return Err(bad_flag("--classes", "nothing", expected));
             }
         };
+        if let (Some(path), Some(most)) = (&args.labels, labels.iter().flatten().max())
+            && *most as usize >= rows.count()
+        {
+            let expected = format!("labels below {}, the number of classes", rows.count());
+            return Err(bad_flag(&path.display().to_string(), most, expected));
+        }
         let names = embedded(&model, &choice, Side::V, rows, path)?;
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;
         let [inputs, names] = [&inputs, &names].map(|data| Table { data, dim });
