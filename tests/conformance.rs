@@ -296,6 +296,34 @@ fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
+/// Logits kept between passes, all of them, some or none, are those that are multiplied out again.
+#[test]
+fn a_workspace_changes_no_bit() {
+    for (k, &objective) in OBJECTIVES.iter().enumerate() {
+        for tilting in Tilting::ALL.iter().copied() {
+            // Above the size that one thread takes alone: several pieces a side, the last of them ragged.
+            let case = Case::new(tilting, objective, 701, 701, 5 + k);
+            let data = case.data();
+            let run = |bytes: usize| {
+                let mut engine = Cpu::<f32>::new();
+                engine.set_workspace(bytes);
+                let got = evaluate(&mut engine, &case.loss(), &data.batch(&case));
+                (got, engine.scratch_bytes())
+            };
+            let (none, least) = run(0);
+            for bytes in [700_000, 1 << 30] {
+                let (got, scratch) = run(bytes);
+                assert!(same_bits(&none.u, &got.u) && same_bits(&none.v, &got.v), "{bytes}: {case:?}");
+                assert_eq!(none.value, got.value, "{bytes}: {case:?}");
+                // The sigmoid loss has one pass, the shuffled joint loss none.
+                if !matches!(objective, Objective::Sigmoid { .. } | Objective::JointShuffled { .. }) {
+                    assert!(scratch > least, "{bytes}: nothing was kept: {case:?}");
+                }
+            }
+        }
+    }
+}
+
 /// The same bits on any pool, from a new engine or a used one, and whatever outputs are asked for.
 fn is_deterministic<E: Engine + Send>(make: impl Fn() -> E + Sync) {
     let pools = [1, 2, 3, 4].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());

@@ -42,6 +42,9 @@ pub struct Bench {
     /// conditional, joint, sigmoid, mmd or joint-mmd (with 64 random features)
     #[arg(long, default_value = "conditional", value_name = "OBJECTIVE")]
     objective: String,
+    /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
+    #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES")]
+    workspace: usize,
 }
 
 /// Input sets that take turns, so that no run finds its inputs in cache because the last one left them there.
@@ -118,6 +121,7 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     match &choice.device {
         Device::Cpu => {
             let mut engine = Cpu::new();
+            engine.set_workspace(args.workspace);
             check_answer(&mut engine, &loss, d, precision, mmd, common.seed(), 1e-4)?;
             let (mut du, mut dv) = (vec![0f32; n * d], vec![0f32; m * d]);
             times = time(|run| {

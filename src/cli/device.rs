@@ -122,10 +122,14 @@ impl Choice {
         parse_precision(self.precision_name()).unwrap_or(Precision::F32)
     }
 
-    /// The loss engine of the device.
-    pub fn engine(&self) -> Box<dyn Engine> {
+    /// The loss engine of the device; `workspace` as [`Cpu::set_workspace`] has it.
+    pub fn engine(&self, workspace: usize) -> Box<dyn Engine> {
         match &self.device {
-            Device::Cpu => Box::new(Cpu::new()),
+            Device::Cpu => {
+                let mut cpu = Cpu::new();
+                cpu.set_workspace(workspace);
+                Box::new(cpu)
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(driver, _) => Box::new(Cuda::new(driver, self.precision())),
         }

@@ -85,6 +85,9 @@ pub struct Loss {
     /// Weight of each column, [M] .npy [default: all equal]
     #[arg(long, value_name = "WV.npy")]
     weights_v: Option<PathBuf>,
+    /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
+    #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES")]
+    workspace: usize,
 }
 
 /// The file's numbers as f32: the mapped file itself where it is f32 already.
@@ -256,7 +259,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     };
     let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
-    let mut engine = choice.engine();
+    let mut engine = choice.engine(args.workspace);
     batch.validate(&loss).map_err(|e| refused(args, e))?;
     choice.announce();
     let begun = std::time::Instant::now();

@@ -1,6 +1,8 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
-use super::fused::{Law, Logits, Norms, Pull, RowSums, Side, Tallies, Target, Threads, Want, grow, pack_columns};
+use super::fused::{
+    Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
+};
 use super::simd::Isa;
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Value, Write, pairing::Pairing};
 use kernels::law::{Num, Product, decay};
@@ -27,6 +29,9 @@ pub struct Scratch {
     pub(super) grad_u: Vec<f32>,
     pub(super) grad_v: Vec<f32>,
     pub(super) threads: Threads,
+    pub(super) kept: Kept,
+    /// Bytes that kept logits may take.
+    pub(super) budget: usize,
     pub(super) mmd: super::mmd::Scratch,
     pub(super) pairings: super::shuffled::Scratch,
 }
@@ -44,6 +49,7 @@ impl Scratch {
             + self.row_norms.bytes()
             + self.col_norms.bytes()
             + self.threads.bytes()
+            + self.kept.bytes()
             + self.mmd.bytes()
             + self.pairings.bytes()
     }
@@ -57,6 +63,8 @@ pub(super) struct Tilted<'a> {
     /// `dS/d product`.
     pub(super) scale: f64,
     pub(super) tau: f64,
+    /// Smallest and largest logit that embeddings this long can have, without offsets.
+    reach: [f64; 2],
 }
 
 impl<'a> Tilted<'a> {
@@ -79,13 +87,26 @@ impl<'a> Tilted<'a> {
             inverse_norms(batch.u, inverse_u, threads);
             inverse_norms(batch.v, inverse_v, threads);
         }
-        Tilted {
-            u: Side { rows: batch.u, shift, inverse: inverse_u },
-            v: Side { rows: batch.v, shift, inverse: inverse_v },
-            product: loss.tilting.product(),
-            scale: loss.tilting.scale() / loss.tau,
-            tau: loss.tau,
+        let u = Side { rows: batch.u, shift, inverse: inverse_u };
+        let v = Side { rows: batch.v, shift, inverse: inverse_v };
+        let (product, scale) = (loss.tilting.product(), loss.tilting.scale() / loss.tau);
+        // A unit row's norm is 1 to a few rounding errors.
+        let [a, b] = if loss.tilting.unit_rows() { [1.001; 2] } else { [u, v].map(|side| longest(&side, threads)) };
+        let reach = match product {
+            Product::Inner => [-(scale * a * b).abs(), (scale * a * b).abs()],
+            Product::SquaredDistance => [scale.min(0.0) * (a + b).powi(2), scale.max(0.0) * (a + b).powi(2)],
+        };
+        Tilted { u, v, product, scale, tau: loss.tau, reach }
+    }
+
+    /// The middle of what logits can be, if none is further from it than [`SPREAD`].
+    fn anchor(&self, offset: Option<&[f32]>) -> Option<f32> {
+        let [mut low, mut high] = self.reach;
+        if let Some(offset) = offset {
+            low += f64::from(offset.iter().fold(f32::INFINITY, |a, &b| a.min(b)));
+            high += f64::from(offset.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)));
         }
+        ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32)
     }
 
     /// Turns `acc = G other` into the gradient of `side`'s rows, in place or added to `out`:
@@ -185,6 +206,21 @@ fn inverse_norms(rows: Matrix<'_>, out: &mut Vec<f32>, threads: &Threads) {
     });
 }
 
+/// The largest norm of a side's rows.
+fn longest(side: &Side<'_>, threads: &Threads) -> f64 {
+    let dim = side.rows.dim;
+    let chunk = |start: usize| {
+        threads.with(|ws| {
+            let range = start..side.rows.rows.min(start + CHUNK);
+            let x = ws.rows(range.len() * dim);
+            side.read(range, x);
+            x.chunks_exact(dim).map(|x| x.iter().map(|x| x * x).sum::<f32>()).fold(0.0, f32::max)
+        })
+    };
+    let starts = (0..side.rows.rows.div_ceil(CHUNK)).into_par_iter().map(|c| chunk(c * CHUNK));
+    f64::from(starts.reduce(|| 0.0, f32::max)).sqrt() * 1.001
+}
+
 /// The mean of all rows of both sides.
 fn mean_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
     let dim = sides[0].dim;
@@ -237,17 +273,31 @@ fn softmax(
     form: Form,
 ) -> Value {
     let (n, m) = (batch.u.rows, batch.v.rows);
-    let Scratch { pairing, packed, shift, inverse_u, inverse_v, rows, cols, row_norms, col_norms, threads, .. } =
-        scratch;
+    let Scratch {
+        pairing,
+        packed,
+        shift,
+        inverse_u,
+        inverse_v,
+        rows,
+        cols,
+        row_norms,
+        col_norms,
+        threads,
+        kept,
+        budget,
+        ..
+    } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
     pack_columns(isa, &tilted.v, packed, threads);
-    let logits = tilted.logits(isa, batch, packed, threads);
+    let mut logits = tilted.logits(isa, batch, packed, threads);
     let smoothing = loss.smoothing;
     let want = match form {
         Form::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
         Form::Joint => Want { rows: true, cols: false },
     };
-    logits.tally(rows, cols, want, smoothing > 0.0);
+    logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
+    logits.kept = Some(kept);
 
     let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
     let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
@@ -328,6 +378,8 @@ impl<'a> Tilted<'a> {
             product: self.product,
             scale: self.scale as f32,
             offset: batch.offset_v,
+            anchor: self.anchor(batch.offset_v),
+            kept: None,
             pairs: &batch.pairs,
             origin: [0, 0],
             threads,
@@ -422,6 +474,9 @@ impl Counted<'_> {
     /// (max, sum over negatives, sum over positives) of row i.
     fn parts(&self, i: usize) -> (f32, f32, f32) {
         let positives = self.tallies.rest[i].positives;
+        if let Some(anchor) = self.tallies.anchor {
+            return (anchor, self.tallies.sum[i], positives.sum * decay(positives.max, anchor));
+        }
         let max = Num::max(self.tallies.max[i], positives.max);
         let negative = self.tallies.sum[i] * decay(self.tallies.max[i], max);
         (if max < f32::MIN { 0.0 } else { max }, negative, positives.sum * decay(positives.max, max))
@@ -480,6 +535,7 @@ impl Counted<'_> {
     /// Row softmaxes weighted by `lambda w_i`.
     fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) {
         norms.resize(self.share.len());
+        norms.anchor = self.tallies.anchor;
         for i in 0..self.share.len() {
             let (max, negative, positive) = self.parts(i);
             let weight = lambda * f64::from(self.share[i]);

@@ -3,19 +3,24 @@
 //!
 //! ```text
 //! for every (row piece, column piece) of the sweep, in parallel
-//!   for every 64-row block, read as f32 (normalised, centred)
-//!     for every 128-column block
+//!   for every block of rows, read as f32 (normalised, centred)
+//!     for every block of columns
 //!       S    = scale * product(u, v) + offset       micro-kernel on packed v
-//!       tally: rows and columns' running (max, sum)  -- pass 1, [`Logits::tally`]
+//!       tally: sums of exponentials of rows and of columns  -- pass 1, [`Logits::tally`]
 //!       or G = law(S); out_u += G carry_v; out_v += G' carry_u   -- pass 2, [`Logits::pull`]
 //! ```
+//!
+//! Exponentials are taken against an [`Logits::anchor`] that all logits share where their spread is known to be small
+//! enough: then one of them serves its row and its column. Otherwise each row and each column has its own maximum.
+//! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: the same bits, and a
+//! quarter less work.
 //!
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
 use super::simd::{
-    Inner, Isa, LONG, Left, Op, SHORT, Simd, SquaredDistance, Vector, WIDEST, pack, pack_transposed, packed_len,
-    product,
+    Inner, Isa, LONG, Left, Op, Right, SHORT, Simd, SquaredDistance, Vector, WIDEST, pack_part, pack_transposed,
+    packed_len, product, product_part,
 };
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
@@ -25,10 +30,10 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Rows of a tile.
-const ROWS: usize = 64;
-/// Columns of a tile.
-const COLS: usize = 128;
+/// Most rows of a tile: the tile and what is multiplied with it fit the second-level cache.
+const ROWS: usize = 192;
+/// Most columns of a tile.
+const COLS: usize = 192;
 
 /// A logit that stands for no pair: its exponential is 0 under every law, and it is finite, so that
 /// a product with zero stays zero.
@@ -114,19 +119,19 @@ impl Op for PackTransposed<'_> {
 pub struct Workspace {
     /// A row block of u, `[ROWS, D]`.
     u: Vec<f32>,
-    /// Rows on their way into `packed`, or to be packed.
+    /// Rows on their way into a packed operand.
     natural: Vec<f32>,
-    /// The right operand of a gradient product.
-    packed: Vec<f32>,
+    /// The right operands of the gradient products: a piece's rows of either side.
+    packed_u: Vec<f32>,
+    packed_v: Vec<f32>,
     /// Results whose width is not a whole number of registers.
     spill: Vec<f32>,
-    /// The tile of S.
-    s: Vec<f32>,
-    /// The tile of G.
-    g: Vec<f32>,
-    /// The tile of a law's factor.
-    q: Vec<f32>,
-    /// Special pairs of the tile with their logit and their G.
+    /// The tile of S, which becomes that of G.
+    tile: Vec<f32>,
+    /// The tiles of a law's factors.
+    by_row: Vec<f32>,
+    by_col: Vec<f32>,
+    /// Special pairs of the tile with their logit and their G, rows in order.
     specials: Vec<(usize, usize, f32, f32)>,
 }
 
@@ -158,7 +163,9 @@ impl Threads {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = |w: &Workspace| [&w.u, &w.natural, &w.packed, &w.spill, &w.s, &w.g, &w.q].map(Vec::capacity);
+        let floats = |w: &Workspace| {
+            [&w.u, &w.natural, &w.packed_u, &w.packed_v, &w.spill, &w.tile, &w.by_row, &w.by_col].map(Vec::capacity)
+        };
         self.0
             .iter()
             .map(|w| {
@@ -194,10 +201,48 @@ pub struct Logits<'a> {
     pub scale: f32,
     /// Added to column j, `[M]`.
     pub offset: Option<&'a [f32]>,
+    /// A number no logit is further from than [`SPREAD`], if one is known.
+    pub anchor: Option<f32>,
+    /// What pass 1 left of these logits.
+    pub kept: Option<&'a Kept>,
     pub pairs: &'a Pairs<'a>,
     /// Where this block lies in the matrix that `pairs` speaks of.
     pub origin: [usize; 2],
     pub threads: &'a Threads,
+}
+
+/// How far logits may lie from their anchor: exponentials up to `e^40`, sums of 2^40 of them, a loss weight over such
+/// a sum, and what multiplies them all are normal numbers.
+pub const SPREAD: f64 = 40.0;
+
+/// Logits that pass 1 left for the passes after it: those of the sweep's first `turns` tasks.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// One slot a task, one row after another in each tile.
+    data: Vec<f32>,
+    /// Numbers of a slot.
+    slot: usize,
+    turns: usize,
+}
+
+impl Kept {
+    /// Room for as many of a sweep's tasks as `budget` bytes hold.
+    fn fit(&mut self, cut: Cut, n: usize, m: usize, budget: usize) {
+        let tasks = n.div_ceil(cut.rows).max(m.div_ceil(cut.cols)).pow(2);
+        self.slot = cut.rows * cut.cols;
+        self.turns = (budget / (4 * self.slot)).min(tasks);
+        grow(&mut self.data, self.turns * self.slot);
+    }
+
+    /// The logits of a task, if they were kept.
+    fn get(&self, turn: usize) -> Option<&[f32]> {
+        (turn < self.turns).then(|| &self.data[turn * self.slot..][..self.slot])
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * self.data.capacity()
+    }
 }
 
 /// Which softmaxes an objective is made of.
@@ -246,17 +291,20 @@ impl Tally {
 /// Pass 1's result for one side.
 #[derive(Debug, Default)]
 pub struct Tallies {
-    /// Largest logit over negatives.
+    /// Largest logit over negatives, or the anchor of all.
     pub max: Vec<f32>,
     /// Sum of `exp(s - max)` over negatives.
     pub sum: Vec<f32>,
     pub rest: Vec<Tally>,
+    /// What `max` is for every row, if it is one number.
+    pub anchor: Option<f32>,
 }
 
 impl Tallies {
-    fn clear(&mut self, len: usize) {
+    fn clear(&mut self, len: usize, anchor: Option<f32>) {
+        self.anchor = anchor;
         self.max.clear();
-        self.max.resize(len, f32::NEG_INFINITY);
+        self.max.resize(len, anchor.unwrap_or(f32::NEG_INFINITY));
         self.sum.clear();
         self.sum.resize(len, 0.0);
         self.rest.clear();
@@ -288,9 +336,20 @@ struct TallyPiece<'a> {
     rest: &'a mut [Tally],
 }
 
-/// Blocks of `length` that cover `range`.
-fn blocks(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+/// Blocks of about one length, at most `most`, that cover `range`, each a whole number of `unit`s.
+fn blocks(range: Range<usize>, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let length = range.len().div_ceil(range.len().div_ceil(most).max(1)).next_multiple_of(unit).max(unit);
     range.clone().step_by(length).map(move |start| start..range.end.min(start + length))
+}
+
+/// Blocks of rows: whole micro-kernels of any instruction set.
+fn row_blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> + Clone {
+    blocks(range, ROWS, 12)
+}
+
+/// Blocks of columns: they start where a packed panel starts.
+fn col_blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> + Clone {
+    blocks(range, COLS, WIDEST)
 }
 
 impl Logits<'_> {
@@ -298,13 +357,18 @@ impl Logits<'_> {
         Cut::new(self.u.rows.rows, self.m, self.u.rows.dim)
     }
 
-    /// Pass 1: the LSE of every row and of every column, as `want` says. `logit_sums` fills [`Tally::logits`].
-    pub fn tally(&self, rows: &mut Tallies, cols: &mut Tallies, want: Want, logit_sums: bool) {
-        rows.clear(self.u.rows.rows);
-        cols.clear(self.m);
+    /// Pass 1: the LSE of every row and of every column, as `want` says. `logit_sums` fills [`Tally::logits`]; logits
+    /// that fit `budget` bytes stay in `kept`.
+    pub fn tally(&self, [rows, cols]: [&mut Tallies; 2], want: Want, logit_sums: bool, kept: &mut Kept, budget: usize) {
+        rows.clear(self.u.rows.rows, self.anchor);
+        cols.clear(self.m, self.anchor);
         let cut = self.cut();
-        sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |row, col| {
-            self.threads.with(|ws| self.isa.run(TallyBlock { logits: self, row, col, want, logit_sums, ws }));
+        kept.fit(cut, self.u.rows.rows, self.m, budget);
+        let slots = kept.data.chunks_mut(kept.slot).take(kept.turns).map(Mutex::new).collect::<Vec<_>>();
+        sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {
+            let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
+            let keep = slot.as_deref_mut().map(|slot| &mut **slot);
+            self.threads.with(|ws| self.isa.run(TallyBlock { logits: self, row, col, want, logit_sums, keep, ws }));
         });
     }
 
@@ -325,9 +389,11 @@ impl Logits<'_> {
         });
         let cols =
             Cut::pieces(m, cut.cols).map(|range| PullCols { range, out: out_cols.next(), sums: col_sums.next() });
-        sweep(rows, cols, |row, col| {
+        sweep(rows, cols, |turn, row, col| {
+            let kept = self.kept.and_then(|kept| kept.get(turn));
             self.threads.with(|ws| {
-                self.isa.run(PullBlock { logits: self, law, carry_u: &carry_u, carry_v: &carry_v, row, col, ws })
+                let (carry_u, carry_v) = (&carry_u, &carry_v);
+                self.isa.run(PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws })
             });
         });
     }
@@ -339,7 +405,7 @@ impl Logits<'_> {
         self.pairs.visit(rows, cols, |i, j, special| f(i - i0, j - j0, special));
     }
 
-    /// The tile of S at `rows` x `cols`; columns beyond are [`HOLE`]s.
+    /// The tile of S at `rows` x `cols`, rows [`COLS`] apart. What surplus columns hold means nothing.
     #[inline(always)]
     fn tile<S: Simd>(&self, u: &[f32], s: &mut [f32], rows: usize, cols: &Range<usize>) {
         let dim = self.u.rows.dim;
@@ -356,13 +422,19 @@ impl Logits<'_> {
         if let Some(of) = self.offset {
             offset[..cols.len()].copy_from_slice(&of[cols.clone()]);
         }
+        let wide = wide::<S>(cols);
         for row in s.chunks_exact_mut(COLS).take(rows) {
-            for (s, offset) in lanes_mut::<S>(row).zip(lanes::<S>(&offset)) {
+            for (s, offset) in lanes_mut::<S>(&mut row[..wide]).zip(lanes::<S>(&offset[..wide])) {
                 S::F32::load(s).mul_add(scale, S::F32::load(offset)).store(s);
             }
-            row[cols.len()..].fill(HOLE);
         }
     }
+}
+
+/// Columns of a tile, rounded up to whole registers.
+#[inline(always)]
+fn wide<S: Simd>(cols: &Range<usize>) -> usize {
+    cols.len().next_multiple_of(<S::F32 as Vector<f32>>::LANES)
 }
 
 /// `x` a register at a time.
@@ -391,6 +463,7 @@ struct TallyBlock<'a, 'p, 'w> {
     col: &'w mut TallyPiece<'p>,
     want: Want,
     logit_sums: bool,
+    keep: Option<&'w mut [f32]>,
     ws: &'w mut Workspace,
 }
 
@@ -398,14 +471,22 @@ impl Op for TallyBlock<'_, '_, '_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let TallyBlock { logits, row, col, want, logit_sums, ws } = self;
+        let TallyBlock { logits, row, col, want, logit_sums, mut keep, ws } = self;
         let dim = logits.u.rows.dim;
-        let s = sized(&mut ws.s, ROWS * COLS);
-        for rows in blocks(row.first..row.first + row.max.len(), ROWS) {
+        let s = sized(&mut ws.tile, ROWS * COLS);
+        for rows in row_blocks(row.first..row.first + row.max.len()) {
             let u = sized(&mut ws.u, rows.len() * dim);
             logits.u.read(rows.clone(), u);
-            for cols in blocks(col.first..col.first + col.max.len(), COLS) {
+            for cols in col_blocks(col.first..col.first + col.max.len()) {
+                let s = &mut s[..rows.len() * COLS];
                 logits.tile::<S>(u, s, rows.len(), &cols);
+                if let Some(slot) = keep.take() {
+                    let (tile, rest) = slot.split_at_mut(rows.len() * cols.len());
+                    for (kept, s) in tile.chunks_exact_mut(cols.len()).zip(s.chunks_exact(COLS)) {
+                        kept.copy_from_slice(&s[..cols.len()]);
+                    }
+                    keep = Some(rest);
+                }
                 if logit_sums {
                     for (i, s) in rows.clone().zip(s.chunks_exact(COLS)) {
                         for (j, &s) in cols.clone().zip(s) {
@@ -420,26 +501,50 @@ impl Op for TallyBlock<'_, '_, '_> {
                     col.rest[j - col.first].add(*s, special);
                     *s = f32::NEG_INFINITY;
                 });
-                for row in s.chunks_exact_mut(COLS).take(rows.len()) {
-                    row[cols.len()..].fill(f32::NEG_INFINITY);
+                let wide = wide::<S>(&cols);
+                for row in s.chunks_exact_mut(COLS) {
+                    row[cols.len()..wide].fill(f32::NEG_INFINITY);
                 }
-                if want.rows {
-                    let at = rows.start - row.first..rows.end - row.first;
-                    tally_rows::<S>(s, &mut row.max[at.clone()], &mut row.sum[at]);
-                }
-                if want.cols {
-                    let at = cols.start - col.first..cols.end - col.first;
-                    tally_cols::<S>(&s[..rows.len() * COLS], &mut col.max[at.clone()], &mut col.sum[at]);
+                let at_rows = rows.start - row.first..rows.end - row.first;
+                let at_cols = cols.start - col.first..cols.end - col.first;
+                if let Some(anchor) = logits.anchor {
+                    let (by_row, by_col) = (&mut row.sum[at_rows], &mut col.sum[at_cols]);
+                    tally_anchored::<S>(s, wide, anchor, by_row, by_col);
+                } else {
+                    if want.rows {
+                        tally_rows::<S>(s, wide, &mut row.max[at_rows.clone()], &mut row.sum[at_rows]);
+                    }
+                    if want.cols {
+                        tally_cols::<S>(s, &mut col.max[at_cols.clone()], &mut col.sum[at_cols]);
+                    }
                 }
             }
         }
     }
 }
 
+/// Adds each row's and each column's `exp(s - anchor)` to their sums.
+#[inline(always)]
+fn tally_anchored<S: Simd>(s: &[f32], wide: usize, anchor: f32, rows: &mut [f32], cols: &mut [f32]) {
+    let anchor = S::F32::splat(anchor);
+    let mut by_col = [0.0; COLS];
+    for (row, sum) in s.chunks_exact(COLS).zip(rows) {
+        let mut part = S::F32::splat(0.0);
+        for (s, col) in lanes::<S>(&row[..wide]).zip(lanes_mut::<S>(&mut by_col)) {
+            let e = law::exp(S::F32::load(s).sub(anchor));
+            part = part.add(e);
+            S::F32::load(col).add(e).store(col);
+        }
+        *sum += fold::<S>(part, |a, b| a + b);
+    }
+    cols.iter_mut().zip(&by_col).for_each(|(c, x)| *c += x);
+}
+
 /// Merges each row of the tile into its running (max, sum).
 #[inline(always)]
-fn tally_rows<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
+fn tally_rows<S: Simd>(s: &[f32], wide: usize, max: &mut [f32], sum: &mut [f32]) {
     for ((row, max), sum) in s.chunks_exact(COLS).zip(max).zip(sum) {
+        let row = &row[..wide];
         let mut top = S::F32::splat(f32::NEG_INFINITY);
         for s in lanes::<S>(row) {
             top = top.max(S::F32::load(s));
@@ -502,6 +607,8 @@ pub struct Part<'a> {
     pub weight: &'a [f32],
     pub smooth: &'a [f32],
     pub targets: &'a [Target],
+    /// What `max` is everywhere, if it is one number.
+    pub anchor: Option<f32>,
     /// Multiplies the probabilities: `P_ij (Q_ij - mean)`, as MMD wants.
     pub factor: Option<Factor<'a>>,
 }
@@ -546,6 +653,8 @@ pub struct Norms {
     pub smooth: Vec<f32>,
     /// What positives are pulled to.
     pub targets: Vec<Target>,
+    /// What `max` is everywhere, if it is one number.
+    pub anchor: Option<f32>,
 }
 
 /// A positive's part of the law, for one row or column.
@@ -580,6 +689,7 @@ impl Norms {
             weight: &self.weight[range.clone()],
             smooth: &self.smooth[range.clone()],
             targets: &self.targets[range],
+            anchor: self.anchor,
             factor: None,
         }
     }
@@ -651,6 +761,7 @@ struct PullBlock<'a, 'r, 'c, 'w> {
     carry_v: &'a Side<'a>,
     row: &'w mut PullRows<'r>,
     col: &'w mut PullCols<'c>,
+    kept: Option<&'w [f32]>,
     ws: &'w mut Workspace,
 }
 
@@ -658,40 +769,89 @@ impl Op for PullBlock<'_, '_, '_, '_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let PullBlock { logits, law, carry_u, carry_v, row, col, ws } = self;
+        let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, ws } = self;
         let dim = logits.u.rows.dim;
-        grow(&mut ws.s, ROWS * COLS);
-        grow(&mut ws.g, ROWS * COLS);
-        grow(&mut ws.q, ROWS * COLS);
-        for rows in blocks(row.range.clone(), ROWS) {
-            logits.u.read(rows.clone(), sized(&mut ws.u, rows.len() * dim));
-            let at_rows = rows.start - row.range.start..rows.end - row.range.start;
-            for cols in blocks(col.range.clone(), COLS) {
-                let s = &mut ws.s[..rows.len() * COLS];
-                let g = &mut ws.g[..rows.len() * COLS];
-                logits.tile::<S>(&ws.u, s, rows.len(), &cols);
-                let sums = &mut row.sums[at_rows.clone()];
-                take_specials(logits, law, &rows, &cols, s, sums, &mut ws.specials);
-                law.apply::<S>(&rows, &cols, s, g, &mut ws.q, sums);
-                for &(i, j, logit, gradient) in &ws.specials {
-                    let at = (i - rows.start) * COLS + j - cols.start;
-                    s[at] = logit;
-                    g[at] = gradient;
+        let (first_row, first_col) = (row.range.start, col.range.start);
+        if row.out.is_some() {
+            pack_rows::<S>(carry_v, col.range.clone(), &mut ws.natural, &mut ws.packed_v);
+        }
+        if col.out.is_some() {
+            pack_rows::<S>(carry_u, row.range.clone(), &mut ws.natural, &mut ws.packed_u);
+        }
+        grow(&mut ws.tile, ROWS * COLS);
+        for rows in row_blocks(row.range.clone()) {
+            let at_rows = rows.start - first_row..rows.end - first_row;
+            if kept.is_none() {
+                logits.u.read(rows.clone(), sized(&mut ws.u, rows.len() * dim));
+            }
+            for cols in col_blocks(col.range.clone()) {
+                let at_cols = cols.start - first_col..cols.end - first_col;
+                let tile = &mut ws.tile[..rows.len() * COLS];
+                if let Some(slot) = kept {
+                    let (from, rest) = slot.split_at(rows.len() * cols.len());
+                    for (s, from) in tile.chunks_exact_mut(COLS).zip(from.chunks_exact(cols.len())) {
+                        s[..cols.len()].copy_from_slice(from);
+                    }
+                    kept = Some(rest);
+                } else {
+                    logits.tile::<S>(&ws.u, tile, rows.len(), &cols);
                 }
-                law.subtract_linear(&rows, s, cols.len(), sums);
-                let at_cols = cols.start - col.range.start..cols.end - col.range.start;
-                add_sums::<S>(s, g, cols.len(), sums, col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]));
+                let sums = &mut row.sums[at_rows.clone()];
+                take_specials(logits, law, &rows, &cols, tile, sums, &mut ws.specials);
+                let by_col = col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]);
+                let factors = law.factors::<S>(&rows, &cols, [&mut ws.by_row, &mut ws.by_col]);
+                law.apply::<S>([&rows, &cols], tile, factors, &ws.specials, sums, by_col);
+                let tile = &*tile;
                 if let Some(out) = &mut row.out {
-                    let left = Left { data: g, row: COLS, col: 1, rows: rows.len(), depth: cols.len() };
-                    let out = &mut out[at_rows.start * carry_v.rows.dim..at_rows.end * carry_v.rows.dim];
-                    carry::<S>(left, carry_v, cols.clone(), out, &mut ws.natural, &mut ws.packed, &mut ws.spill);
+                    let left = Left { data: tile, row: COLS, col: 1, rows: rows.len(), depth: cols.len() };
+                    let right = Right { packed: &ws.packed_v, total: col.range.len(), first: at_cols.start };
+                    carry::<S>(
+                        left,
+                        right,
+                        &mut out[at_rows.start * carry_v.rows.dim..],
+                        carry_v.rows.dim,
+                        &mut ws.spill,
+                    );
                 }
                 if let Some(out) = &mut col.out {
-                    let left = Left { data: g, row: 1, col: COLS, rows: cols.len(), depth: rows.len() };
-                    let out = &mut out[at_cols.start * carry_u.rows.dim..at_cols.end * carry_u.rows.dim];
-                    carry::<S>(left, carry_u, rows.clone(), out, &mut ws.natural, &mut ws.packed, &mut ws.spill);
+                    let left = Left { data: tile, row: 1, col: COLS, rows: cols.len(), depth: rows.len() };
+                    let right = Right { packed: &ws.packed_u, total: row.range.len(), first: at_rows.start };
+                    carry::<S>(
+                        left,
+                        right,
+                        &mut out[at_cols.start * carry_u.rows.dim..],
+                        carry_u.rows.dim,
+                        &mut ws.spill,
+                    );
                 }
             }
+        }
+    }
+}
+
+/// Packs rows `range` of `side` as the right operand of a product with G.
+#[inline(always)]
+fn pack_rows<S: Simd>(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut Vec<f32>) {
+    let (dim, total) = (side.rows.dim, range.len());
+    let packed = sized(packed, packed_len(total, dim));
+    for rows in blocks(range.clone(), ROWS, 1) {
+        let natural = sized(natural, rows.len() * dim);
+        side.read(rows.clone(), natural);
+        pack_part::<S, f32>(natural, dim, dim, rows.start - range.start..rows.end - range.start, total, packed);
+    }
+}
+
+/// `out += left right`, `out` `[rows, dim]`.
+#[inline(always)]
+fn carry<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
+    if dim.is_multiple_of(<S::F32 as Vector<f32>>::LANES) {
+        product_part::<S, f32, Inner, LONG>(left, right, dim, out, dim, true);
+    } else {
+        let wide = dim.next_multiple_of(WIDEST);
+        let spill = sized(spill, left.rows * wide);
+        product_part::<S, f32, Inner, LONG>(left, right, dim, spill, wide, false);
+        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
+            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }
     }
 }
@@ -720,6 +880,8 @@ fn take_specials(
         specials.push((i, j, s[at], gradient));
         s[at] = HOLE;
     });
+    // Positives came first, then ignored pairs.
+    specials.sort_unstable_by_key(|&(i, j, ..)| (i, j));
 }
 
 impl Law<'_> {
@@ -757,107 +919,206 @@ impl Law<'_> {
         }
     }
 
-    /// The tile of G from the tile of S, and the value's sums where the law has any.
+    /// The tiles of the row part's and of the column part's factor.
     #[inline(always)]
-    fn apply<S: Simd>(
+    fn factors<'q, S: Simd>(
         &self,
         rows: &Range<usize>,
         cols: &Range<usize>,
-        s: &[f32],
-        g: &mut [f32],
-        q: &mut [f32],
-        sums: &mut [RowSums],
-    ) {
-        match self {
-            Law::Softmax { rows: by_row, cols: by_col } => {
-                if let Some(part) = by_row {
-                    #[allow(clippy::manual_map, reason = "a closure has no target features, see the micro-kernel")]
-                    let q = match &part.factor {
-                        Some(factor) => Some(factor.tile::<S>(rows, cols, &mut *q)),
-                        None => None,
-                    };
-                    for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
-                        let i = rows.start + r;
-                        let norm = Softmax { max: S::F32::splat(part.max[i]), weight: S::F32::splat(part.weight[i]) };
-                        let smooth = S::F32::splat(part.smooth[i]);
-                        if let (Some(q), Some(factor)) = (&q, &part.factor) {
-                            let mean = S::F32::splat(factor.mean[i]);
-                            let q = &q[r * COLS..][..COLS];
-                            for ((s, q), g) in lanes::<S>(s).zip(lanes::<S>(q)).zip(lanes_mut::<S>(g)) {
-                                norm.of(S::F32::load(s)).mul(S::F32::load(q).sub(mean)).store(g);
-                            }
-                        } else {
-                            for (s, g) in lanes::<S>(s).zip(lanes_mut::<S>(g)) {
-                                norm.of(S::F32::load(s)).sub(smooth).store(g);
-                            }
-                        }
-                    }
-                } else {
-                    g.fill(0.0);
-                }
-                if let Some(part) = by_col {
-                    #[allow(clippy::manual_map, reason = "a closure has no target features, see the micro-kernel")]
-                    let q = match &part.factor {
-                        Some(factor) => Some(factor.tile::<S>(rows, cols, &mut *q)),
-                        None => None,
-                    };
-                    let pad = |from: &[f32]| {
-                        let mut to = [0.0; COLS];
-                        to[..cols.len()].copy_from_slice(&from[cols.clone()]);
-                        to
-                    };
-                    let (max, weight, smooth) = (pad(part.max), pad(part.weight), pad(part.smooth));
-                    let mean = part.factor.map(|f| pad(f.mean));
-                    for (r, (s, g)) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).enumerate() {
-                        for at in (0..COLS).step_by(<S::F32 as Vector<f32>>::LANES) {
-                            let norm = Softmax { max: S::F32::load(&max[at..]), weight: S::F32::load(&weight[at..]) };
-                            let p = norm.of(S::F32::load(&s[at..]));
-                            let before = S::F32::load(&g[at..]);
-                            let sum = if let (Some(q), Some(mean)) = (&q, &mean) {
-                                let q = S::F32::load(&q[r * COLS + at..]);
-                                p.mul_add(q.sub(S::F32::load(&mean[at..])), before)
-                            } else {
-                                before.add(p.sub(S::F32::load(&smooth[at..])))
-                            };
-                            sum.store(&mut g[at..]);
-                        }
-                    }
-                }
-            }
-            Law::Sigmoid { bias, smoothing, share } => {
-                let half = 0.5 * smoothing;
-                for ((i, s), (g, sums)) in
-                    rows.clone().zip(s.chunks_exact(COLS)).zip(g.chunks_exact_mut(COLS).zip(sums.iter_mut()))
-                {
-                    let (w, b, t) = (S::F32::splat(share[i]), S::F32::splat(*bias), S::F32::splat(half));
-                    let mut value = S::F32::splat(0.0);
-                    for (s, g) in lanes::<S>(s).zip(lanes_mut::<S>(g)) {
-                        let (softplus, sigma) = law::softplus_sigmoid(S::F32::load(s).add(b));
-                        value = value.add(softplus);
-                        sigma.sub(t).mul(w).store(g);
-                    }
-                    sums.value += f64::from(share[i]) * f64::from(fold::<S>(value, |a, b| a + b));
+        buffers: [&'q mut Vec<f32>; 2],
+    ) -> [&'q [f32]; 2] {
+        let mut tiles = [&[][..]; 2];
+        if let Law::Softmax { rows: by_row, cols: by_col } = self {
+            for ((part, buffer), tile) in [by_row, by_col].into_iter().zip(buffers).zip(&mut tiles) {
+                if let Some(Part { factor: Some(factor), .. }) = part {
+                    let buffer = sized(buffer, ROWS * COLS);
+                    factor.tile::<S>(rows, cols, buffer);
+                    *tile = buffer;
                 }
             }
         }
+        tiles
     }
 
-    /// Takes `e/2 x` off the value for every pair of the tile's first `w` columns.
-    fn subtract_linear(&self, rows: &Range<usize>, s: &[f32], w: usize, sums: &mut [RowSums]) {
+    /// Turns the tile of S into that of G, and adds its sums: the value's where the law has any, `sum_j G S` and
+    /// `sum_j G` to its rows, `sum_i G` to its columns.
+    #[inline(always)]
+    fn apply<S: Simd>(
+        &self,
+        [rows, cols]: [&Range<usize>; 2],
+        tile: &mut [f32],
+        [by_row, by_col]: [&[f32]; 2],
+        specials: &[(usize, usize, f32, f32)],
+        sums: &mut [RowSums],
+        col_sums: Option<&mut [f32]>,
+    ) {
+        let (w, wide) = (cols.len(), wide::<S>(cols));
+        let mut columns = Columns::default();
+        if let Law::Softmax { cols: Some(part), .. } = self {
+            columns.fill(part, cols);
+        }
+        let mut specials = specials.iter().peekable();
+        let mut total = [0.0; COLS];
+        let mut logit = [0.0; COLS];
+        for (r, (row, sums)) in tile.chunks_exact_mut(COLS).zip(sums).enumerate() {
+            let (i, row) = (rows.start + r, &mut row[..wide]);
+            row[w..].fill(HOLE);
+            for (logit, s) in lanes_mut::<S>(&mut logit).zip(lanes::<S>(row)) {
+                S::F32::load(s).store(logit);
+            }
+            match self {
+                Law::Softmax { rows: Some(by_row), cols: Some(by_col) }
+                    if by_row.anchor.is_some()
+                        && by_row.anchor == by_col.anchor
+                        && columns.plain
+                        && by_row.factor.is_none() =>
+                {
+                    shared_row::<S>(by_row, i, &columns, row);
+                }
+                Law::Softmax { rows: row_part, cols: col_part } => {
+                    let q = by_row.get(r * COLS..).unwrap_or(&[]);
+                    match row_part {
+                        Some(part) => row_softmax::<S>(part, i, q, row),
+                        None => row.fill(0.0),
+                    }
+                    if let Some(part) = col_part {
+                        let q = by_col.get(r * COLS..).unwrap_or(&[]);
+                        add_col_softmax::<S>(part.factor.is_some(), &columns, q, &logit, row);
+                    }
+                }
+                Law::Sigmoid { bias, smoothing, share } => {
+                    let value = sigmoid_row::<S>(*bias, *smoothing, share[i], row);
+                    sums.value += f64::from(share[i]) * f64::from(value);
+                }
+            }
+            while let Some(&(_, j, s, g)) = specials.next_if(|special| special.0 == i) {
+                (logit[j - cols.start], row[j - cols.start]) = (s, g);
+            }
+            logit[w..wide].fill(0.0);
+            row[w..].fill(0.0);
+            self.subtract_linear(i, &logit[..w], sums);
+            let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
+            for (s, g) in lanes::<S>(&logit).zip(lanes::<S>(row)) {
+                let g = S::F32::load(g);
+                gs = g.mul_add(S::F32::load(s), gs);
+                sum = sum.add(g);
+            }
+            sums.gs += f64::from(fold::<S>(gs, |a, b| a + b));
+            sums.g += f64::from(fold::<S>(sum, |a, b| a + b));
+            if col_sums.is_some() {
+                for (total, g) in lanes_mut::<S>(&mut total).zip(lanes::<S>(row)) {
+                    S::F32::load(total).add(S::F32::load(g)).store(total);
+                }
+            }
+        }
+        if let Some(sums) = col_sums {
+            sums.iter_mut().zip(&total).for_each(|(c, x)| *c += x);
+        }
+    }
+
+    /// Takes `e/2 x` off the value for every pair of row `i` whose logit is given.
+    #[inline(always)]
+    fn subtract_linear(&self, i: usize, s: &[f32], sums: &mut RowSums) {
         if let Law::Sigmoid { bias, smoothing, share } = self
             && *smoothing > 0.0
         {
-            for ((i, s), sums) in rows.clone().zip(s.chunks_exact(COLS)).zip(sums) {
-                let x: f64 = s[..w].iter().map(|&s| f64::from(s + bias)).sum();
-                sums.value -= 0.5 * f64::from(*smoothing) * f64::from(share[i]) * x;
-            }
+            let x: f64 = s.iter().map(|&s| f64::from(s + bias)).sum();
+            sums.value -= 0.5 * f64::from(*smoothing) * f64::from(share[i]) * x;
         }
     }
 }
 
+/// A column part's numbers for the columns of a tile.
+struct Columns {
+    max: [f32; COLS],
+    weight: [f32; COLS],
+    smooth: [f32; COLS],
+    mean: [f32; COLS],
+    /// Without a factor.
+    plain: bool,
+}
+
+impl Default for Columns {
+    fn default() -> Self {
+        Columns { max: [0.0; COLS], weight: [0.0; COLS], smooth: [0.0; COLS], mean: [0.0; COLS], plain: true }
+    }
+}
+
+impl Columns {
+    fn fill(&mut self, part: &Part<'_>, cols: &Range<usize>) {
+        let w = cols.len();
+        self.max[..w].copy_from_slice(&part.max[cols.clone()]);
+        self.weight[..w].copy_from_slice(&part.weight[cols.clone()]);
+        self.smooth[..w].copy_from_slice(&part.smooth[cols.clone()]);
+        if let Some(factor) = &part.factor {
+            self.plain = false;
+            self.mean[..w].copy_from_slice(&factor.mean[cols.clone()]);
+        }
+    }
+}
+
+/// Row `i` of `R + C - T` where one exponential serves both.
+#[inline(always)]
+fn shared_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, row: &mut [f32]) {
+    let (anchor, weight) = (S::F32::splat(part.max[i]), S::F32::splat(part.weight[i]));
+    let smooth = S::F32::splat(part.smooth[i]);
+    for ((g, w), t) in lanes_mut::<S>(row).zip(lanes::<S>(&columns.weight)).zip(lanes::<S>(&columns.smooth)) {
+        let e = law::exp(S::F32::load(g).sub(anchor));
+        e.mul(S::F32::load(w).add(weight)).sub(S::F32::load(t).add(smooth)).store(g);
+    }
+}
+
+/// Row `i` of a row softmax, times its factor `q` less its mean.
+#[inline(always)]
+fn row_softmax<S: Simd>(part: &Part<'_>, i: usize, q: &[f32], row: &mut [f32]) {
+    let norm = Softmax { max: S::F32::splat(part.max[i]), weight: S::F32::splat(part.weight[i]) };
+    if let Some(factor) = &part.factor {
+        let mean = S::F32::splat(factor.mean[i]);
+        for (g, q) in lanes_mut::<S>(row).zip(lanes::<S>(q)) {
+            norm.of(S::F32::load(g)).mul(S::F32::load(q).sub(mean)).store(g);
+        }
+    } else {
+        let smooth = S::F32::splat(part.smooth[i]);
+        for g in lanes_mut::<S>(row) {
+            norm.of(S::F32::load(g)).sub(smooth).store(g);
+        }
+    }
+}
+
+/// Adds a row of column softmaxes of the logits `s`, times their factor `q` less its mean.
+#[inline(always)]
+fn add_col_softmax<S: Simd>(factor: bool, columns: &Columns, q: &[f32], s: &[f32], row: &mut [f32]) {
+    let lanes_count = <S::F32 as Vector<f32>>::LANES;
+    for (n, (g, s)) in lanes_mut::<S>(row).zip(lanes::<S>(s)).enumerate() {
+        let at = n * lanes_count;
+        let norm = Softmax { max: S::F32::load(&columns.max[at..]), weight: S::F32::load(&columns.weight[at..]) };
+        let p = norm.of(S::F32::load(s));
+        let before = S::F32::load(g);
+        let sum = if factor {
+            p.mul_add(S::F32::load(&q[at..]).sub(S::F32::load(&columns.mean[at..])), before)
+        } else {
+            before.add(p.sub(S::F32::load(&columns.smooth[at..])))
+        };
+        sum.store(g);
+    }
+}
+
+/// A row of the sigmoid law; returns the sum of its softplus.
+#[inline(always)]
+fn sigmoid_row<S: Simd>(bias: f32, smoothing: f32, share: f32, row: &mut [f32]) -> f32 {
+    let (w, b, t) = (S::F32::splat(share), S::F32::splat(bias), S::F32::splat(0.5 * smoothing));
+    let mut value = S::F32::splat(0.0);
+    for g in lanes_mut::<S>(row) {
+        let (softplus, sigma) = law::softplus_sigmoid(S::F32::load(g).add(b));
+        value = value.add(softplus);
+        sigma.sub(t).mul(w).store(g);
+    }
+    fold::<S>(value, |a, b| a + b)
+}
+
 impl Factor<'_> {
     #[inline(always)]
-    fn tile<'q, S: Simd>(&self, rows: &Range<usize>, cols: &Range<usize>, q: &'q mut [f32]) -> &'q [f32] {
+    fn tile<S: Simd>(&self, rows: &Range<usize>, cols: &Range<usize>, q: &mut [f32]) {
         let left = Left {
             data: &self.left[rows.start * self.dim..],
             row: self.dim,
@@ -866,55 +1127,5 @@ impl Factor<'_> {
             depth: self.dim,
         };
         product::<S, f32, Inner, LONG>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
-        q
-    }
-}
-
-/// Adds the tile's `sum_j G S`, `sum_j G` to its rows and `sum_i G` to its columns.
-#[inline(always)]
-fn add_sums<S: Simd>(s: &[f32], g: &mut [f32], w: usize, rows: &mut [RowSums], cols: Option<&mut [f32]>) {
-    let mut by_col = [0.0; COLS];
-    for ((s, g), row) in s.chunks_exact(COLS).zip(g.chunks_exact_mut(COLS)).zip(rows) {
-        g[w..].fill(0.0);
-        let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
-        for ((s, g), col) in lanes::<S>(s).zip(lanes::<S>(g)).zip(lanes_mut::<S>(&mut by_col)) {
-            let g = S::F32::load(g);
-            gs = g.mul_add(S::F32::load(s), gs);
-            sum = sum.add(g);
-            S::F32::load(col).add(g).store(col);
-        }
-        row.gs += f64::from(fold::<S>(gs, |a, b| a + b));
-        row.g += f64::from(fold::<S>(sum, |a, b| a + b));
-    }
-    if let Some(cols) = cols {
-        cols.iter_mut().zip(&by_col).for_each(|(c, x)| *c += x);
-    }
-}
-
-/// `out += left side[range]`.
-#[inline(always)]
-fn carry<S: Simd>(
-    left: Left<'_, f32>,
-    side: &Side<'_>,
-    range: Range<usize>,
-    out: &mut [f32],
-    natural: &mut Vec<f32>,
-    packed: &mut Vec<f32>,
-    spill: &mut Vec<f32>,
-) {
-    let (depth, dim) = (range.len(), side.rows.dim);
-    let natural = sized(natural, depth * dim);
-    side.read(range, natural);
-    let packed = sized(packed, packed_len(depth, dim));
-    pack::<S, f32>(natural, dim, depth, dim, packed);
-    if dim.is_multiple_of(<S::F32 as Vector<f32>>::LANES) {
-        product::<S, f32, Inner, LONG>(left, packed, dim, out, dim, true);
-    } else {
-        let wide = dim.next_multiple_of(WIDEST);
-        let spill = sized(spill, left.rows * wide);
-        product::<S, f32, Inner, LONG>(left, packed, dim, spill, wide, false);
-        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
-            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
-        }
     }
 }

@@ -137,12 +137,14 @@ pub fn evaluate(
         grad_u,
         grad_v,
         threads,
+        kept,
+        budget,
         mmd: own,
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
     pack_columns(isa, &tilted.v, packed, threads);
-    let logits = tilted.logits(isa, batch, packed, threads);
+    let mut logits = tilted.logits(isa, batch, packed, threads);
     let weights = match loss.objective {
         Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
         _ => Weights::Joint,
@@ -151,7 +153,8 @@ pub fn evaluate(
         Weights::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
         Weights::Joint => Want { rows: true, cols: false },
     };
-    logits.tally(rows, cols, want, false);
+    logits.tally([rows, cols], want, false, kept, *budget);
+    logits.kept = Some(kept);
     let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
     let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
     if let Weights::Joint = weights {
@@ -501,6 +504,8 @@ impl Gram {
             product: Product::SquaredDistance,
             scale: (-0.5 / (width * width)) as f32,
             offset: None,
+            anchor: None,
+            kept: None,
             pairs: &nothing,
             origin: [0, 0],
             threads: context.threads,
@@ -565,13 +570,14 @@ impl Gram {
                         m: b,
                         offset: logits.offset.map(|o| &o[panel.clone()]),
                         origin: [0, start],
+                        kept: None,
                         ..*logits
                     },
                     [0..n, panel.clone()],
                     context.col_norms.part(panel.clone()),
                 ),
                 Axis::Rows => (
-                    Logits { u: tilted.u.slice(panel.clone()), origin: [start, 0], ..*logits },
+                    Logits { u: tilted.u.slice(panel.clone()), origin: [start, 0], kept: None, ..*logits },
                     [panel.clone(), 0..m],
                     context.row_norms.part(panel.clone()),
                 ),
@@ -692,6 +698,7 @@ impl Gram {
                 m: b,
                 offset: logits.offset.map(|o| &o[panel.clone()]),
                 origin: [0, start],
+                kept: None,
                 ..*logits
             };
             let part = context.row_norms.part(0..n).times(factor);

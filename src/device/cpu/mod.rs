@@ -21,6 +21,9 @@ use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
+/// Bytes of logits that a loss keeps between its passes unless told otherwise: about what caches hold.
+pub const WORKSPACE: usize = 32 << 20;
+
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
 /// Losses exist in f32 only.
 #[derive(Debug)]
@@ -45,10 +48,17 @@ impl<T: Lane> Cpu<T> {
         Cpu {
             isa,
             packed: Mutex::default(),
-            scratch: contrast::Scratch::default(),
+            scratch: contrast::Scratch { budget: WORKSPACE, ..Default::default() },
             stored_bf16: Vec::new(),
             stored_f16: Vec::new(),
         }
+    }
+
+    /// Lets losses keep logits between their passes in up to `bytes` of memory, beyond scratch that grows as (N + M) D.
+    /// What is kept need not be multiplied out again: a loss and both gradients of N x M logits take 6 N M D operations
+    /// with 4 N M bytes, 8 N M D with none, and have the same bits with any. The default is [`WORKSPACE`].
+    pub fn set_workspace(&mut self, bytes: usize) {
+        self.scratch.budget = bytes;
     }
 
     /// The instruction set in use.

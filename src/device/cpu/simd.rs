@@ -10,6 +10,7 @@
 
 use crate::device::Real;
 use kernels::law::Num;
+use std::ops::Range;
 
 /// An instruction set this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +173,14 @@ pub struct Left<'a, T> {
     pub depth: usize,
 }
 
+/// A right operand: rows `first..first + depth` of all `total` rows that were packed together, see [`pack`].
+#[derive(Clone, Copy)]
+pub struct Right<'a, T> {
+    pub packed: &'a [T],
+    pub total: usize,
+    pub first: usize,
+}
+
 /// A left operand against one packed panel `[depth, width]`, results `ldc` apart.
 pub struct Tile<'a, T> {
     a: Left<'a, T>,
@@ -184,7 +193,7 @@ pub struct Tile<'a, T> {
 pub const LONG: usize = 256;
 /// Logits: short partial sums, because a logit's rounding error enters an exponential. Against one sum over
 /// D = 128 this halves the gradient's error at tau = 0.01.
-pub const SHORT: usize = 32;
+pub const SHORT: usize = 64;
 
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
 /// `n` rounded up to whole registers in each row (the surplus columns receive products with zeros).
@@ -192,6 +201,19 @@ pub const SHORT: usize = 32;
 pub fn product<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
     a: Left<'_, T>,
     packed: &[T],
+    n: usize,
+    c: &mut [T],
+    ldc: usize,
+    add: bool,
+) {
+    product_part::<S, T, P, STEP>(a, Right { packed, total: a.depth, first: 0 }, n, c, ldc, add);
+}
+
+/// [`product`] with some rows of a packed operand.
+#[inline(always)]
+pub fn product_part<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
+    a: Left<'_, T>,
+    b: Right<'_, T>,
     n: usize,
     c: &mut [T],
     ldc: usize,
@@ -216,8 +238,8 @@ pub fn product<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
         let mut j = 0;
         while j < n {
             let w = if n - j > lanes { width } else { lanes };
-            let start = j * total + k0 * w;
-            let tile = Tile { a, panel: &packed[start..start + depth * w], ldc };
+            let start = j * b.total + (b.first + k0) * w;
+            let tile = Tile { a, panel: &b.packed[start..start + depth * w], ldc };
             if w == width {
                 S::panel::<T, P, 2>(tile, &mut c[j..], add);
             } else {
@@ -237,15 +259,29 @@ pub fn packed_len(depth: usize, n: usize) -> usize {
 /// Packs row-major `b` (`depth` rows, `n` columns, rows `ldb` apart) into panels.
 #[inline(always)]
 pub fn pack<S: Simd, T: Lane>(b: &[T], ldb: usize, depth: usize, n: usize, out: &mut [T]) {
+    pack_part::<S, T>(b, ldb, n, 0..depth, depth, out);
+}
+
+/// Packs row-major `b` (`n` columns, rows `ldb` apart) into rows `range` of panels of `total` rows.
+#[inline(always)]
+pub fn pack_part<S: Simd, T: Lane>(b: &[T], ldb: usize, n: usize, range: Range<usize>, total: usize, out: &mut [T]) {
     let lanes = <T::In<S> as Vector<T>>::LANES;
     let mut j = 0;
     while j < n {
         let w = if n - j > lanes { 2 * lanes } else { lanes };
         let real = w.min(n - j);
-        for k in 0..depth {
-            let to = &mut out[(j * depth + k * w)..][..w];
-            to[..real].copy_from_slice(&b[k * ldb + j..][..real]);
-            to[real..].fill(T::ZERO);
+        let panel = &mut out[j * total..][range.start * w..range.end * w];
+        for (to, from) in panel.chunks_exact_mut(w).zip(b.chunks(ldb)) {
+            let from = &from[j..j + real];
+            if real == w {
+                // Registers: a copy of a length unknown here would be a call.
+                for (to, from) in to.chunks_exact_mut(lanes).zip(from.chunks_exact(lanes)) {
+                    <T::In<S> as Vector<T>>::load(from).store(to);
+                }
+            } else {
+                to[..real].copy_from_slice(from);
+                to[real..].fill(T::ZERO);
+            }
         }
         j += w;
     }
@@ -277,6 +313,18 @@ pub fn pack_transposed<S: Simd, T: Lane>(b: &[T], ldb: usize, depth: usize, n: u
     }
 }
 
+/// Asks for the cache line of `x`, which the micro-kernel adds to when its sums are done.
+#[inline(always)]
+fn prefetch<T>(x: &T) {
+    // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(std::ptr::from_ref(x).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
+}
+
 /// `R` rows of C against one panel of `V` registers: the inner loop of everything.
 #[inline(always)]
 fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
@@ -292,11 +340,18 @@ fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
     let a0 = &a.data[first * a.row..];
     // The furthest element read below.
     assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
-    for k in 0..a.depth {
+    if add {
+        for r in 0..R {
+            let row = &c[(first + r) * ldc..][..V * lanes];
+            prefetch(&row[0]);
+            prefetch(&row[V * lanes - 1]);
+        }
+    }
+    for (k, from) in panel.chunks_exact(V * lanes).enumerate() {
         // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
         let mut b = [zero; V];
-        for (v, b) in b.iter_mut().enumerate() {
-            *b = <T::In<S> as Vector<T>>::load(&panel[(k * V + v) * lanes..][..lanes]);
+        for (b, from) in b.iter_mut().zip(from.chunks_exact(lanes)) {
+            *b = <T::In<S> as Vector<T>>::load(from);
         }
         for (r, sum) in sum.iter_mut().enumerate() {
             // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
@@ -317,7 +372,7 @@ fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
 }
 
 macro_rules! simd {
-    ($name:ident, $f32:ty, $f64:ty, [$most:literal $(, $fewer:literal)*]) => {
+    ($name:ident, $f32:ty, $f64:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
         struct $name;
         impl Simd for $name {
             type F32 = $f32;
@@ -326,9 +381,15 @@ macro_rules! simd {
             fn panel<T: Lane, P: Multiply, const V: usize>(tile: Tile<'_, T>, c: &mut [T], add: bool) {
                 let rows = tile.a.rows;
                 let mut i = 0;
-                while rows - i >= $most {
+                // Two of the second height keep the multipliers busier than one of the first and a remainder.
+                let pair = 2 * $next;
+                while rows - i >= $most && (pair <= $most || rows - i != pair) {
                     micro::<Self, T, P, $most, V>(&tile, i, c, add);
                     i += $most;
+                }
+                while rows - i >= $next {
+                    micro::<Self, T, P, $next, V>(&tile, i, c, add);
+                    i += $next;
                 }
                 $(while rows - i >= $fewer {
                     micro::<Self, T, P, $fewer, V>(&tile, i, c, add);
@@ -339,12 +400,13 @@ macro_rules! simd {
     };
 }
 
-// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32, 16 and 16 registers.
+// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32, 16 and 16 registers. The second
+// heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512, x86::Zmm, Pack<f64, 8>, [12, 4, 1]);
+simd!(Avx512, x86::Zmm, Pack<f64, 8>, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx2, x86::Ymm, Pack<f64, 4>, [6, 2, 1]);
-simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, [4, 1]);
+simd!(Avx2, x86::Ymm, Pack<f64, 4>, [6, 4, 2, 1]);
+simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, [4, 2, 1]);
 
 /// A register as an array, left to the compiler: f64 everywhere, f32 where nothing better is known.
 #[derive(Clone, Copy)]

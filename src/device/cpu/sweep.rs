@@ -1,18 +1,22 @@
 //! The schedule of every fused pass: a Latin square of blocks.
 //!
 //! Rows and columns of the logit matrix are cut into at most [`PIECES`] pieces each. In phase p, row
-//! piece t meets column piece (t + p) mod P, all t at once: every task owns its row state and its column
-//! state, so accumulating into both needs no lock, no atomic and no private copy of a gradient. Each
-//! piece meets its partners in an order fixed by the shape, hence the same bits for any number of threads.
+//! piece t meets column piece (t + p) mod P: every task owns its row state and its column state, so
+//! accumulating into both needs no lock that is ever waited for, no atomic and no private copy of a gradient.
+//! Each piece meets its partners in an order fixed by the shape, hence the same bits for any number of threads.
+//!
+//! Threads take the tasks in one order, phase after phase, and wait for no phase to end: a task begins when its
+//! two pieces are through with their tasks of the phase before, which were taken before it.
 
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Most pieces a side is cut into: the parallelism within a phase.
 pub const PIECES: usize = 64;
 
-/// Shortest piece worth a task of its own, and the shortest while there are fewer than four: a phase ends with a
-/// meeting of all threads, and P^2 tasks take P of them. Pieces of 256 are a fifth faster than of 128 at N = 1024.
+/// Shortest piece worth a task of its own, and the shortest while there are fewer than four.
 const SHORT: usize = 256;
 const SHORTEST: usize = 128;
 
@@ -44,31 +48,89 @@ impl Cut {
     }
 }
 
-/// Runs `task` on every (row piece, column piece) of the square.
+/// A piece, and how many phases it is through with.
+struct Piece<T> {
+    state: Mutex<Option<T>>,
+    phase: AtomicUsize,
+}
+
+impl<T> Piece<T> {
+    fn all(states: impl Iterator<Item = T>) -> ([Piece<T>; PIECES], usize) {
+        let mut states = states.fuse();
+        let mut count = 0;
+        let pieces = std::array::from_fn(|_| {
+            let state = states.next();
+            count += usize::from(state.is_some());
+            Piece { state: Mutex::new(state), phase: AtomicUsize::new(0) }
+        });
+        (pieces, count)
+    }
+
+    /// Whether there is anything to go on with: not when another task has failed.
+    fn wait_for(&self, phase: usize, failed: &AtomicBool) -> bool {
+        let mut turns = 0u32;
+        while self.phase.load(Ordering::Acquire) != phase {
+            if failed.load(Ordering::Relaxed) {
+                return false;
+            }
+            turns += 1;
+            // A neighbour may hold the processor that the other thread needs.
+            if turns.is_multiple_of(256) {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        true
+    }
+}
+
+/// Tells the other threads when a task unwinds: they would wait for it for ever.
+struct Alarm<'a>(&'a AtomicBool);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Runs `task(turn, row piece, column piece)` on every pair of the square; `turn` counts the P^2 tasks, phase after phase.
 pub fn sweep<R: Send, C: Send>(
     rows: impl Iterator<Item = R>,
     cols: impl Iterator<Item = C>,
-    task: impl Fn(&mut R, &mut C) + Sync,
+    task: impl Fn(usize, &mut R, &mut C) + Sync,
 ) {
-    let (mut rows, mut cols) = (rows.fuse(), cols.fuse());
-    let mut rows: [Option<R>; PIECES] = std::array::from_fn(|_| rows.next());
-    let mut cols: [Option<C>; PIECES] = std::array::from_fn(|_| cols.next());
-    let phases = rows.iter().flatten().count().max(cols.iter().flatten().count());
-    if phases == 1 {
-        if let (Some(row), Some(col)) = (&mut rows[0], &mut cols[0]) {
-            task(row, col);
-        }
-        return;
-    }
-    let (rows, cols) = (&mut rows[..phases], &mut cols[..phases]);
-    for _ in 0..phases {
-        rows.par_iter_mut().zip(cols.par_iter_mut()).for_each(|pair| {
-            if let (Some(row), Some(col)) = pair {
-                task(row, col);
+    let ((rows, n), (cols, m)) = (Piece::all(rows), Piece::all(cols));
+    let phases = n.max(m);
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let work = || {
+        let _alarm = Alarm(&failed);
+        loop {
+            let turn = next.fetch_add(1, Ordering::Relaxed);
+            if turn >= phases * phases {
+                return;
             }
-        });
-        cols.rotate_left(1);
+            let (phase, t) = (turn / phases, turn % phases);
+            let (row, col) = (&rows[t], &cols[(t + phase) % phases]);
+            if !row.wait_for(phase, &failed) || !col.wait_for(phase, &failed) {
+                return;
+            }
+            if let (Some(r), Some(c)) = (
+                &mut *row.state.lock().unwrap_or_else(PoisonError::into_inner),
+                &mut *col.state.lock().unwrap_or_else(PoisonError::into_inner),
+            ) {
+                task(turn, r, c);
+            }
+            row.phase.store(phase + 1, Ordering::Release);
+            col.phase.store(phase + 1, Ordering::Release);
+        }
+    };
+    let threads = rayon::current_num_threads().min(phases);
+    if threads == 1 {
+        return work();
     }
+    (0..threads).into_par_iter().with_max_len(1).for_each(|_| work());
 }
 
 #[cfg(test)]
@@ -83,7 +145,7 @@ mod tests {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut met: (Vec<Vec<usize>>, Vec<Vec<usize>>) = (vec![vec![]; n], vec![vec![]; m]);
                 pool.install(|| {
-                    sweep(met.0.iter_mut().enumerate(), met.1.iter_mut().enumerate(), |(i, row), (j, col)| {
+                    sweep(met.0.iter_mut().enumerate(), met.1.iter_mut().enumerate(), |_, (i, row), (j, col)| {
                         row.push(*j);
                         col.push(*i);
                     });
