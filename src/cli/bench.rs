@@ -1,5 +1,7 @@
 //! `contrastive bench`.
 
+mod tasks;
+
 use super::device::{Device, only_cpu};
 use super::{Common, Failure, bad_flag, from_flag};
 use crate::config::{parse_objective, parse_tilting};
@@ -24,13 +26,13 @@ use std::time::Instant;
 /// Flags of `bench`.
 #[derive(clap::Args)]
 pub struct Bench {
-    /// What to time: loss (value and both gradients)
+    /// What to time: loss (value and both gradients), retrieve (exact search) or train (steps of an experiment)
     #[arg(value_name = "WHAT")]
     what: String,
-    /// Rows
+    /// Rows; queries to search for
     #[arg(long, default_value_t = 4096, value_name = "N")]
     n: usize,
-    /// Columns [default: as many as rows]
+    /// Columns; items to search [default: as many as rows]
     #[arg(long, value_name = "M")]
     m: Option<usize>,
     /// Embedding dimension
@@ -45,6 +47,12 @@ pub struct Bench {
     /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
     #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES")]
     workspace: usize,
+    /// retrieve: items for each query
+    #[arg(long, default_value_t = 5, value_name = "K")]
+    k: usize,
+    /// train: gp, gaussian2d, digits or ocean, with its own settings
+    #[arg(long, default_value = "gp", value_name = "EXPERIMENT")]
+    experiment: String,
 }
 
 /// Input sets that take turns, so that no run finds its inputs in cache because the last one left them there.
@@ -98,13 +106,19 @@ impl Set {
 }
 
 pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
-    if args.what != "loss" {
-        return Err(bad_flag("bench", &args.what, "loss"));
-    }
     let (n, m, d) = (args.n, args.m.unwrap_or(args.n), args.d);
     if n == 0 || m == 0 || d == 0 {
         return Err(bad_flag("--n, --m, --d", format!("{n}, {m}, {d}"), "1 or more each"));
     }
+    match &args.what[..] {
+        "loss" => loss(args, common, [n, m, d]),
+        "retrieve" => tasks::retrieve(args, common),
+        "train" => tasks::train(args, common),
+        other => Err(bad_flag("bench", other, "loss, retrieve or train")),
+    }
+}
+
+fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Failure> {
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let loss = Loss {
         tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
@@ -144,10 +158,9 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
             (scratch, ceiling, kernels) = (engine.scratch_bytes(), product(&engine, [n, m], d)?, &name[..]);
         }
     }
-    let (rows, cols) = (n.min(CEILING), m.min(CEILING));
     let flops = 8.0 * n as f64 * m as f64 * d as f64;
     let rate = flops / median(&times);
-    let peak = 2.0 * rows as f64 * cols as f64 * d as f64 / median(&ceiling);
+    let peak = ceiling.1 / median(&ceiling.0);
     let json = json!({
         "what": "loss", "n": n, "m": m, "d": d, "tilting": args.tilting, "objective": args.objective,
         "precision": choice.precision_name(), "device": choice.kind(), "kernels": kernels,
@@ -175,18 +188,19 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     common.print(&json, &lines)
 }
 
-/// The ceiling: the device's own matrix product of the logits' shape, in the same process.
-fn product<D: Verbs<Real = f32>>(device: &D, [n, m]: [usize; 2], d: usize) -> Result<Vec<f64>, Failure> {
+/// The ceiling: seconds and operations of the device's own matrix product of the logits' shape, in the same process.
+fn product<D: Verbs<Real = f32>>(device: &D, [n, m]: [usize; 2], d: usize) -> Result<(Vec<f64>, f64), Failure> {
     let (rows, cols) = (n.min(CEILING), m.min(CEILING));
     let [mut a, mut b, mut c] = [rows * d, cols * d, rows * cols].map(|len| device.alloc(len));
     device.fill(0.5, ViewMut { buf: &mut a, at: 0..rows * d });
     device.fill(0.25, ViewMut { buf: &mut b, at: 0..cols * d });
-    time(|_| {
+    let times = time(|_| {
         let shape = Gemm { m: rows, n: cols, k: d, transpose_a: false, transpose_b: true };
         let (a, b) = (View { buf: &a, at: 0..rows * d }, View { buf: &b, at: 0..cols * d });
         device.gemm(shape, a, b, Write::Set(ViewMut { buf: &mut c, at: 0..rows * cols }));
         device.finish().map_err(|e| Failure::Other(e.to_string()))
-    })
+    })?;
+    Ok((times, 2.0 * rows as f64 * cols as f64 * d as f64))
 }
 
 /// Seconds of the loss on embeddings that are on the card, its gradients left there.
@@ -245,12 +259,14 @@ fn check_answer(
     Ok(())
 }
 
-/// Seconds of each run, ascending, after one that does not count.
+/// Seconds of each run, ascending, after one that does not count. Runs of seconds need not be many.
 fn time(mut run: impl FnMut(usize) -> Result<(), Failure>) -> Result<Vec<f64>, Failure> {
+    let first = Instant::now();
     run(0)?;
+    let least = if first.elapsed().as_secs_f64() > 2.0 * SECONDS { 3 } else { RUNS };
     let begun = Instant::now();
     let mut times = Vec::new();
-    while times.len() < RUNS || (begun.elapsed().as_secs_f64() < SECONDS && times.len() < 1000) {
+    while times.len() < least || (begun.elapsed().as_secs_f64() < SECONDS && times.len() < 1000) {
         let one = Instant::now();
         run(times.len() + 1)?;
         times.push(one.elapsed().as_secs_f64());

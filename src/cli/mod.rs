@@ -71,7 +71,7 @@ enum Command {
     Sample(tasks::Sample),
     /// Make the paper's figures again, each beside what the theory or the paper says
     Reproduce(reproduce::Reproduce),
-    /// Time the fused loss with both gradients
+    /// Time the fused loss, exact search or training steps
     Bench(bench::Bench),
     /// Show what this machine computes with
     Devices,

@@ -1,7 +1,7 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Block, each_block, exact};
+use super::scores::{Pairs, Scorer, Scores, exact, square};
 use crate::data::Rows;
 use crate::objective::Tilting;
 use rayon::prelude::*;
@@ -53,20 +53,21 @@ pub fn recall_at(ranks: &[u32], k: u32) -> f64 {
 /// When the two have different shapes.
 pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<u32> {
     assert_eq!(queries.count(), items.count(), "query i's own item is item i");
-    let mut own = vec![0f32; queries.count()];
-    let mut ranks = vec![0u32; own.len()];
-    each_block(tilting, queries, items, |Block { queries, items, scores, opening, .. }| {
-        let rows = own[queries.clone()].par_iter_mut().zip(&mut ranks[queries.clone()]);
-        rows.zip(scores.par_chunks_exact(items.len())).zip(queries).for_each(|(((own, rank), scores), i)| {
-            // A query's own item is in the first block it meets (ITEMS is a multiple of QUERIES).
-            if opening {
-                *own = scores[i - items.start];
-            }
-            let (before, after) = scores.split_at(i.clamp(items.start, items.end) - items.start);
-            *rank += (before.iter().filter(|&s| s >= own).count() + after.iter().filter(|&s| s > own).count()) as u32;
-        });
+    let scorer = Scorer::new(tilting, queries, items);
+    let mut ranks = vec![(0f32, 0u32); queries.count()];
+    scorer.scan(Pairs::Diagonal, &mut ranks, |Scores { query, first, scores, .. }, (own, _)| {
+        if let Some(&score) = query.checked_sub(first).and_then(|at| scores.get(at)) {
+            *own = score;
+        }
     });
-    ranks
+    scorer.scan(Pairs::All, &mut ranks, |Scores { query, first, scores, most }, (own, rank)| {
+        if most < *own {
+            return;
+        }
+        let (before, after) = scores.split_at(query.clamp(first, first + scores.len()) - first);
+        *rank += (before.iter().filter(|&s| s >= own).count() + after.iter().filter(|&s| s > own).count()) as u32;
+    });
+    ranks.into_iter().map(|(_, rank)| rank).collect()
 }
 
 /// More candidates than asked for: of those that f32 can hardly tell apart, f64 chooses.
@@ -84,41 +85,31 @@ pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -
     if k == 0 {
         return best;
     }
-    let mut candidates = vec![];
-    each_block(tilting, queries, items, |block| {
-        if block.opening {
-            candidates.clear();
-            candidates.resize_with(block.queries.len(), Candidates::default);
+    let scorer = Scorer::new(tilting, queries, items);
+    let mut candidates: Vec<Candidates> = (0..n).map(|_| Candidates::default()).collect();
+    let slack = scorer.scan(Pairs::All, &mut candidates, |scores, candidates| candidates.take(&scores, keep));
+    let out = best.indices.par_chunks_exact_mut(k).zip(best.scores.par_chunks_exact_mut(k));
+    candidates.par_iter_mut().zip(out).enumerate().for_each(|(i, (candidates, (indices, scores)))| {
+        candidates.prune(keep);
+        let (mut query, mut item) = (vec![0f32; dim], vec![0f32; dim]);
+        scorer.read_queries(i..i + 1, &mut query);
+        let slack = slack.of(square(&query).sqrt());
+        queries.read(i, &mut query);
+        let mut again = |j: usize| {
+            items.read(j, &mut item);
+            (exact(tilting, &query, &item), j)
+        };
+        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let mut found: Vec<(f64, usize)> = candidates.kept.iter().map(|&(_, j)| again(j as usize)).collect();
+        found.sort_unstable_by(order);
+        if found.len() < items.count() && !candidates.certain(&found[..k], slack) {
+            found = (0..items.count()).map(again).collect();
+            found.select_nth_unstable_by(k - 1, order);
+            found[..k].sort_unstable_by(order);
         }
-        let rows = candidates.par_iter_mut().zip(block.scores.par_chunks_exact(block.items.len()));
-        rows.zip(block.slack).for_each(|((candidates, scores), &slack)| {
-            candidates.slack = candidates.slack.max(slack);
-            candidates.take(scores, block.items.start, keep);
-        });
-        if !block.closing {
-            return;
+        for ((index, score), (s, j)) in indices.iter_mut().zip(scores).zip(found) {
+            (*index, *score) = (j, s);
         }
-        let at = block.queries.start * k..block.queries.end * k;
-        let out = best.indices[at.clone()].par_chunks_exact_mut(k).zip(best.scores[at].par_chunks_exact_mut(k));
-        candidates.par_iter().zip(out).zip(block.queries).for_each(|((candidates, (indices, scores)), i)| {
-            let (mut query, mut item) = (vec![0f32; dim], vec![0f32; dim]);
-            queries.read(i, &mut query);
-            let mut again = |j: usize| {
-                items.read(j, &mut item);
-                (exact(tilting, &query, &item), j)
-            };
-            let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-            let mut found: Vec<(f64, usize)> = candidates.kept.iter().map(|&(_, j)| again(j as usize)).collect();
-            found.sort_unstable_by(order);
-            if found.len() < items.count() && !candidates.certain(&found[..k]) {
-                found = (0..items.count()).map(again).collect();
-                found.select_nth_unstable_by(k - 1, order);
-                found[..k].sort_unstable_by(order);
-            }
-            for ((index, score), (s, j)) in indices.iter_mut().zip(scores).zip(found) {
-                (*index, *score) = (j, s);
-            }
-        });
     });
     best
 }
@@ -128,42 +119,37 @@ struct Candidates {
     kept: Vec<(f32, u32)>,
     /// No score below it matters.
     floor: f32,
-    /// How far a score may be from what it stands for.
-    slack: f32,
 }
 
 impl Default for Candidates {
     fn default() -> Self {
-        Candidates { kept: Vec::new(), floor: f32::NEG_INFINITY, slack: 0.0 }
+        Candidates { kept: Vec::new(), floor: f32::NEG_INFINITY }
     }
 }
 
 impl Candidates {
-    /// Whether no item that was left out can be better than one of `found`.
-    fn certain(&self, found: &[(f64, usize)]) -> bool {
+    /// Whether no item that was left out can be better than one of `found`, where scores may be off by `slack`.
+    fn certain(&self, found: &[(f64, usize)], slack: f32) -> bool {
         let of = |j: usize| self.kept.iter().find(|kept| kept.1 as usize == j).map_or(f32::NEG_INFINITY, |kept| kept.0);
         let least = found.iter().fold(f32::INFINITY, |least, &(_, j)| least.min(of(j)));
         // Both scores may be off; neither infinities nor what is no number compare as greater.
-        f64::from(least) - f64::from(self.floor) > 2.0 * f64::from(self.slack)
+        f64::from(least) - f64::from(self.floor) > 2.0 * f64::from(slack)
     }
-    /// Takes what matters of the scores of the items from `first` on; `keep` are kept.
-    fn take(&mut self, scores: &[f32], first: usize, keep: usize) {
-        const PART: usize = 64;
-        for (part, scores) in scores.chunks(PART).enumerate() {
-            // Nearly always nothing matters: one comparison tells.
-            if scores.iter().fold(f32::NEG_INFINITY, |most, &s| if s > most { s } else { most }) < self.floor {
-                continue;
-            }
-            for (j, &score) in scores.iter().enumerate() {
-                if score >= self.floor {
-                    self.kept.push((score, (first + part * PART + j) as u32));
-                }
-            }
-            if self.kept.len() >= 2 * keep + PART {
-                self.prune(keep);
+
+    /// Takes what matters of a run of scores; `keep` are kept, and some more until the next pruning.
+    fn take(&mut self, &Scores { first, scores, most, .. }: &Scores<'_>, keep: usize) {
+        // Nearly always nothing matters: one comparison tells.
+        if most < self.floor {
+            return;
+        }
+        for (j, &score) in scores.iter().enumerate() {
+            if score >= self.floor {
+                self.kept.push((score, (first + j) as u32));
             }
         }
-        self.prune(keep);
+        if self.kept.len() >= 2 * keep {
+            self.prune(keep);
+        }
     }
 
     fn prune(&mut self, keep: usize) {

@@ -1,6 +1,6 @@
 //! Draws from the learned conditional nu(u|v): item i with weight softmax_i s(u_i, v), with replacement (28).
 
-use super::scores::{Block, each_block};
+use super::scores::{Pairs, Scorer, Scores};
 use crate::data::Rows;
 use crate::objective::Tilting;
 use rand::{RngExt, SeedableRng};
@@ -25,7 +25,7 @@ pub struct Draws {
 pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, count: usize, seed: u64) -> Draws {
     assert!(items.count() > 0, "nothing to draw from");
     let n = queries.count();
-    // A score as `each_block` has it, times this, is s(query, item) but for a constant of the query.
+    // A score as [`Scorer`] has it, times this, is s(query, item) but for a constant of the query.
     let gains: Vec<f64> = (0..n)
         .map(|i| {
             let mut query = vec![0f32; queries.dim()];
@@ -41,10 +41,8 @@ pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, 
         })
         .collect();
     let mut tallies = vec![Tally { most: f64::NEG_INFINITY, sum: 0.0, squares: 0.0 }; n];
-    each_block(tilting, queries, items, |Block { queries, items, scores, .. }| {
-        let rows = tallies[queries.clone()].par_iter_mut().zip(&gains[queries]);
-        rows.zip(scores.par_chunks_exact(items.len())).for_each(|((tally, &gain), scores)| tally.add(scores, gain));
-    });
+    let scorer = Scorer::new(tilting, queries, items);
+    scorer.scan(Pairs::All, &mut tallies, |Scores { query, scores, .. }, tally| tally.add(scores, gains[query]));
     let mut draws = Draws {
         indices: vec![0; n * count],
         weights: vec![0.0; n * count],
@@ -54,24 +52,17 @@ pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, 
         return draws;
     }
     // A draw is the item at which the weights' running sum passes a uniform number.
-    let mut walks: Vec<Walk> = (0..n).into_par_iter().map(|i| Walk::new(count, seed, i as u64)).collect();
-    each_block(tilting, queries, items, |Block { queries, items, scores, .. }| {
-        let at = queries.start * count..queries.end * count;
-        let out =
-            draws.indices[at.clone()].par_chunks_exact_mut(count).zip(draws.weights[at].par_chunks_exact_mut(count));
-        let rows = walks[queries.clone()].par_iter_mut().zip(out).zip(tallies[queries.clone()].par_iter());
-        rows.zip(&gains[queries]).zip(scores.par_chunks_exact(items.len())).for_each(
-            |((((walk, (indices, weights)), tally), &gain), scores)| {
-                for (j, &score) in scores.iter().enumerate() {
-                    let weight = tally.weight(score, gain);
-                    walk.at += weight;
-                    while let Some(&(_, slot)) = walk.due.last().filter(|(u, _)| *u < walk.at) {
-                        walk.due.pop();
-                        (indices[slot], weights[slot]) = (items.start + j, weight);
-                    }
-                }
-            },
-        );
+    let out = draws.indices.par_chunks_exact_mut(count).zip(draws.weights.par_chunks_exact_mut(count));
+    let mut walks: Vec<_> = out.enumerate().map(|(i, out)| (Walk::new(count, seed, i as u64), out)).collect();
+    scorer.scan(Pairs::All, &mut walks, |Scores { query, first, scores, .. }, (walk, (indices, weights))| {
+        for (j, &score) in scores.iter().enumerate() {
+            let weight = tallies[query].weight(score, gains[query]);
+            walk.at += weight;
+            while let Some(&(_, slot)) = walk.due.last().filter(|(u, _)| *u < walk.at) {
+                walk.due.pop();
+                (indices[slot], weights[slot]) = (first + j, weight);
+            }
+        }
     });
     draws
 }

@@ -1,114 +1,148 @@
-//! Scores of all queries against all items, a block at a time: the full matrix is never formed.
+//! Scores of all queries against all items, a tile at a time: the full matrix is never formed.
 
 use crate::data::Rows;
-use crate::device::cpu::Cpu;
-use crate::device::{Device, Gemm, View, ViewMut};
-use crate::objective::{Tilting, Write};
+use crate::device::cpu::{Isa, search};
+use crate::objective::Tilting;
 use kernels::law::Product;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// A block of scores, `[queries.len(), items.len()]`.
-pub struct Block<'a> {
-    pub queries: Range<usize>,
-    pub items: Range<usize>,
+/// A run of scores of one query.
+pub struct Scores<'a> {
+    pub query: usize,
+    /// Index of the first.
+    pub first: usize,
     pub scores: &'a [f32],
-    /// How far a query's scores here may be from what they stand for, by rounding, `[queries.len()]`.
-    pub slack: &'a [f32],
-    /// The first block that its queries meet; it holds their own items, where there are as many.
-    pub opening: bool,
-    /// The last that they meet.
-    pub closing: bool,
+    /// The largest of them.
+    pub most: f32,
 }
 
-/// Queries and items of a block: its scores stay in cache.
-pub const QUERIES: usize = 512;
-pub const ITEMS: usize = 4 * QUERIES;
+/// Which pairs of queries and items are looked at.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Pairs {
+    All,
+    /// Those of one index, and some more.
+    Diagonal,
+}
 
-/// Calls `f` with each block of scores, beginning for each range of queries with the items of the same indices. A score
-/// orders items as s(query, item) does and differs from it by what depends on the query alone: `dot` <q, x>,
-/// `cosine` <q, x/|x|>, `l2` <q, x> - |x|^2/2. Each is one sum in an order that depends on the dimension alone, so that
-/// equal items tie wherever they are. Sums that are no number rank last.
-///
-/// # Panics
-/// When the two have different dimensions.
-pub fn each_block(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, mut f: impl FnMut(Block<'_>)) {
-    let (n, m, dim) = (queries.count(), items.count(), items.dim());
-    assert_eq!(queries.dim(), dim, "queries and items of different dimensions");
-    let device = Cpu::<f32>::new();
-    let origin = if tilting.product() == Product::SquaredDistance { origin(items) } else { vec![0.0; dim] };
-    let shift = |row: &mut [f32]| row.iter_mut().zip(&origin).for_each(|(x, c)| *x -= c);
-    let (mut left, mut right) = (device.alloc(QUERIES * dim), device.alloc(ITEMS * dim));
-    let mut block = device.alloc(QUERIES * ITEMS);
-    let (mut host, mut offset, mut scores) = (vec![0f32; ITEMS * dim], vec![0f32; ITEMS], vec![0f32; QUERIES * ITEMS]);
-    let (mut sizes, mut slack) = (vec![0f64; ITEMS], vec![0f32; QUERIES]);
-    // Twice what a sum of so many products, each of rounded numbers, can lose.
-    let loss = (dim + 8) as f64 * f64::from(f32::EPSILON);
-    for first_query in (0..n).step_by(QUERIES) {
-        let rows = QUERIES.min(n - first_query);
-        queries.read(first_query, &mut host[..rows * dim]);
-        host[..rows * dim].par_chunks_exact_mut(dim).for_each(shift);
-        device.upload(&host[..rows * dim], ViewMut { buf: &mut left, at: 0..rows * dim });
-        let norms: Vec<f64> = host[..rows * dim].par_chunks_exact(dim).map(|query| square(query).sqrt()).collect();
-        let blocks = m.div_ceil(ITEMS);
-        for turn in 0..blocks {
-            let first_item = (first_query / ITEMS + turn) % blocks * ITEMS;
+/// Items made ready at a time.
+pub const ITEMS: usize = 2048;
+/// Queries of a task, about: a whole number of micro-kernels.
+pub const QUERIES: usize = 96;
+
+/// What rounding can have done to the scores of a pass over all items.
+#[derive(Clone, Copy)]
+pub struct Slack {
+    dim: usize,
+    /// Norm of the longest item, and the least offset.
+    longest: f64,
+    lowest: f32,
+}
+
+impl Slack {
+    /// How far a query's scores may be from what they stand for.
+    pub fn of(&self, query_norm: f64) -> f32 {
+        // Twice what a sum of so many products, each of rounded numbers, can lose.
+        let loss = (self.dim + 8) as f64 * f64::from(f32::EPSILON);
+        (loss * (query_norm * self.longest - f64::from(self.lowest))) as f32
+    }
+}
+
+/// Queries and items, made comparable: a score orders items as s(query, item) does and differs from it by what depends
+/// on the query alone: `dot` <q, x>, `cosine` <q, x/|x|>, `l2` <q, x> - |x|^2/2. Each is one sum in an order that
+/// depends on the dimension alone, so that equal items tie wherever they are. Sums that are no number rank last.
+pub struct Scorer<'a> {
+    tilting: Tilting,
+    queries: &'a dyn Rows,
+    items: &'a dyn Rows,
+    origin: Vec<f32>,
+}
+
+impl<'a> Scorer<'a> {
+    /// # Panics
+    /// When the two have different dimensions.
+    pub fn new(tilting: Tilting, queries: &'a dyn Rows, items: &'a dyn Rows) -> Self {
+        assert_eq!(queries.dim(), items.dim(), "queries and items of different dimensions");
+        let squares = tilting.product() == Product::SquaredDistance;
+        Scorer { tilting, queries, items, origin: if squares { origin(items) } else { Vec::new() } }
+    }
+
+    fn shift(&self, row: &mut [f32]) {
+        row.iter_mut().zip(&self.origin).for_each(|(x, c)| *x -= c);
+    }
+
+    /// Queries `range` as scores have them, `[range, dim]`.
+    pub fn read_queries(&self, range: Range<usize>, out: &mut [f32]) {
+        self.queries.read(range.start, out);
+        out.chunks_exact_mut(self.queries.dim()).for_each(|row| self.shift(row));
+    }
+
+    /// Calls `f` with runs of scores of every query and its state, items in order. On all cores: queries share them.
+    pub fn scan<T: Send>(&self, pairs: Pairs, states: &mut [T], f: impl Fn(Scores<'_>, &mut T) + Sync) -> Slack {
+        let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
+        let isa = Isa::best();
+        let mut slack = Slack { dim, longest: 0.0, lowest: 0.0 };
+        let (mut host, mut packed) = (vec![0f32; ITEMS.min(m) * dim], Vec::new());
+        let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![0f64; ITEMS]);
+        for first_item in (0..m).step_by(ITEMS) {
             let cols = ITEMS.min(m - first_item);
+            let queries = if pairs == Pairs::All { 0..n } else { first_item.min(n)..n.min(first_item + cols) };
+            if queries.is_empty() {
+                break;
+            }
             // A few rows a time, on all cores.
             const PART: usize = 64;
             let parts = host[..cols * dim].par_chunks_mut(PART * dim).zip(offset.par_chunks_mut(PART));
             parts.zip(sizes.par_chunks_mut(PART)).enumerate().for_each(|(part, ((to, offset), sizes))| {
-                items.read(first_item + part * PART, to);
+                self.items.read(first_item + part * PART, to);
                 for ((row, offset), size) in to.chunks_exact_mut(dim).zip(offset).zip(sizes) {
-                    shift(row);
-                    *offset = prepare(tilting, row);
-                    *size = square(row).sqrt();
+                    self.shift(row);
+                    (*offset, *size) = prepare(self.tilting, row);
                 }
             });
-            let longest = sizes[..cols].iter().fold(0f64, |most, &size| most.max(size));
-            let lowest = offset[..cols].iter().fold(0f32, |least, &offset| least.min(offset));
-            for (slack, norm) in slack.iter_mut().zip(&norms) {
-                *slack = (loss * (norm * longest - f64::from(lowest))) as f32;
-            }
-            device.upload(&host[..cols * dim], ViewMut { buf: &mut right, at: 0..cols * dim });
-            device.gemm(
-                Gemm { m: rows, n: cols, k: dim, transpose_a: false, transpose_b: true },
-                View { buf: &left, at: 0..rows * dim },
-                View { buf: &right, at: 0..cols * dim },
-                Write::Set(ViewMut { buf: &mut block, at: 0..rows * cols }),
-            );
-            let scores = &mut scores[..rows * cols];
-            device.download(View { buf: &block, at: 0..rows * cols }, scores);
-            scores.par_chunks_exact_mut(cols).for_each(|row| {
-                row.iter_mut().zip(&offset).for_each(|(s, o)| *s = (*s + o).max(f32::NEG_INFINITY));
-            });
-            f(Block {
-                queries: first_query..first_query + rows,
-                items: first_item..first_item + cols,
-                scores,
-                slack: &slack[..rows],
-                opening: turn == 0,
-                closing: turn + 1 == blocks,
+            let (host, offset) = (&host[..cols * dim], &offset[..cols]);
+            slack.longest = sizes[..cols].iter().fold(slack.longest, |most, &size| most.max(size));
+            slack.lowest = offset.iter().fold(slack.lowest, |least, &offset| least.min(offset));
+            search::pack_items(isa, host, dim, &mut packed);
+            // As many tasks as keep a few cores busy to the end.
+            let tasks = queries.len().div_ceil(QUERIES).next_multiple_of(4);
+            let rows = queries.len().div_ceil(tasks).next_multiple_of(12);
+            states[queries.clone()].par_chunks_mut(rows).enumerate().for_each(|(task, states)| {
+                let start = queries.start + task * rows;
+                let (mut own, mut tile) = (vec![0f32; states.len() * dim], Vec::new());
+                self.read_queries(start..start + states.len(), &mut own);
+                search::each_row(isa, &own, dim, &packed, offset, &mut tile, |i, first, scores, most| {
+                    f(Scores { query: start + i, first: first_item + first, scores, most }, &mut states[i]);
+                });
             });
         }
+        slack
     }
 }
 
-/// `|x|^2`.
-fn square(x: &[f32]) -> f64 {
-    x.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+/// `|x|^2`, in eight sums: one would wait for each addition.
+pub fn square(x: &[f32]) -> f64 {
+    let mut sums = [0f64; 8];
+    let parts = x.chunks_exact(8);
+    let rest: f64 = parts.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    for part in parts {
+        sums.iter_mut().zip(part).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+    }
+    sums.iter().sum::<f64>() + rest
 }
 
-/// Makes an item ready for an inner product with a query, and returns what to add to that.
-fn prepare(tilting: Tilting, item: &mut [f32]) -> f32 {
+/// Makes an item ready for an inner product with a query; returns what to add to that, and its norm then.
+fn prepare(tilting: Tilting, item: &mut [f32]) -> (f32, f64) {
     let square = square(item);
+    let mut norm = square.sqrt();
     if tilting.unit_rows() && square > 0.0 {
         item.iter_mut().for_each(|x| *x = (f64::from(*x) / square.sqrt()) as f32);
+        norm = 1.0;
     }
     match tilting.product() {
         // -|q - x|^2/2 = <q, x> - |x|^2/2 - |q|^2/2.
-        Product::SquaredDistance => (-0.5 * square) as f32,
-        Product::Inner => 0.0,
+        Product::SquaredDistance => ((-0.5 * square) as f32, norm),
+        Product::Inner => (0.0, norm),
     }
 }
 

@@ -7,6 +7,7 @@ mod gemm;
 mod layers;
 mod mmd;
 mod norm;
+pub(crate) mod search;
 mod shuffled;
 mod simd;
 mod sweep;

@@ -1,0 +1,136 @@
+//! `contrastive bench retrieve` and `bench train`.
+
+use super::super::{Common, Failure, bad_flag};
+use super::{Bench, SETS, median, product, time};
+use crate::config::{Partial, parse_tilting};
+use crate::data::Table;
+use crate::device::cpu::Cpu;
+use crate::experiments;
+use crate::objective::Tilting;
+use crate::tasks::retrieval::top_k;
+use rand::{SeedableRng, distr::Distribution};
+use rand_distr::StandardNormal;
+use serde_json::json;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+fn normal(rows: usize, d: usize, seed: u64) -> Vec<f32> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    (0..rows * d).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
+}
+
+/// Exact search of the best `k` of M items for each of N queries; queries take turns, as in the loss's bench.
+pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
+    let (n, m, d, k) = (args.n, args.m.unwrap_or(args.n), args.d, args.k);
+    if k == 0 || k > m {
+        return Err(bad_flag("--k", k, format!("1 to the number of items, {m}")));
+    }
+    let tilting = parse_tilting(&args.tilting).map_err(super::super::from_flag)?;
+    check_search(tilting, d, common.seed())?;
+    let items = normal(m, d, common.seed());
+    let queries: Vec<Vec<f32>> = (1..=SETS as u64).map(|s| normal(n, d, common.seed() + s)).collect();
+    let items = Table { data: &items, dim: d };
+    let mut best = 0.0;
+    let times = time(|run| {
+        let found = top_k(tilting, &Table { data: &queries[run % SETS], dim: d }, &items, k);
+        best = found.scores[0];
+        Ok(())
+    })?;
+    let cpu = Cpu::new();
+    let ceiling = product(&cpu, [n, m], d)?;
+    let flops = 2.0 * n as f64 * m as f64 * d as f64;
+    let (rate, peak) = (flops / median(&times), ceiling.1 / median(&ceiling.0));
+    let json = json!({
+        "what": "retrieve", "n": n, "m": m, "d": d, "k": k, "tilting": args.tilting, "precision": "f32",
+        "device": "cpu", "kernels": cpu.isa().name(), "threads": rayon::current_num_threads(), "runs": times.len(),
+        "best_score": best, "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0], "flops": flops,
+        "gflops_per_s": rate / 1e9, "peak_gflops_per_s": peak / 1e9, "fraction_of_peak": rate / peak,
+    });
+    let lines = [
+        format!("the best {k} of {m} items for {n} queries, d = {d}, {}", args.tilting),
+        format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
+        format!(
+            "{:.1} GFLOP/s (2 N M D), {:.0}% of the matrix product's {:.1}",
+            rate / 1e9,
+            100.0 * rate / peak,
+            peak / 1e9
+        ),
+    ];
+    common.print(&json, &lines)
+}
+
+/// A fast wrong answer is not worth timing: small integers, whose scores are exact and often equal.
+fn check_search(tilting: Tilting, d: usize, seed: u64) -> Result<(), Failure> {
+    let (n, m, k) = (37, 301, 11);
+    let [queries, items] = [(n, 1), (m, 2)]
+        .map(|(rows, s)| normal(rows, d, seed + s).into_iter().map(|x| (2.0 * x).round()).collect::<Vec<f32>>());
+    let found = top_k(tilting, &Table { data: &queries, dim: d }, &Table { data: &items, dim: d }, k);
+    for (i, query) in queries.chunks_exact(d).enumerate() {
+        let score = |j: usize| -> f64 {
+            let pairs = || query.iter().zip(&items[j * d..][..d]).map(|(&q, &x)| (f64::from(q), f64::from(x)));
+            match tilting {
+                Tilting::Dot => pairs().map(|(q, x)| q * x).sum(),
+                Tilting::L2 => -pairs().map(|(q, x)| (q - x).powi(2)).sum::<f64>(),
+                Tilting::Cosine => {
+                    let length = pairs().map(|(_, x)| x * x).sum::<f64>().sqrt();
+                    if length > 0.0 { pairs().map(|(q, x)| q * x).sum::<f64>() / length } else { 0.0 }
+                }
+            }
+        };
+        let mut order: Vec<(f64, usize)> = (0..m).map(|j| (score(j), j)).collect();
+        order.sort_by(|a, b| b.0.total_cmp(&a.0));
+        // Under cosine equal scores need not be equal to the bit.
+        let wrong = |(&j, want): (&usize, &(f64, usize))| (score(j) - want.0).abs() > 1e-9 * want.0.abs().max(1.0);
+        if found.indices[i * k..][..k].iter().zip(&order).any(wrong) {
+            return Err(Failure::Other(format!("the search is wrong: query {i} of the check")));
+        }
+    }
+    Ok(())
+}
+
+/// Steps of an experiment as `train` takes them, data and optimiser included.
+pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
+    const STEPS: usize = 300;
+    /// Steps that do not count: caches, buffers and the prefetched batches fill.
+    const WARM: usize = 20;
+    let flags = Partial {
+        experiment: Some(args.experiment.clone()),
+        epochs: Some(1 << 40),
+        seed: common.seed,
+        log_every: Some(1 << 40),
+        ..Partial::default()
+    };
+    let config = experiments::resolve(None, flags)?;
+    let dir = tempfile::tempdir().map_err(|e| Failure::Other(format!("a folder for the run: {e}")))?;
+    let (stop, mut last, mut times) = (AtomicBool::new(false), None::<Instant>, Vec::new());
+    let mut observe = |_: crate::train::Progress| {
+        let now = Instant::now();
+        if let Some(last) = last {
+            times.push((now - last).as_secs_f64());
+        }
+        last = Some(now);
+        if times.len() >= WARM + STEPS {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let mut cpu = Cpu::new();
+    experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+    if times.len() <= WARM {
+        return Err(Failure::Other(format!("{}: fewer than {WARM} steps", args.experiment)));
+    }
+    let mut times = times.split_off(WARM);
+    times.sort_by(f64::total_cmp);
+    let step = median(&times);
+    let json = json!({
+        "what": "train", "experiment": args.experiment, "batch": config.batch, "device": "cpu",
+        "kernels": cpu.isa().name(), "threads": rayon::current_num_threads(), "runs": times.len(),
+        "median_ms": 1e3 * step, "min_ms": 1e3 * times[0], "steps_per_s": 1.0 / step,
+        "samples_per_s": config.batch as f64 / step,
+    });
+    let lines = [
+        format!("a training step of {}, batch {}", args.experiment, config.batch),
+        format!("median {:.3} ms, minimum {:.3} ms of {} steps", 1e3 * step, 1e3 * times[0], times.len()),
+        format!("{:.0} steps/s, {:.0} samples/s", 1.0 / step, config.batch as f64 / step),
+    ];
+    common.print(&json, &lines)
+}
