@@ -97,6 +97,31 @@ fn retrieve_is_a_stable_sort_by_scores() {
     assert!(0.2 < recall && recall < 0.9, "{recall}");
 }
 
+// As many pairs as the paper's ocean has; their scores would fill 4 GB, twice what the program may address.
+#[cfg(target_os = "linux")]
+#[test]
+fn retrieve_forms_no_matrix_of_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let (n, dim, k) = (32_268, 8, 10);
+    let (q, x) = (rows(3, n, dim), rows(4, n, dim));
+    write_npy_f32(dir.path().join("q.npy"), &[n, dim], &q).unwrap();
+    write_npy_f32(dir.path().join("x.npy"), &[n, dim], &x).unwrap();
+    let program = env!("CARGO_BIN_EXE_contrastive");
+    let files = "--items x.npy --queries q.npy --k 10 --output i.npy";
+    let script = format!("ulimit -v 2000000 && exec '{program}' retrieve {files} --tilting dot --threads 2");
+    let output = std::process::Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (shape, got) = read_npy_i64(dir.path().join("i.npy")).unwrap();
+    assert_eq!(shape, [n, k]);
+    for i in (0..n).step_by(997) {
+        let query = &q[i * dim..][..dim];
+        let mut all: Vec<_> = x.chunks(dim).map(|x| score(Tilting::Dot, query, x)).enumerate().collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let want: Vec<i64> = all[..k].iter().map(|s| s.0 as i64).collect();
+        assert_eq!(got[i * k..][..k], want, "query {i}");
+    }
+}
+
 #[test]
 fn retrieve_refuses_bad_input() {
     let dir = tempfile::tempdir().unwrap();

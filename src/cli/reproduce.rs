@@ -10,7 +10,7 @@ use std::time::Instant;
 /// Flags of `reproduce`.
 #[derive(clap::Args)]
 pub struct Reproduce {
-    /// gaussian2d, gp, mnist, ocean or all
+    /// gaussian2d, gp, mnist, ocean, objectives, modalities or all
     #[arg(value_name = "PART")]
     part: String,
     /// Minutes instead of hours: shorter runs, fewer points [default: off]
@@ -19,7 +19,7 @@ pub struct Reproduce {
     /// Folder of the figures, figures.json and report.html
     #[arg(long, default_value = "reproduced", value_name = "DIR")]
     out: PathBuf,
-    /// Folder of MNIST's four IDX files [default: rendered digits stand for MNIST]
+    /// Folder of MNIST's four IDX files, as `contrastive data mnist` downloads them [default: rendered digits stand for MNIST]
     #[arg(long, value_name = "DIR")]
     mnist: Option<PathBuf>,
 }

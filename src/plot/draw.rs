@@ -164,6 +164,12 @@ fn key(out: &mut String, mark: &Mark, [x, y]: [f64; 2]) {
     text(out, [x + 34.0, y + 4.5], 13.0, "start", "", &mark.label);
 }
 
+/// A panel's title, centred, and smaller where it would reach farther than `room` to a side.
+fn heading(out: &mut String, at: [f64; 2], room: f64, title: &str) {
+    let size = (2.0 * room / (title.chars().count() as f64 * LETTER)).min(14.0);
+    text(out, at, (10.0 * size).floor() / 10.0, "middle", "", title);
+}
+
 fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
     let [mut left, mut right] = [x + MARGIN[3], x + PANEL[0] - MARGIN[1]];
     let [mut top, mut bottom] = [y + MARGIN[0], y + PANEL[1] - MARGIN[2]];
@@ -172,7 +178,7 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
         _ => None,
     });
     if let Some((width, values)) = image {
-        text(out, [x + PANEL[0] / 2.0, y + 20.0], 14.0, "middle", "", &panel.title);
+        heading(out, [x + PANEL[0] / 2.0, y + 20.0], PANEL[0] / 2.0, &panel.title);
         return draw_image(
             out,
             width.max(1),
@@ -194,7 +200,8 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
         [left, right, top, bottom] = [left + half_x, right - half_x, top + half_y, bottom - half_y];
         [sx, sy] = scales([left, right], [bottom, top]);
     }
-    text(out, [(left + right) / 2.0, top - 12.0], 14.0, "middle", "", &panel.title);
+    let middle = (left + right) / 2.0;
+    heading(out, [middle, top - 12.0], (middle - x).min(x + PANEL[0] - middle), &panel.title);
     let names = |axis: &super::Axis, scale: &Scale| -> Vec<(f64, String)> {
         if axis.names.is_empty() {
             return scale.ticks();

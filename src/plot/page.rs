@@ -22,7 +22,7 @@ pub fn report(title: &str, intro: &[String], figures: &[Figure]) -> String {
          <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
     );
     intro.iter().for_each(|text| out += &format!("<p>{}</p>\n", escape(text)));
-    out += "<table><tr><th>figure</th><th>shows</th><th>criteria</th></tr>\n";
+    out += "<table><tr><th>figure</th><th class=\"claim\">shows</th><th>criteria</th></tr>\n";
     for figure in figures {
         let held = figure.criteria.iter().filter(|c| c.passed).count();
         let all = figure.criteria.len();

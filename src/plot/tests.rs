@@ -83,6 +83,23 @@ fn the_drawing_is_whole_and_always_the_same() {
 }
 
 #[test]
+fn long_titles_stay_in_their_panels() {
+    let sizes = |title: &str| -> Vec<f64> {
+        let mut figure = figure();
+        figure.panels.iter_mut().for_each(|panel| panel.title = title.into());
+        let svg = figure.svg();
+        let document = resvg::usvg::roxmltree::Document::parse(&svg).unwrap();
+        let titles = document.descendants().filter(|n| n.has_tag_name("text") && n.text() == Some(title));
+        titles.map(|n| n.attribute("font-size").unwrap().parse().unwrap()).collect()
+    };
+    assert_eq!(sizes("short"), [14.0; 5]);
+    // A panel is 370 wide, and no letter of the title half of its size.
+    let long = "i".repeat(80);
+    let found = sizes(&long);
+    assert!(found.len() == 5 && found.iter().all(|size| *size > 5.0 && 0.5 * size * 80.0 < 370.0), "{found:?}");
+}
+
+#[test]
 fn a_contour_of_a_circle_lies_on_it() {
     let grid: Vec<f64> = (0..81).map(|i| -2.0 + 0.05 * f64::from(i)).collect();
     let values: Vec<f64> = grid.iter().flat_map(|y| grid.iter().map(move |x| x * x + y * y)).collect();

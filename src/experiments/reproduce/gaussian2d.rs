@@ -8,7 +8,7 @@ use crate::data::{Memory, Side, Table};
 use crate::device::Engine;
 use crate::device::cpu::Cpu;
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Pairs, Tilting, Write};
-use crate::plot::{Criterion, Figure, Panel, Shape, Style};
+use crate::plot::{Axis, Criterion, Figure, Panel, Shape, Style};
 use crate::tasks::sampling;
 use crate::theory::{self, Conditional, Theory};
 use crate::train::TrainError;
@@ -56,14 +56,20 @@ fn line(f: impl Fn(f64) -> f64) -> Shape {
     Shape::Line(linspace([-4.5, 4.5], 181).into_iter().map(|x| [x, f(x)]).collect())
 }
 
+/// Levels of all densities of two numbers.
+const LEVELS: [f64; 4] = [0.01, 0.03, 0.06, 0.1];
+
 fn contours(f: impl Fn(f64, f64) -> f64) -> Shape {
-    let grid = linspace([-4.0, 4.0], 81);
+    // An even number of points, so that none is at zero, where one density jumps; two are next to it.
+    let side = linspace([1e-6, 4.0], 41);
+    let grid: Vec<f64> = side.iter().rev().map(|x| -x).chain(side.iter().copied()).collect();
     let values = grid.iter().flat_map(|&v| grid.iter().map(move |&u| (u, v))).map(|(u, v)| f(u, v)).collect();
-    Shape::Contours { x: grid.clone(), y: grid, values, levels: vec![0.01, 0.03, 0.06, 0.1] }
+    Shape::Contours { x: grid.clone(), y: grid, values, levels: LEVELS.to_vec() }
 }
 
 fn plane(title: &str, marks: Vec<crate::plot::Mark>) -> Panel {
-    Panel { title: title.into(), x: axis("u"), y: axis("v"), marks, equal: true }
+    let ends = |label| Axis { range: Some([-4.5, 4.5]), ..axis(label) };
+    Panel { title: title.into(), x: ends("u"), y: ends("v"), marks, equal: true }
 }
 
 fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
@@ -141,10 +147,10 @@ fn setup(law: &Gaussian) -> Figure {
                 "joint law and 400 pairs",
                 vec![
                     mark("pairs", Style::Series(0), Shape::Points(scatter)),
-                    mark("joint law", Style::Truth, contours(|u, v| joint_density(law, u, v))),
+                    mark("density", Style::Truth, contours(|u, v| joint_density(law, u, v))),
                 ],
             ),
-            plane("product of the marginals", vec![mark("product", Style::Truth, contours(product))]),
+            plane("product of the marginals", vec![mark("density", Style::Truth, contours(product))]),
         ],
         columns: 2,
         tables: vec![],
@@ -285,9 +291,11 @@ impl Models<'_> {
         Figure {
             name: "fig05".into(),
             title: "Joint densities of the models".into(),
-            see:
-                "The l2 model tilts to a different joint law than the dot models, though all three saw the same pairs."
-                    .into(),
+            see: format!(
+                "The l2 model tilts to a different joint law than the dot models, though all three saw the same pairs. Lines \
+                 of density {}.",
+                LEVELS.map(|level| level.to_string()).join(", ")
+            ),
             panels,
             columns: 3,
             tables: vec![table(
@@ -308,6 +316,8 @@ fn normalised(law: &Gaussian, data: &Memory, seed: u64) -> Result<Figure, Error>
     let ratio = |same: bool| (if same { 1.0 / tau } else { -1.0 / tau }).exp() / (1.0 / tau).cosh();
     let joint = |u: f64, v: f64| density([0.0, var_u], u) * density([0.0, var_v], v) * ratio((u > 0.0) == (v > 0.0));
     let given = |u: f64| density([0.0, var_u], u) * ratio(u > 0.0);
+    let halves = [[-4.5, -1e-6], [1e-6, 4.5]]
+        .map(|ends| linspace(ends, 91).into_iter().map(|u| [u, given(u)]).collect::<Vec<_>>());
     let theory = Theory::new(law);
     let truth = at_one(&theory.u_given_v());
     let mean = (2.0 * var_u / PI).sqrt() * (1.0 / tau).tanh();
@@ -348,7 +358,8 @@ fn normalised(law: &Gaussian, data: &Memory, seed: u64) -> Result<Figure, Error>
                 y: axis("density"),
                 marks: vec![
                     mark("truth", Style::Truth, line(|x| density(truth, x))),
-                    mark("cosine, tau = 0.5", Style::Series(3), line(given)),
+                    // On both sides of the jump.
+                    mark("cosine, tau = 0.5", Style::Series(3), Shape::Line(halves.concat())),
                 ],
                 equal: false,
             },

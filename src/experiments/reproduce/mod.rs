@@ -146,7 +146,12 @@ fn falls(claim: impl Into<String>, series: &[f64]) -> Criterion {
 fn short(x: f64) -> String {
     match x.abs() {
         0.0 => "0".into(),
-        a if !(1e-3..1e5).contains(&a) => format!("{x:.3e}"),
+        a if !a.is_finite() => x.to_string(),
+        a if !(1e-3..1e5).contains(&a) => {
+            let text = format!("{x:.3e}");
+            let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
+            format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'))
+        }
         a => {
             let digits = (3 - a.log10().floor() as i32).max(0) as usize;
             let text = format!("{x:.digits$}");

@@ -154,7 +154,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
               pairs must agree on one direction, and none has its own best."
             .into(),
         panels: vec![Panel {
-            title: "error of conditional means over the pair's optimum".into(),
+            title: "error of means over the pair's optimum".into(),
             x: Axis { names: names.clone(), ..Axis::default() },
             y: Axis { range: Some([0.0, 1.2 * most(1).max(most(0))]), ..axis("share of the signal") },
             marks: (dims.iter().zip(&series).enumerate())
