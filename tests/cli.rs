@@ -143,7 +143,9 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         ("--from", vec!["data", "gp", "--out", "out", "--from", "http://127.0.0.1/gp/"]),
         ("file/out", vec!["data", "mnist", "--out", "file/out"]),
         ("--device", vec!["data", "gp", "--out", "out", "--device", "tpu"]),
-        ("retrieve", vec!["bench", "retrieve"]),
+        ("sort", vec!["bench", "sort"]),
+        ("--k", vec!["bench", "retrieve", "--n", "9", "--k", "10"]),
+        ("nowhere", vec!["bench", "train", "--experiment", "nowhere"]),
         ("--n", vec!["bench", "loss", "--n", "0"]),
         ("nonsense", vec!["nonsense"]),
     ];
@@ -641,6 +643,16 @@ fn devices_and_bench_answer() {
             assert!(bench[key].as_f64().unwrap() > 0.0, "{key}");
         }
         assert_eq!(bench["flops"], 8.0 * 300.0 * 300.0 * 40.0);
+    }
+    let args = ["bench", "retrieve", "--n", "70", "--m", "3000", "--d", "40", "--tilting", "dot", "--json"];
+    let bench = json(dir.path(), &args);
+    for key in ["median_ms", "min_ms", "fraction_of_peak"] {
+        assert!(bench[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert_eq!(bench["flops"], 2.0 * 70.0 * 3000.0 * 40.0);
+    let bench = json(dir.path(), &["bench", "train", "--experiment", "gaussian2d", "--json"]);
+    for key in ["median_ms", "min_ms", "steps_per_s", "samples_per_s"] {
+        assert!(bench[key].as_f64().unwrap() > 0.0, "{key}");
     }
     // A card that is not there is a clear refusal, not a panic.
     if devices["cuda"]["cards"].as_array().unwrap().is_empty() {

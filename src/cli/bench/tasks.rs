@@ -36,6 +36,10 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
         best = found.scores[0];
         Ok(())
     })?;
+    let scratch = growth(|| {
+        top_k(tilting, &Table { data: &queries[0], dim: d }, &items, k);
+        Ok(())
+    })?;
     let cpu = Cpu::new();
     let ceiling = product(&cpu, [n, m], d)?;
     let flops = 2.0 * n as f64 * m as f64 * d as f64;
@@ -45,6 +49,7 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
         "device": "cpu", "kernels": cpu.isa().name(), "threads": rayon::current_num_threads(), "runs": times.len(),
         "best_score": best, "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0], "flops": flops,
         "gflops_per_s": rate / 1e9, "peak_gflops_per_s": peak / 1e9, "fraction_of_peak": rate / peak,
+        "scratch_bytes": scratch,
     });
     let lines = [
         format!("the best {k} of {m} items for {n} queries, d = {d}, {}", args.tilting),
@@ -57,6 +62,20 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
         ),
     ];
     common.print(&json, &lines)
+}
+
+/// Bytes that `run` holds at its peak beyond what there was before, resident ones; `None` where the system does not tell.
+fn growth(run: impl FnOnce() -> Result<(), Failure>) -> Result<Option<u64>, Failure> {
+    let resident = |key: &str| -> Option<u64> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find(|line| line.starts_with(key))?;
+        Some(1024 * line.split_whitespace().nth(1)?.parse::<u64>().ok()?)
+    };
+    // Makes the peak what is resident now.
+    let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
+    let before = resident("VmRSS:");
+    run()?;
+    Ok(before.zip(resident("VmHWM:")).filter(|_| reset).map(|(before, peak)| peak.saturating_sub(before)))
 }
 
 /// A fast wrong answer is not worth timing: small integers, whose scores are exact and often equal.
@@ -114,7 +133,10 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
         }
     };
     let mut cpu = Cpu::new();
-    experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+    let scratch = growth(|| {
+        experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+        Ok(())
+    })?;
     if times.len() <= WARM {
         return Err(Failure::Other(format!("{}: fewer than {WARM} steps", args.experiment)));
     }
@@ -125,7 +147,7 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
         "what": "train", "experiment": args.experiment, "batch": config.batch, "device": "cpu",
         "kernels": cpu.isa().name(), "threads": rayon::current_num_threads(), "runs": times.len(),
         "median_ms": 1e3 * step, "min_ms": 1e3 * times[0], "steps_per_s": 1.0 / step,
-        "samples_per_s": config.batch as f64 / step,
+        "samples_per_s": config.batch as f64 / step, "scratch_bytes": scratch,
     });
     let lines = [
         format!("a training step of {}, batch {}", args.experiment, config.batch),
