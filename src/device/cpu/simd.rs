@@ -191,8 +191,7 @@ pub struct Tile<'a, T> {
 /// Terms summed in a register before they are added to C. Encoders and gradients: a panel's part stays in the
 /// first-level cache.
 pub const LONG: usize = 256;
-/// Logits: short partial sums, because a logit's rounding error enters an exponential. Against one sum over
-/// D = 128 this halves the gradient's error at tau = 0.01.
+/// Logits: short partial sums, because a logit's rounding error enters an exponential.
 pub const SHORT: usize = 64;
 
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
