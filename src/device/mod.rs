@@ -184,6 +184,37 @@ impl Pooling {
     }
 }
 
+/// A convolution with what follows it: its bias, an activation, and pooling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvPool {
+    /// The convolution.
+    pub conv: Conv,
+    /// Behind the bias.
+    pub activation: Activation,
+    /// Behind the activation.
+    pub pool: Pool,
+    /// Side of the pooling window, at most the image's; 1 pools nothing.
+    pub size: usize,
+}
+
+impl ConvPool {
+    /// Its last part.
+    pub fn pooling(&self) -> Pooling {
+        let Conv { outputs, .. } = self.conv;
+        let (height, width) = (self.conv.out_height(), self.conv.out_width());
+        Pooling { kind: self.pool, channels: outputs, height, width, size: self.size }
+    }
+    /// Numbers of all weights and, behind them, all biases.
+    pub fn params(&self) -> usize {
+        self.conv.outputs * (self.conv.patch() + 1)
+    }
+    /// Weights and biases within both.
+    fn weight_and_bias(&self, params: &Range<usize>) -> [Range<usize>; 2] {
+        let middle = params.start + self.conv.outputs * self.conv.patch();
+        [params.start..middle, middle..params.end]
+    }
+}
+
 /// Layer normalisation of vectors of `width` numbers, each by its own mean and deviation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Norm {
@@ -342,6 +373,77 @@ pub trait Device: Sync {
         d_out: View<'_, Self::Buf>,
         dx: ViewMut<'_, Self::Buf>,
     );
+
+    /// Numbers of the buffers that [`Self::conv_pool`] works on with up to `rows` samples. The first two keep what
+    /// backward needs.
+    fn conv_pool_work(&self, c: &ConvPool, rows: usize) -> [usize; 4] {
+        let len = rows * c.conv.output_len();
+        [if c.activation == Activation::Gelu { len } else { 0 }, len, len, self.conv_scratch(&c.conv, rows)]
+    }
+    /// `out = pool(activation(x * weight + bias))`, see [`ConvPool`]: `params` are the weights and, behind them, the
+    /// biases.
+    fn conv_pool(
+        &self,
+        c: &ConvPool,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        params: View<'_, Self::Buf>,
+        out: ViewMut<'_, Self::Buf>,
+        work: &mut [Self::Buf; 4],
+    ) {
+        let [pre, activated, _, scratch] = work;
+        let (shape, len) =
+            ([rows, c.conv.outputs, c.conv.out_height() * c.conv.out_width()], rows * c.conv.output_len());
+        let [weight, bias] = c.weight_and_bias(&params.at).map(|at| View { buf: params.buf, at });
+        let saves = c.activation == Activation::Gelu;
+        self.conv(
+            &c.conv,
+            rows,
+            x,
+            weight,
+            ViewMut { buf: if saves { &mut *pre } else { &mut *activated }, at: 0..len },
+            scratch,
+        );
+        if saves {
+            let (pre, out) = (ViewMut { buf: pre, at: 0..len }, ViewMut { buf: &mut *activated, at: 0..len });
+            self.bias_activation(shape, c.activation, Some(bias), pre, Some(out));
+        } else {
+            let pre = ViewMut { buf: &mut *activated, at: 0..len };
+            self.bias_activation(shape, c.activation, Some(bias), pre, None);
+        }
+        self.pool(&c.pooling(), rows, View { buf: activated, at: 0..len }, out);
+    }
+    /// Backward of [`Self::conv_pool`], with `work` as that left it: `dx`, if it is wanted, and `d_params`, laid out
+    /// as `params`, which are added to. `x` is what forward read.
+    #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
+    fn conv_pool_backward(
+        &self,
+        c: &ConvPool,
+        rows: usize,
+        x: View<'_, Self::Buf>,
+        params: View<'_, Self::Buf>,
+        d_out: View<'_, Self::Buf>,
+        dx: Option<ViewMut<'_, Self::Buf>>,
+        d_params: ViewMut<'_, Self::Buf>,
+        work: &mut [Self::Buf; 4],
+    ) {
+        let [pre, activated, d, scratch] = work;
+        let (shape, len) =
+            ([rows, c.conv.outputs, c.conv.out_height() * c.conv.out_width()], rows * c.conv.output_len());
+        let [weight, _] = c.weight_and_bias(&params.at);
+        let [d_weight, d_bias] = c.weight_and_bias(&d_params.at);
+        let activated = View { buf: &*activated, at: 0..len };
+        self.pool_backward(&c.pooling(), rows, activated.again(), d_out, ViewMut { buf: &mut *d, at: 0..len });
+        let saved = if c.activation == Activation::Gelu { View { buf: &*pre, at: 0..len } } else { activated };
+        let d_bias = Write::Add(ViewMut { buf: &mut *d_params.buf, at: d_bias });
+        self.bias_activation_backward(shape, c.activation, saved, ViewMut { buf: &mut *d, at: 0..len }, Some(d_bias));
+        let d = View { buf: &*d, at: 0..len };
+        let d_weight = Write::Add(ViewMut { buf: d_params.buf, at: d_weight });
+        self.conv_backward_weight(&c.conv, rows, x, d.again(), d_weight, scratch);
+        if let Some(dx) = dx {
+            self.conv_backward_data(&c.conv, rows, View { buf: params.buf, at: weight }, d, dx, scratch);
+        }
+    }
 
     /// `out[i] = gain (x[i] - mean_i) rstd_i + bias`, with `rstd = 1/sqrt(variance + Norm::EPS)` and the variance that
     /// divides by `width`: `x` `[rows, width]`, its rows `norm.stride` apart, `affine` `[2, width]` the gain and then

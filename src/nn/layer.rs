@@ -2,7 +2,7 @@
 
 use super::transformer::{self, Transformer};
 use super::{part, part_mut};
-use crate::device::{Activation, Conv, Device, Gemm, Pooling, View, ViewMut};
+use crate::device::{Activation, ConvPool, Device, Gemm, View, ViewMut};
 use crate::objective::Write;
 use std::ops::Range;
 
@@ -10,14 +10,11 @@ use std::ops::Range;
 #[derive(Clone, Debug)]
 pub(super) enum Layer {
     Linear(Linear),
-    /// `activation(x * W + b)`, shapes in [`Conv`].
+    /// A convolution with its bias, activation and pooling; weight and bias lie side by side.
     Conv {
-        conv: Conv,
-        weight: Range<usize>,
-        bias: Range<usize>,
-        activation: Activation,
+        conv: ConvPool,
+        params: Range<usize>,
     },
-    Pool(Pooling),
     /// Always the first layer, so that nobody asks for its `dx`.
     Transformer(Transformer),
 }
@@ -32,33 +29,22 @@ pub(super) struct Linear {
     pub activation: Activation,
 }
 
-/// What layers need besides their inputs and outputs.
+/// What a layer needs besides its input and output, some of it kept from forward to backward.
 #[derive(Debug)]
-pub(super) struct Work<D: Device> {
-    /// For convolutions.
-    scratch: D::Buf,
-    /// Of the transformer, if there is one.
-    transformer: Option<transformer::Acts<D>>,
+pub(super) enum Work<D: Device> {
+    Linear,
+    Conv([D::Buf; 4]),
+    Transformer(transformer::Acts<D>),
 }
 
 impl<D: Device> Work<D> {
     /// For up to `rows` samples.
-    pub(super) fn new(layers: &[Layer], device: &D, rows: usize) -> Self {
-        let scratch = |layer: &Layer| match layer {
-            Layer::Conv { conv, .. } => device.conv_scratch(conv, rows),
-            Layer::Linear(_) | Layer::Pool(_) | Layer::Transformer(_) => 0,
-        };
-        Work {
-            scratch: device.alloc(layers.iter().map(scratch).max().unwrap_or(0)),
-            transformer: match layers.first() {
-                Some(Layer::Transformer(transformer)) => Some(transformer.acts(device, rows)),
-                _ => None,
-            },
+    pub(super) fn new(layer: &Layer, device: &D, rows: usize) -> Self {
+        match layer {
+            Layer::Linear(_) => Work::Linear,
+            Layer::Conv { conv, .. } => Work::Conv(device.conv_pool_work(conv, rows).map(|len| device.alloc(len))),
+            Layer::Transformer(transformer) => Work::Transformer(transformer.acts(device, rows)),
         }
-    }
-
-    fn transformer(&mut self) -> &mut transformer::Acts<D> {
-        self.transformer.as_mut().expect("made for layers of which the first is a transformer")
     }
 }
 
@@ -160,8 +146,7 @@ impl Layer {
     pub(super) fn input_len(&self) -> usize {
         match self {
             Layer::Linear(linear) => linear.inputs,
-            Layer::Conv { conv, .. } => conv.input_len(),
-            Layer::Pool(pooling) => pooling.input_len(),
+            Layer::Conv { conv, .. } => conv.conv.input_len(),
             Layer::Transformer(transformer) => transformer.input_len(),
         }
     }
@@ -170,20 +155,14 @@ impl Layer {
     pub(super) fn output_len(&self) -> usize {
         match self {
             Layer::Linear(linear) => linear.outputs,
-            Layer::Conv { conv, .. } => conv.output_len(),
-            Layer::Pool(pooling) => pooling.output_len(),
+            Layer::Conv { conv, .. } => conv.pooling().output_len(),
             Layer::Transformer(transformer) => transformer.output_len(),
         }
     }
 
     /// Whether backward needs the input of the activation.
     pub(super) fn saves_pre(&self) -> bool {
-        match self {
-            Layer::Linear(Linear { activation, .. }) | Layer::Conv { activation, .. } => {
-                *activation == Activation::Gelu
-            }
-            Layer::Pool(_) | Layer::Transformer(_) => false,
-        }
+        matches!(self, Layer::Linear(Linear { activation: Activation::Gelu, .. }))
     }
 
     /// `out = layer(x)`; where [`Self::saves_pre`], the activation's input stays in `pre`.
@@ -199,20 +178,16 @@ impl Layer {
         work: &mut Work<D>,
     ) {
         let len = rows * self.output_len();
-        match self {
-            Layer::Linear(linear) => linear.forward(device, params, rows, x, pre, out),
-            Layer::Conv { conv, weight, bias, activation } => {
-                let (pre, out) = match pre {
-                    Some(pre) => (pre, Some(part_mut(out, len))),
-                    None => (out, None),
-                };
-                let view = |at: &Range<usize>| View { buf: params, at: at.clone() };
-                device.conv(conv, rows, x, view(weight), part_mut(pre, len), &mut work.scratch);
-                let shape = [rows, conv.outputs, conv.out_height() * conv.out_width()];
-                device.bias_activation(shape, *activation, Some(view(bias)), part_mut(pre, len), out);
+        match (self, work) {
+            (Layer::Linear(linear), Work::Linear) => linear.forward(device, params, rows, x, pre, out),
+            (Layer::Conv { conv, params: at }, Work::Conv(work)) => {
+                let params = View { buf: params, at: at.clone() };
+                device.conv_pool(conv, rows, x, params, part_mut(out, len), work);
             }
-            Layer::Pool(pooling) => device.pool(pooling, rows, x, part_mut(out, len)),
-            Layer::Transformer(transformer) => transformer.forward(device, params, rows, x, out, work.transformer()),
+            (Layer::Transformer(transformer), Work::Transformer(acts)) => {
+                transformer.forward(device, params, rows, x, out, acts);
+            }
+            _ => unreachable!("work of another layer"),
         }
     }
 
@@ -231,29 +206,19 @@ impl Layer {
         work: &mut Work<D>,
     ) {
         let (len, input) = (rows * self.output_len(), rows * self.input_len());
-        match self {
-            Layer::Linear(linear) => linear.backward(device, params, rows, x, saved, d_out, dx, grads),
-            Layer::Conv { conv, weight, bias, activation } => {
-                let shape = [rows, conv.outputs, conv.out_height() * conv.out_width()];
-                let d_bias = Write::Add(ViewMut { buf: &mut *grads, at: bias.clone() });
-                let saved = part(saved, len);
-                device.bias_activation_backward(shape, *activation, saved, part_mut(d_out, len), Some(d_bias));
-                let d_out = part(d_out, len);
-                let d_weight = Write::Add(ViewMut { buf: grads, at: weight.clone() });
-                device.conv_backward_weight(conv, rows, x, d_out.again(), d_weight, &mut work.scratch);
-                if let Some(dx) = dx {
-                    let weight = View { buf: params, at: weight.clone() };
-                    device.conv_backward_data(conv, rows, weight, d_out, part_mut(dx, input), &mut work.scratch);
-                }
+        match (self, work) {
+            (Layer::Linear(linear), Work::Linear) => {
+                linear.backward(device, params, rows, x, saved, d_out, dx, grads);
             }
-            Layer::Pool(pooling) => {
-                if let Some(dx) = dx {
-                    device.pool_backward(pooling, rows, x, part(d_out, len), part_mut(dx, input));
-                }
+            (Layer::Conv { conv, params: at }, Work::Conv(work)) => {
+                let params = View { buf: params, at: at.clone() };
+                let (dx, d_params) = (dx.map(|dx| part_mut(dx, input)), ViewMut { buf: grads, at: at.clone() });
+                device.conv_pool_backward(conv, rows, x, params, part(d_out, len), dx, d_params, work);
             }
-            Layer::Transformer(transformer) => {
-                transformer.backward(device, params, rows, x, part(d_out, len), grads, work.transformer());
+            (Layer::Transformer(transformer), Work::Transformer(acts)) => {
+                transformer.backward(device, params, rows, x, part(d_out, len), grads, acts);
             }
+            _ => unreachable!("work of another layer"),
         }
     }
 }

@@ -11,7 +11,7 @@ mod transformer;
 
 pub use network::Network;
 
-use crate::device::{Activation, Attention, Conv, Device, Pool, Pooling, View, ViewMut};
+use crate::device::{Activation, Attention, Conv, ConvPool, Device, Pool, View, ViewMut};
 use layer::{Layer, Linear, Work};
 use rand::{RngExt, SeedableRng};
 use std::ops::Range;
@@ -183,7 +183,8 @@ pub struct Acts<D: Device> {
     pub d_output: D::Buf,
     /// What lies between layers: one less than there are layers.
     hidden: Vec<Hidden<D>>,
-    work: Work<D>,
+    /// One a layer.
+    work: Vec<Work<D>>,
 }
 
 /// The output of a layer that is not the last, `[rows, width]` each.
@@ -286,7 +287,7 @@ impl Encoder {
             output: device.alloc(rows * self.output),
             d_output: device.alloc(rows * self.output),
             hidden: self.layers[..between].iter().map(hidden).collect(),
-            work: Work::new(&self.layers, device, rows),
+            work: self.layers.iter().map(|layer| Work::new(layer, device, rows)).collect(),
         }
     }
 
@@ -313,7 +314,7 @@ impl Encoder {
                     Some(hidden) => (hidden.pre.as_mut(), &mut hidden.out),
                     None => (None, &mut acts.output),
                 };
-                layer.forward(device, params, rows, x, pre, out, &mut acts.work);
+                layer.forward(device, params, rows, x, pre, out, &mut acts.work[i]);
             }
         }
     }
@@ -338,7 +339,7 @@ impl Encoder {
                 Some(hidden) => (hidden.pre.as_ref().unwrap_or(&hidden.out), &mut hidden.d_out),
                 None => (&acts.output, &mut acts.d_output),
             };
-            layer.backward(device, params, rows, x, saved, d_out, dx, grads, &mut acts.work);
+            layer.backward(device, params, rows, x, saved, d_out, dx, grads, &mut acts.work[i]);
         }
     }
 }
@@ -355,7 +356,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// Appends `kind` ("weight", "bias") of the layer under construction.
     fn tensor(&mut self, kind: &str, shape: &[usize], law: Law) -> Range<usize> {
-        let layer = self.encoder.layers.iter().filter(|layer| !matches!(layer, Layer::Pool(_))).count();
+        let layer = self.encoder.layers.len();
         let span = self.layout.spans.len();
         let at = self.layout.push(&format!("{}.{layer}.{kind}", self.prefix), shape);
         self.encoder.tensors.push(Tensor { span, at: at.clone(), law });
@@ -416,12 +417,9 @@ impl Builder<'_> {
             }
             let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], Law::fan_in(conv.patch()));
             let bias = self.tensor("bias", &[outputs], Law::fan_in(conv.patch()));
-            self.encoder.layers.push(Layer::Conv { conv, weight, bias, activation });
-            if size > 1 {
-                let pooling = Pooling { kind: pool, channels, height, width, size };
-                (height, width) = (pooling.out_height(), pooling.out_width());
-                self.encoder.layers.push(Layer::Pool(pooling));
-            }
+            let conv = ConvPool { conv, activation, pool, size };
+            (height, width) = (conv.pooling().out_height(), conv.pooling().out_width());
+            self.encoder.layers.push(Layer::Conv { conv, params: weight.start..bias.end });
         }
         self.width = channels * height * width;
         Ok(())

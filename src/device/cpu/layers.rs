@@ -3,314 +3,25 @@
 //! Every result is the same bit for bit for any number of threads: outputs are split into parts that no other
 //! part touches, and where samples are summed the batch is cut into [`SHARDS`] fixed shards whose partial sums are
 //! added in order.
-//!
-//! Convolutions are matrix products, a block of output rows of one sample at a time, so that the block stays in
-//! cache: with `col` `[patch, pixels]` the patches under the block's pixels,
-//!
-//! ```text
-//! out'      [pixels, outputs]  = col' weight',          weight [outputs, patch]
-//! d_col     [patch, pixels]    = weight' d_out,  added back to the pixels each patch came from
-//! d_weight' [patch, outputs]  += col d_out'
-//! ```
 
-use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
-use crate::device::{Activation, AdamStep, Conv, Pool, Pooling, Real};
+use super::simd::{Isa, Op, Simd, WIDEST};
+use crate::device::{Activation, AdamStep, Pool, Pooling, Real};
 use crate::objective::Write;
 use kernels::law::ERFC;
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// Into how many parts a sum over samples is cut, whatever the number of threads.
 pub(super) const SHARDS: usize = 64;
 /// Numbers an elementwise task works through.
 pub(super) const GRAIN: usize = 1 << 14;
-/// Numbers of the patches of a block of output rows, about: with its packed copy, a part of a second-level cache.
-const BLOCK: usize = 1 << 15;
 /// Numbers of the widest register.
 pub(super) const REGISTER: usize = WIDEST / 2;
 /// Numbers summed side by side.
 pub(super) const LANES: usize = 8;
 
-/// How a convolution is cut up, and a shard's scratch.
-#[derive(Clone, Copy)]
-struct Blocks {
-    /// Output rows in a block.
-    rows: usize,
-    /// Pixels of a block with room for whole registers: the row stride of `col`.
-    stride: usize,
-    /// Output channels with room for whole registers: the row stride of results by output channel.
-    outputs: usize,
-    /// Numbers of a strip; of `col`; of a packed operand; of a product's result.
-    scratch: [usize; 4],
-}
-
-impl Blocks {
-    fn new(conv: &Conv) -> Self {
-        let (patch, width) = (conv.patch(), conv.out_width());
-        let rows = (BLOCK / (patch * width)).clamp(1, conv.out_height());
-        let pixels = rows * width;
-        let (stride, outputs) = (pixels.next_multiple_of(REGISTER), conv.outputs.next_multiple_of(REGISTER));
-        let packed = packed_len(conv.outputs, pixels).max(packed_len(patch.max(pixels), conv.outputs));
-        let strip = (rows + conv.kernel - 1) * width;
-        let result = patch.max(pixels) * outputs;
-        Blocks { rows, stride, outputs, scratch: [strip, patch * stride, packed, result] }
-    }
-    /// Every block as its output rows.
-    fn iter(self, conv: &Conv) -> impl Iterator<Item = Range<usize>> {
-        let height = conv.out_height();
-        (0..height).step_by(self.rows).map(move |start| start..(start + self.rows).min(height))
-    }
-    /// Numbers of scratch of one shard.
-    fn shard(self) -> usize {
-        self.scratch.iter().sum()
-    }
-    /// A shard's scratch in its parts.
-    fn split<T>(self, scratch: &mut [T]) -> [&mut [T]; 4] {
-        let (strip, rest) = scratch.split_at_mut(self.scratch[0]);
-        let (col, rest) = rest.split_at_mut(self.scratch[1]);
-        let (packed, result) = rest.split_at_mut(self.scratch[2]);
-        [strip, col, packed, result]
-    }
-}
-
 /// Samples in a shard.
 pub(super) fn shard(rows: usize) -> usize {
     rows.div_ceil(SHARDS).max(1)
-}
-
-pub(super) fn conv_scratch(conv: &Conv, rows: usize) -> usize {
-    SHARDS.min(rows) * Blocks::new(conv).shard()
-}
-
-/// Visits the lines of a strip: the image rows under a block of output rows (`block` and `kernel - 1` more), as the
-/// `kx`-th column of the kernel sees them, `[lines, out_width]`. `visit(pixels of the strip, Some(first number in the
-/// channel's image))`, with `None` where padding is.
-#[inline(always)]
-fn lines(conv: &Conv, block: &Range<usize>, kx: usize, mut visit: impl FnMut(Range<usize>, Option<usize>)) {
-    let Conv { height, width, kernel, padding, .. } = *conv;
-    let out_width = conv.out_width();
-    // Output column `o` reads image column `o + kx - padding`.
-    let low = padding.saturating_sub(kx).min(out_width);
-    let high = (width + padding).saturating_sub(kx).clamp(low, out_width);
-    for (line, y) in (block.start..block.end + kernel - 1).enumerate() {
-        let at = line * out_width;
-        if y < padding || y >= height + padding || low == high {
-            visit(at..at + out_width, None);
-        } else {
-            visit(at..at + low, None);
-            visit(at + low..at + high, Some((y - padding) * width + low + kx - padding));
-            visit(at + high..at + out_width, None);
-        }
-    }
-}
-
-/// Gathers the patches of a block of output rows of one sample into `col`. The rows of `col` for one channel and
-/// kernel column are one strip, an output row apart.
-#[inline(always)]
-fn gather<T: Real>(conv: &Conv, block: Range<usize>, x: &[T], strip: &mut [T], col: &mut [T], stride: usize) {
-    let (kernel, width) = (conv.kernel, conv.out_width());
-    let n = block.len() * width;
-    for (x, col) in x.chunks(conv.height * conv.width).zip(col.chunks_mut(kernel * kernel * stride)) {
-        for kx in 0..kernel {
-            lines(conv, &block, kx, |at, from| match from {
-                Some(from) => strip[at.clone()].copy_from_slice(&x[from..][..at.len()]),
-                None => strip[at].fill(T::ZERO),
-            });
-            for ky in 0..kernel {
-                col[(ky * kernel + kx) * stride..][..n].copy_from_slice(&strip[ky * width..][..n]);
-            }
-        }
-    }
-}
-
-/// Adds `col` back to the pixels it was gathered from.
-#[inline(always)]
-fn scatter<T: Real>(conv: &Conv, block: Range<usize>, col: &[T], strip: &mut [T], dx: &mut [T], stride: usize) {
-    let (kernel, width) = (conv.kernel, conv.out_width());
-    let n = block.len() * width;
-    for (dx, col) in dx.chunks_mut(conv.height * conv.width).zip(col.chunks(kernel * kernel * stride)) {
-        for kx in 0..kernel {
-            strip.fill(T::ZERO);
-            for ky in 0..kernel {
-                add(&mut strip[ky * width..][..n], &col[(ky * kernel + kx) * stride..]);
-            }
-            lines(conv, &block, kx, |at, to| {
-                if let Some(to) = to {
-                    add(&mut dx[to..][..at.len()], &strip[at]);
-                }
-            });
-        }
-    }
-}
-
-/// `to += from`, as far as `to` goes.
-#[inline(always)]
-fn add<T: Real>(to: &mut [T], from: &[T]) {
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to += from;
-    }
-}
-
-pub(super) fn conv<T: Lane>(
-    isa: Isa,
-    conv: &Conv,
-    rows: usize,
-    x: &[T],
-    weight: &[T],
-    out: &mut [T],
-    scratch: &mut [T],
-) {
-    let shard = shard(rows);
-    out.par_chunks_mut(shard * conv.output_len())
-        .zip(x.par_chunks(shard * conv.input_len()))
-        .zip(scratch.par_chunks_mut(Blocks::new(conv).shard()))
-        .for_each(|((out, x), scratch)| isa.run(Forward { conv, x, weight, out, scratch }));
-}
-
-/// [`conv`] of a shard.
-struct Forward<'a, T> {
-    conv: &'a Conv,
-    x: &'a [T],
-    weight: &'a [T],
-    out: &'a mut [T],
-    scratch: &'a mut [T],
-}
-
-impl<T: Lane> Op for Forward<'_, T> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let Forward { conv, x, weight, out, scratch } = self;
-        let blocks = Blocks::new(conv);
-        let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.patch());
-        let [strip, col, packed, result] = blocks.split(scratch);
-        pack_transposed::<S, T>(weight, depth, depth, conv.outputs, packed);
-        for (out, x) in out.chunks_mut(conv.output_len()).zip(x.chunks(conv.input_len())) {
-            for block in blocks.iter(conv) {
-                let (at, n) = (block.start * width, block.len() * width);
-                gather(conv, block, x, strip, col, blocks.stride);
-                let col = Left { data: col, row: 1, col: blocks.stride, rows: n, depth };
-                product::<S, T, Inner, LONG>(col, packed, conv.outputs, result, blocks.outputs, false);
-                for (o, out) in out.chunks_mut(pixels).enumerate() {
-                    for (out, result) in out[at..at + n].iter_mut().zip(result.chunks(blocks.outputs)) {
-                        *out = result[o];
-                    }
-                }
-            }
-        }
-    }
-}
-
-pub(super) fn conv_backward_data<T: Lane>(
-    isa: Isa,
-    conv: &Conv,
-    rows: usize,
-    weight: &[T],
-    d_out: &[T],
-    dx: &mut [T],
-    scratch: &mut [T],
-) {
-    let shard = shard(rows);
-    dx.par_chunks_mut(shard * conv.input_len())
-        .zip(d_out.par_chunks(shard * conv.output_len()))
-        .zip(scratch.par_chunks_mut(Blocks::new(conv).shard()))
-        .for_each(|((dx, d_out), scratch)| isa.run(BackwardData { conv, weight, d_out, dx, scratch }));
-}
-
-/// [`conv_backward_data`] of a shard.
-struct BackwardData<'a, T> {
-    conv: &'a Conv,
-    weight: &'a [T],
-    d_out: &'a [T],
-    dx: &'a mut [T],
-    scratch: &'a mut [T],
-}
-
-impl<T: Lane> Op for BackwardData<'_, T> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let BackwardData { conv, weight, d_out, dx, scratch } = self;
-        let blocks = Blocks::new(conv);
-        let (width, pixels, depth) = (conv.out_width(), conv.out_height() * conv.out_width(), conv.outputs);
-        let [strip, d_col, packed, _] = blocks.split(scratch);
-        for (dx, d_out) in dx.chunks_mut(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
-            dx.fill(T::ZERO);
-            for block in blocks.iter(conv) {
-                let n = block.len() * width;
-                pack::<S, T>(&d_out[block.start * width..], pixels, depth, n, packed);
-                let weight = Left { data: weight, row: 1, col: conv.patch(), rows: conv.patch(), depth };
-                product::<S, T, Inner, LONG>(weight, packed, n, d_col, blocks.stride, false);
-                scatter(conv, block, d_col, strip, dx, blocks.stride);
-            }
-        }
-    }
-}
-
-pub(super) fn conv_backward_weight<T: Lane>(
-    isa: Isa,
-    conv: &Conv,
-    rows: usize,
-    x: &[T],
-    d_out: &[T],
-    d_weight: Write<&mut [T]>,
-    scratch: &mut [T],
-) {
-    let (blocks, shard) = (Blocks::new(conv), shard(rows));
-    x.par_chunks(shard * conv.input_len())
-        .zip(d_out.par_chunks(shard * conv.output_len()))
-        .zip(scratch.par_chunks_mut(blocks.shard()))
-        .for_each(|((x, d_out), scratch)| isa.run(BackwardWeight { conv, x, d_out, scratch }));
-    let (d_weight, keep) = match d_weight {
-        Write::Set(d) => (d, false),
-        Write::Add(d) => (d, true),
-    };
-    if !keep {
-        d_weight.fill(T::ZERO);
-    }
-    let mut sums = scratch.chunks_mut(blocks.shard()).take(rows.div_ceil(shard)).map(|scratch| {
-        let [.., sum] = blocks.split(scratch);
-        &mut sum[..conv.patch() * blocks.outputs]
-    });
-    let Some(total) = sums.next() else { return };
-    for sum in sums {
-        add(total, sum);
-    }
-    for (o, d_weight) in d_weight.chunks_mut(conv.patch()).enumerate() {
-        for (d, total) in d_weight.iter_mut().zip(total.chunks(blocks.outputs)) {
-            *d += total[o];
-        }
-    }
-}
-
-/// [`conv_backward_weight`] of a shard: leaves its transposed gradient `[patch, outputs]` in the scratch's last part.
-struct BackwardWeight<'a, T> {
-    conv: &'a Conv,
-    x: &'a [T],
-    d_out: &'a [T],
-    scratch: &'a mut [T],
-}
-
-impl<T: Lane> Op for BackwardWeight<'_, T> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let BackwardWeight { conv, x, d_out, scratch } = self;
-        let blocks = Blocks::new(conv);
-        let (width, pixels) = (conv.out_width(), conv.out_height() * conv.out_width());
-        let [strip, col, packed, sum] = blocks.split(scratch);
-        let sum = &mut sum[..conv.patch() * blocks.outputs];
-        sum.fill(T::ZERO);
-        for (x, d_out) in x.chunks(conv.input_len()).zip(d_out.chunks(conv.output_len())) {
-            for block in blocks.iter(conv) {
-                let (at, n) = (block.start * width, block.len() * width);
-                gather(conv, block, x, strip, col, blocks.stride);
-                pack_transposed::<S, T>(&d_out[at..], pixels, n, conv.outputs, packed);
-                let col = Left { data: col, row: blocks.stride, col: 1, rows: conv.patch(), depth: n };
-                product::<S, T, Inner, LONG>(col, packed, conv.outputs, sum, blocks.outputs, true);
-            }
-        }
-    }
 }
 
 /// An elementwise loop, compiled for the instruction set it runs on.
@@ -337,6 +48,42 @@ pub(super) fn bias_activation<T: Real>(
         // Written so that NaN stays NaN.
         Activation::Relu => biased_map(isa, shape, bias, pre, out, |x| if x < T::ZERO { T::ZERO } else { x }),
         Activation::Gelu => biased_map(isa, shape, bias, pre, out, |x| x * normal(x).0),
+    }
+}
+
+/// An activation, and its derivative.
+pub(super) trait Act {
+    /// Both, at `x`.
+    fn both<T: Real>(x: T) -> (T, T);
+}
+
+/// [`Activation::None`].
+pub(super) struct Same;
+/// [`Activation::Relu`].
+pub(super) struct Relu;
+/// [`Activation::Gelu`].
+pub(super) struct Gelu;
+
+impl Act for Same {
+    #[inline(always)]
+    fn both<T: Real>(x: T) -> (T, T) {
+        (x, T::ONE)
+    }
+}
+
+impl Act for Relu {
+    // Written so that NaN stays NaN.
+    #[inline(always)]
+    fn both<T: Real>(x: T) -> (T, T) {
+        (if x < T::ZERO { T::ZERO } else { x }, if x <= T::ZERO { T::ZERO } else { T::ONE })
+    }
+}
+
+impl Act for Gelu {
+    #[inline(always)]
+    fn both<T: Real>(x: T) -> (T, T) {
+        let (cdf, density) = normal(x);
+        (x * cdf, cdf + x * density)
     }
 }
 
@@ -594,68 +341,6 @@ mod tests {
 
     fn dot(a: &[f64], b: &[f64]) -> f64 {
         a.iter().zip(b).map(|(a, b)| a * b).sum()
-    }
-
-    /// The definition: six loops.
-    fn naive_conv(c: &Conv, rows: usize, x: &[f64], weight: &[f64]) -> Vec<f64> {
-        let (height, width, k) = (c.out_height(), c.out_width(), c.kernel);
-        let mut out = vec![0.0; rows * c.output_len()];
-        for (at, out) in out.iter_mut().enumerate() {
-            let (ox, oy) = (at % width, at / width % height);
-            let (o, row) = (at / (width * height) % c.outputs, at / c.output_len());
-            for i in 0..c.inputs {
-                for (ky, kx) in (0..k * k).map(|at| (at / k, at % k)) {
-                    let (y, x_) = (oy + ky, ox + kx);
-                    let inside = |at: usize, len: usize| (c.padding..len + c.padding).contains(&at);
-                    if inside(y, c.height) && inside(x_, c.width) {
-                        let from = ((row * c.inputs + i) * c.height + y - c.padding) * c.width + x_ - c.padding;
-                        *out += x[from] * weight[((o * c.inputs + i) * k + ky) * k + kx];
-                    }
-                }
-            }
-        }
-        out
-    }
-
-    // Images of one and of several blocks, batches of one and of several samples a shard, padding beyond the kernel.
-    // The backwards are the adjoints of the forward: <conv(x, w), d> = <x, dx> = <w, dw>. Tolerance: rounding of sums
-    // of 1e5 terms; any misplaced term shows as 1e-3 or more.
-    #[test]
-    fn convolution_is_its_definition_and_backward_its_adjoint() {
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        for (inputs, height, width, outputs, kernel, padding, rows) in [
-            (1, 1, 1, 1, 1, 0, 1),
-            (1, 28, 28, 6, 5, 2, 3),
-            (6, 14, 14, 16, 5, 0, 67),
-            (7, 41, 37, 3, 7, 1, 2),
-            (2, 3, 2, 5, 2, 4, 131),
-            (3, 5, 11, 33, 5, 0, 2),
-        ] {
-            let c = Conv { inputs, height, width, outputs, kernel, padding };
-            let (x, d) = (random(rows * c.input_len(), &mut rng), random(rows * c.output_len(), &mut rng));
-            let weight = random(outputs * c.patch(), &mut rng);
-            let want = naive_conv(&c, rows, &x, &weight);
-            for isa in Isa::available() {
-                let mut scratch = vec![f64::NAN; conv_scratch(&c, rows)];
-                let mut out = vec![f64::NAN; want.len()];
-                conv(isa, &c, rows, &x, &weight, &mut out, &mut scratch);
-                for (o, w) in out.iter().zip(&want) {
-                    assert!((o - w).abs() < 1e-12, "{c:?} {}: {o}, want {w}", isa.name());
-                }
-                scratch.fill(f64::NAN);
-                let mut dx = vec![f64::NAN; x.len()];
-                conv_backward_data(isa, &c, rows, &weight, &d, &mut dx, &mut scratch);
-                scratch.fill(f64::NAN);
-                let mut dw = vec![f64::NAN; weight.len()];
-                conv_backward_weight(isa, &c, rows, &x, &d, Write::Set(&mut dw), &mut scratch);
-                let (value, size) = (dot(&want, &d), dot(&want, &want).sqrt() * dot(&d, &d).sqrt());
-                assert!((dot(&x, &dx) - value).abs() < 1e-13 * size, "{c:?} {} data", isa.name());
-                assert!((dot(&weight, &dw) - value).abs() < 1e-13 * size, "{c:?} {} weight", isa.name());
-                let set = dw.clone();
-                conv_backward_weight(isa, &c, rows, &x, &d, Write::Add(&mut dw), &mut scratch);
-                assert!(dw.iter().zip(&set).all(|(twice, once)| *twice == 2.0 * once));
-            }
-        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod attention;
 mod contrast;
+mod conv;
 mod fused;
 mod gemm;
 mod layers;
@@ -15,8 +16,8 @@ mod sweep;
 pub use simd::{Isa, Lane};
 
 use super::{
-    Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Engine, Gemm, Norm, Pooling,
-    View, ViewMut,
+    Activation, AdamStep, Attention, Contrast, Conv, ConvPool, Device, DeviceError, Embeddings, Engine, Gemm, Norm,
+    Pooling, View, ViewMut,
 };
 use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
 use half::{bf16, f16};
@@ -151,7 +152,7 @@ impl<T: Lane> Device for Cpu<T> {
         layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(slice));
     }
     fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
-        layers::conv_scratch(conv, rows)
+        conv::scratch(conv, rows)
     }
     fn conv(
         &self,
@@ -162,7 +163,7 @@ impl<T: Lane> Device for Cpu<T> {
         out: ViewMut<'_, Vec<T>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv(self.isa, conv, rows, read(&x), read(&weight), write(out), scratch);
+        conv::conv(self.isa, conv, rows, read(&x), read(&weight), write(out), scratch);
     }
     fn conv_backward_data(
         &self,
@@ -173,7 +174,7 @@ impl<T: Lane> Device for Cpu<T> {
         dx: ViewMut<'_, Vec<T>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv_backward_data(self.isa, conv, rows, read(&weight), read(&d_out), write(dx), scratch);
+        conv::backward_data(self.isa, conv, rows, read(&weight), read(&d_out), write(dx), scratch);
     }
     fn conv_backward_weight(
         &self,
@@ -184,7 +185,7 @@ impl<T: Lane> Device for Cpu<T> {
         d_weight: Write<ViewMut<'_, Vec<T>>>,
         scratch: &mut Vec<T>,
     ) {
-        layers::conv_backward_weight(self.isa, conv, rows, read(&x), read(&d_out), slice(d_weight), scratch);
+        conv::backward_weight(self.isa, conv, rows, read(&x), read(&d_out), slice(d_weight), scratch);
     }
     fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
         layers::pool(pooling, rows, read(&x), write(out));
@@ -198,6 +199,34 @@ impl<T: Lane> Device for Cpu<T> {
         dx: ViewMut<'_, Vec<T>>,
     ) {
         layers::pool_backward(pooling, rows, read(&x), read(&d_out), write(dx));
+    }
+    fn conv_pool_work(&self, c: &ConvPool, rows: usize) -> [usize; 4] {
+        [conv::kept(c, rows), 0, 0, conv::scratch(&c.conv, rows)]
+    }
+    fn conv_pool(
+        &self,
+        c: &ConvPool,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        params: View<'_, Vec<T>>,
+        out: ViewMut<'_, Vec<T>>,
+        [kept, _, _, scratch]: &mut [Vec<T>; 4],
+    ) {
+        conv::forward(self.isa, c, rows, read(&x), read(&params), kept, write(out), scratch);
+    }
+    fn conv_pool_backward(
+        &self,
+        c: &ConvPool,
+        rows: usize,
+        x: View<'_, Vec<T>>,
+        params: View<'_, Vec<T>>,
+        d_out: View<'_, Vec<T>>,
+        dx: Option<ViewMut<'_, Vec<T>>>,
+        d_params: ViewMut<'_, Vec<T>>,
+        [kept, _, _, scratch]: &mut [Vec<T>; 4],
+    ) {
+        let saved = conv::Saved { x: read(&x), params: read(&params), kept, d_out: read(&d_out) };
+        conv::backward(self.isa, c, rows, saved, dx.map(write), write(d_params), scratch);
     }
     fn layer_norm(
         &self,
