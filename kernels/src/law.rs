@@ -25,10 +25,15 @@ pub trait Num: Copy {
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// The larger.
     fn max(self, b: Self) -> Self;
-    /// `self * 2^n` for integer-valued `n` in -126..=127 and a normal result.
+    /// `self * 2^n`, a normal number, of a normal number and an integer n given as [`MAGIC`]` + n`.
     fn scale2(self, n: Self) -> Self;
     /// `if self < b { x } else { y }`, lane by lane.
     fn select_lt(self, b: Self, x: Self, y: Self) -> Self;
+    /// 0 where `x < low`, `self` elsewhere.
+    #[inline(always)]
+    fn zero_lt(self, x: Self, low: Self) -> Self {
+        x.select_lt(low, Self::splat(0.0), self)
+    }
 
     /// The exponential of a logit: `e^(NATS self)`.
     #[inline(always)]
@@ -80,7 +85,8 @@ impl Num for f32 {
     }
     #[inline(always)]
     fn scale2(self, n: f32) -> f32 {
-        self * f32::from_bits(((n as i32 + 127) << 23) as u32)
+        // The low bits of `n` are those of the integer: added to the exponent.
+        f32::from_bits(self.to_bits().wrapping_add(n.to_bits() << 23))
     }
     #[inline(always)]
     fn select_lt(self, b: f32, x: f32, y: f32) -> f32 {
@@ -93,16 +99,22 @@ pub const EXP_MIN: f32 = -87.336_54;
 /// Above this, `exp` stays at its value here, 2.4e38: finite, so that no NaN is made from it.
 pub const EXP_MAX: f32 = 88.376_26;
 
+/// 1.5 * 2^23: added to a number, it leaves no bits for a fraction, and the nearest integer in the low bits.
+pub const MAGIC: f32 = 12_582_912.0;
+
 /// `e^x`, relative error below 2e-7 on [`EXP_MIN`, `EXP_MAX`]; 0 below (-inf included), capped above.
 #[inline(always)]
 pub fn exp<F: Num>(x: F) -> F {
-    let cap = x.select_lt(F::splat(EXP_MAX), x, F::splat(EXP_MAX));
-    let inside = cap.max(F::splat(EXP_MIN));
-    // Adding 1.5 * 2^23 leaves no bits for a fraction: round to nearest.
-    let magic = F::splat(12_582_912.0);
-    let n = inside.mul_add(F::splat(core::f32::consts::LOG2_E), magic).sub(magic);
+    exp_uncapped(x.select_lt(F::splat(EXP_MAX), x, F::splat(EXP_MAX)))
+}
+
+/// [`exp`] of what is known not to exceed [`EXP_MAX`].
+#[inline(always)]
+pub fn exp_uncapped<F: Num>(x: F) -> F {
+    let t = x.mul_add(F::splat(core::f32::consts::LOG2_E), F::splat(MAGIC));
+    let n = t.sub(F::splat(MAGIC));
     // ln 2 in two parts: n times the first is exact.
-    let r = n.mul_add(F::splat(-0.693_359_4), inside);
+    let r = n.mul_add(F::splat(-0.693_359_4), x);
     let r = n.mul_add(F::splat(2.121_944_4e-4), r);
     let p = F::splat(1.987_569_1e-4);
     let p = p.mul_add(r, F::splat(1.398_199_9e-3));
@@ -110,8 +122,9 @@ pub fn exp<F: Num>(x: F) -> F {
     let p = p.mul_add(r, F::splat(4.166_579_6e-2));
     let p = p.mul_add(r, F::splat(1.666_666_5e-1));
     let p = p.mul_add(r, F::splat(5e-1));
-    let e = p.mul_add(r.mul(r), r).add(F::splat(1.0)).scale2(n);
-    x.select_lt(F::splat(EXP_MIN), F::splat(0.0), e)
+    // Below EXP_MIN this is anything, a NaN too.
+    let e = p.mul_add(r.mul(r), r).add(F::splat(1.0)).scale2(t);
+    e.zero_lt(x, F::splat(EXP_MIN))
 }
 
 /// `ln(1 + t)` for t in [0, 1], relative error below 3e-7, by the atanh series.

@@ -227,7 +227,7 @@ impl Num for Octave {
     }
     #[inline(always)]
     fn scale2(self, n: Self) -> Self {
-        Octave(self.0 * exp2(n.0))
+        Octave(self.0 * exp2(n.0 - crate::law::MAGIC))
     }
     #[inline(always)]
     fn select_lt(self, b: Self, x: Self, y: Self) -> Self {

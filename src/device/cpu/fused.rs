@@ -405,30 +405,51 @@ impl Logits<'_> {
         self.pairs.visit(rows, cols, |i, j, special| f(i - i0, j - j0, special));
     }
 
-    /// The tile of S at `rows` x `cols`, rows [`COLS`] apart. What surplus columns hold means nothing.
+    /// Rows of u as [`Logits::tile`] takes them: with the scale, if a product is linear in them.
+    fn read(&self, rows: &Range<usize>, u: &mut [f32]) {
+        self.u.read(rows.clone(), u);
+        if self.product == Product::Inner {
+            u.iter_mut().for_each(|x| *x *= self.scale);
+        }
+    }
+
+    /// The tile of S at `rows` x `cols`, rows [`stride`] apart. What surplus columns hold means nothing.
     #[inline(always)]
     fn tile<S: Simd>(&self, u: &[f32], s: &mut [f32], rows: usize, cols: &Range<usize>) {
-        let dim = self.u.rows.dim;
+        let (dim, stride) = (self.u.rows.dim, stride(cols));
         let left = Left { data: u, row: dim, col: 1, rows, depth: dim };
         let packed = &self.packed[cols.start * dim..];
-        match self.product {
-            Product::Inner => product::<S, f32, Inner, SHORT>(left, packed, cols.len(), s, COLS, false),
-            Product::SquaredDistance => {
-                product::<S, f32, SquaredDistance, SHORT>(left, packed, cols.len(), s, COLS, false)
+        let scale = match self.product {
+            Product::Inner => {
+                product::<S, f32, Inner, SHORT>(left, packed, cols.len(), s, stride, false);
+                if self.offset.is_none() {
+                    return;
+                }
+                1.0
             }
-        }
-        let scale = S::F32::splat(self.scale);
+            Product::SquaredDistance => {
+                product::<S, f32, SquaredDistance, SHORT>(left, packed, cols.len(), s, stride, false);
+                self.scale
+            }
+        };
+        let scale = S::F32::splat(scale);
         let mut offset = [0.0; COLS];
         if let Some(of) = self.offset {
             offset[..cols.len()].copy_from_slice(&of[cols.clone()]);
         }
         let wide = wide::<S>(cols);
-        for row in s.chunks_exact_mut(COLS).take(rows) {
+        for row in s.chunks_exact_mut(stride).take(rows) {
             for (s, offset) in lanes_mut::<S>(&mut row[..wide]).zip(lanes::<S>(&offset[..wide])) {
                 S::F32::load(s).mul_add(scale, S::F32::load(offset)).store(s);
             }
         }
     }
+}
+
+/// How far apart the rows of a tile are: whole registers of any instruction set.
+#[inline(always)]
+fn stride(cols: &Range<usize>) -> usize {
+    cols.len().next_multiple_of(WIDEST)
 }
 
 /// Columns of a tile, rounded up to whole registers.
@@ -473,49 +494,57 @@ impl Op for TallyBlock<'_, '_, '_> {
     fn run<S: Simd>(self) {
         let TallyBlock { logits, row, col, want, logit_sums, mut keep, ws } = self;
         let dim = logits.u.rows.dim;
-        let s = sized(&mut ws.tile, ROWS * COLS);
+        grow(&mut ws.tile, ROWS * COLS);
         for rows in row_blocks(row.first..row.first + row.max.len()) {
             let u = sized(&mut ws.u, rows.len() * dim);
-            logits.u.read(rows.clone(), u);
+            logits.read(&rows, u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
-                let s = &mut s[..rows.len() * COLS];
-                logits.tile::<S>(u, s, rows.len(), &cols);
-                if let Some(slot) = keep.take() {
-                    let (tile, rest) = slot.split_at_mut(rows.len() * cols.len());
-                    for (kept, s) in tile.chunks_exact_mut(cols.len()).zip(s.chunks_exact(COLS)) {
-                        kept.copy_from_slice(&s[..cols.len()]);
+                let stride = stride(&cols);
+                let s = match keep.take() {
+                    Some(slot) => {
+                        let (tile, rest) = slot.split_at_mut(rows.len() * stride);
+                        keep = Some(rest);
+                        tile
                     }
-                    keep = Some(rest);
-                }
+                    None => &mut ws.tile[..rows.len() * stride],
+                };
+                logits.tile::<S>(u, s, rows.len(), &cols);
                 if logit_sums {
-                    for (i, s) in rows.clone().zip(s.chunks_exact(COLS)) {
+                    for (i, s) in rows.clone().zip(s.chunks_exact(stride)) {
                         for (j, &s) in cols.clone().zip(s) {
                             row.rest[i - row.first].logits += f64::from(s);
                             col.rest[j - col.first].logits += f64::from(s);
                         }
                     }
                 }
+                ws.specials.clear();
                 logits.visit(&rows, &cols, |i, j, special| {
-                    let s = &mut s[(i - rows.start) * COLS + j - cols.start];
+                    let s = &mut s[(i - rows.start) * stride + j - cols.start];
                     row.rest[i - row.first].add(*s, special);
                     col.rest[j - col.first].add(*s, special);
+                    ws.specials.push((i, j, *s, 0.0));
                     *s = f32::NEG_INFINITY;
                 });
                 let wide = wide::<S>(&cols);
-                for row in s.chunks_exact_mut(COLS) {
+                for row in s.chunks_exact_mut(stride) {
                     row[cols.len()..wide].fill(f32::NEG_INFINITY);
                 }
                 let at_rows = rows.start - row.first..rows.end - row.first;
                 let at_cols = cols.start - col.first..cols.end - col.first;
                 if let Some(anchor) = logits.anchor {
                     let (by_row, by_col) = (&mut row.sum[at_rows], &mut col.sum[at_cols]);
-                    tally_anchored::<S>(s, wide, anchor, by_row, by_col);
+                    tally_anchored::<S>(s, stride, wide, anchor, by_row, by_col);
                 } else {
                     if want.rows {
-                        tally_rows::<S>(s, wide, &mut row.max[at_rows.clone()], &mut row.sum[at_rows]);
+                        tally_rows::<S>(s, stride, wide, &mut row.max[at_rows.clone()], &mut row.sum[at_rows]);
                     }
                     if want.cols {
-                        tally_cols::<S>(s, &mut col.max[at_cols.clone()], &mut col.sum[at_cols]);
+                        tally_cols::<S>(s, stride, &mut col.max[at_cols.clone()], &mut col.sum[at_cols]);
+                    }
+                }
+                if keep.is_some() {
+                    for &(i, j, logit, _) in &ws.specials {
+                        s[(i - rows.start) * stride + j - cols.start] = logit;
                     }
                 }
             }
@@ -525,13 +554,13 @@ impl Op for TallyBlock<'_, '_, '_> {
 
 /// Adds each row's and each column's `exp(s - anchor)` to their sums.
 #[inline(always)]
-fn tally_anchored<S: Simd>(s: &[f32], wide: usize, anchor: f32, rows: &mut [f32], cols: &mut [f32]) {
+fn tally_anchored<S: Simd>(s: &[f32], stride: usize, wide: usize, anchor: f32, rows: &mut [f32], cols: &mut [f32]) {
     let anchor = S::F32::splat(anchor);
     let mut by_col = [0.0; COLS];
-    for (row, sum) in s.chunks_exact(COLS).zip(rows) {
+    for (row, sum) in s.chunks_exact(stride).zip(rows) {
         let mut part = S::F32::splat(0.0);
         for (s, col) in lanes::<S>(&row[..wide]).zip(lanes_mut::<S>(&mut by_col)) {
-            let e = law::exp(S::F32::load(s).sub(anchor));
+            let e = law::exp_uncapped(S::F32::load(s).sub(anchor));
             part = part.add(e);
             S::F32::load(col).add(e).store(col);
         }
@@ -542,8 +571,8 @@ fn tally_anchored<S: Simd>(s: &[f32], wide: usize, anchor: f32, rows: &mut [f32]
 
 /// Merges each row of the tile into its running (max, sum).
 #[inline(always)]
-fn tally_rows<S: Simd>(s: &[f32], wide: usize, max: &mut [f32], sum: &mut [f32]) {
-    for ((row, max), sum) in s.chunks_exact(COLS).zip(max).zip(sum) {
+fn tally_rows<S: Simd>(s: &[f32], stride: usize, wide: usize, max: &mut [f32], sum: &mut [f32]) {
+    for ((row, max), sum) in s.chunks_exact(stride).zip(max).zip(sum) {
         let row = &row[..wide];
         let mut top = S::F32::splat(f32::NEG_INFINITY);
         for s in lanes::<S>(row) {
@@ -554,7 +583,7 @@ fn tally_rows<S: Simd>(s: &[f32], wide: usize, max: &mut [f32], sum: &mut [f32])
         let anchor = S::F32::splat(Num::max(new, f32::MIN));
         let mut part = S::F32::splat(0.0);
         for s in lanes::<S>(row) {
-            part = part.add(law::exp(S::F32::load(s).sub(anchor)));
+            part = part.add(law::exp_uncapped(S::F32::load(s).sub(anchor)));
         }
         *sum = *sum * law::decay(*max, new) + fold::<S>(part, |a, b| a + b);
         *max = new;
@@ -563,7 +592,7 @@ fn tally_rows<S: Simd>(s: &[f32], wide: usize, max: &mut [f32], sum: &mut [f32])
 
 /// Merges each column of the tile into its running (max, sum).
 #[inline(always)]
-fn tally_cols<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
+fn tally_cols<S: Simd>(s: &[f32], stride: usize, max: &mut [f32], sum: &mut [f32]) {
     let (mut old_max, mut old_sum) = ([f32::NEG_INFINITY; COLS], [0.0; COLS]);
     let w = max.len();
     old_max[..w].copy_from_slice(max);
@@ -576,13 +605,13 @@ fn tally_cols<S: Simd>(s: &[f32], max: &mut [f32], sum: &mut [f32]) {
         }
         let old = S::F32::load(old_max);
         let mut new = old;
-        for row in s.chunks_exact(COLS) {
+        for row in s.chunks_exact(stride) {
             new = new.max(S::F32::load(&row[at..]));
         }
         let anchor = new.max(S::F32::splat(f32::MIN));
         let mut part = S::F32::splat(0.0);
-        for row in s.chunks_exact(COLS) {
-            part = part.add(law::exp(S::F32::load(&row[at..]).sub(anchor)));
+        for row in s.chunks_exact(stride) {
+            part = part.add(law::exp_uncapped(S::F32::load(&row[at..]).sub(anchor)));
         }
         S::F32::load(old_sum).mul_add(law::decay(old, anchor), part).store(old_sum);
         new.store(old_max);
@@ -782,28 +811,28 @@ impl Op for PullBlock<'_, '_, '_, '_> {
         for rows in row_blocks(row.range.clone()) {
             let at_rows = rows.start - first_row..rows.end - first_row;
             if kept.is_none() {
-                logits.u.read(rows.clone(), sized(&mut ws.u, rows.len() * dim));
+                logits.read(&rows, sized(&mut ws.u, rows.len() * dim));
             }
             for cols in col_blocks(col.range.clone()) {
                 let at_cols = cols.start - first_col..cols.end - first_col;
-                let tile = &mut ws.tile[..rows.len() * COLS];
-                if let Some(slot) = kept {
-                    let (from, rest) = slot.split_at(rows.len() * cols.len());
-                    for (s, from) in tile.chunks_exact_mut(COLS).zip(from.chunks_exact(cols.len())) {
-                        s[..cols.len()].copy_from_slice(from);
-                    }
+                let stride = stride(&cols);
+                let tile = &mut ws.tile[..rows.len() * stride];
+                let from = kept.map(|slot| {
+                    let (from, rest) = slot.split_at(tile.len());
                     kept = Some(rest);
-                } else {
+                    from
+                });
+                if from.is_none() {
                     logits.tile::<S>(&ws.u, tile, rows.len(), &cols);
                 }
                 let sums = &mut row.sums[at_rows.clone()];
-                take_specials(logits, law, &rows, &cols, tile, sums, &mut ws.specials);
+                take_specials(logits, law, &rows, &cols, from.unwrap_or(&*tile), sums, &mut ws.specials);
                 let by_col = col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]);
                 let factors = law.factors::<S>(&rows, &cols, [&mut ws.by_row, &mut ws.by_col]);
-                law.apply::<S>([&rows, &cols], tile, factors, &ws.specials, sums, by_col);
+                law.apply::<S>([&rows, &cols], from, tile, factors, &ws.specials, sums, by_col);
                 let tile = &*tile;
                 if let Some(out) = &mut row.out {
-                    let left = Left { data: tile, row: COLS, col: 1, rows: rows.len(), depth: cols.len() };
+                    let left = Left { data: tile, row: stride, col: 1, rows: rows.len(), depth: cols.len() };
                     let right = Right { packed: &ws.packed_v, total: col.range.len(), first: at_cols.start };
                     carry::<S>(
                         left,
@@ -814,7 +843,7 @@ impl Op for PullBlock<'_, '_, '_, '_> {
                     );
                 }
                 if let Some(out) = &mut col.out {
-                    let left = Left { data: tile, row: 1, col: COLS, rows: cols.len(), depth: rows.len() };
+                    let left = Left { data: tile, row: 1, col: stride, rows: cols.len(), depth: rows.len() };
                     let right = Right { packed: &ws.packed_u, total: row.range.len(), first: at_rows.start };
                     carry::<S>(
                         left,
@@ -856,29 +885,28 @@ fn carry<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], d
     }
 }
 
-/// Notes every special pair with its logit and its G, and leaves a [`HOLE`] in the tile.
+/// Notes every special pair of the tile `s` with its logit and its G.
 fn take_specials(
     logits: &Logits<'_>,
     law: &Law<'_>,
     rows: &Range<usize>,
     cols: &Range<usize>,
-    s: &mut [f32],
+    s: &[f32],
     sums: &mut [RowSums],
     specials: &mut Vec<(usize, usize, f32, f32)>,
 ) {
     specials.clear();
     logits.visit(rows, cols, |i, j, special| {
-        let at = (i - rows.start) * COLS + j - cols.start;
+        let s = s[(i - rows.start) * stride(cols) + j - cols.start];
         let gradient = match special {
             Special::Ignored => {
-                law.drop_ignored(i, s[at], &mut sums[i - rows.start]);
+                law.drop_ignored(i, s, &mut sums[i - rows.start]);
                 0.0
             }
             Special::Positive if law.positives_are_plain() => return,
-            Special::Positive => law.at_positive(i, j, s[at], &mut sums[i - rows.start]),
+            Special::Positive => law.at_positive(i, j, s, &mut sums[i - rows.start]),
         };
-        specials.push((i, j, s[at], gradient));
-        s[at] = HOLE;
+        specials.push((i, j, s, gradient));
     });
     // Positives came first, then ignored pairs.
     specials.sort_unstable_by_key(|&(i, j, ..)| (i, j));
@@ -940,71 +968,82 @@ impl Law<'_> {
         tiles
     }
 
-    /// Turns the tile of S into that of G, and adds its sums: the value's where the law has any, `sum_j G S` and
-    /// `sum_j G` to its rows, `sum_i G` to its columns.
+    /// Turns the tile of S, which is in `from` or its own place, into that of G, and adds its sums: the value's where the
+    /// law has any, `sum_j G S` and `sum_j G` to its rows, `sum_i G` to its columns.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "operands and outputs of one tile")]
     fn apply<S: Simd>(
         &self,
         [rows, cols]: [&Range<usize>; 2],
+        from: Option<&[f32]>,
         tile: &mut [f32],
         [by_row, by_col]: [&[f32]; 2],
         specials: &[(usize, usize, f32, f32)],
         sums: &mut [RowSums],
         col_sums: Option<&mut [f32]>,
     ) {
-        let (w, wide) = (cols.len(), wide::<S>(cols));
+        let (w, wide, stride) = (cols.len(), wide::<S>(cols), stride(cols));
         let mut columns = Columns::default();
         if let Law::Softmax { cols: Some(part), .. } = self {
             columns.fill(part, cols);
         }
-        let mut specials = specials.iter().peekable();
+        let mut specials = specials;
         let mut total = [0.0; COLS];
         let mut logit = [0.0; COLS];
-        for (r, (row, sums)) in tile.chunks_exact_mut(COLS).zip(sums).enumerate() {
+        for (r, (row, sums)) in tile.chunks_exact_mut(stride).zip(sums).enumerate() {
             let (i, row) = (rows.start + r, &mut row[..wide]);
+            if let Some(from) = from {
+                row.copy_from_slice(&from[r * stride..][..wide]);
+            }
             row[w..].fill(HOLE);
-            for (logit, s) in lanes_mut::<S>(&mut logit).zip(lanes::<S>(row)) {
-                S::F32::load(s).store(logit);
-            }
-            match self {
-                Law::Softmax { rows: Some(by_row), cols: Some(by_col) }
-                    if by_row.anchor.is_some()
-                        && by_row.anchor == by_col.anchor
-                        && columns.plain
-                        && by_row.factor.is_none() =>
-                {
-                    shared_row::<S>(by_row, i, &columns, row);
+            let (own, rest) = specials.split_at(specials.iter().take_while(|special| special.0 == i).count());
+            specials = rest;
+            own.iter().for_each(|&(_, j, ..)| row[j - cols.start] = HOLE);
+            if let Law::Softmax { rows: Some(by_row), cols: Some(_) } = self
+                && columns.shares_exponentials(by_row, i)
+            {
+                let (mut gs, mut g_sum) = shared_row::<S>(by_row, i, &columns, row);
+                for &(_, j, s, g) in own {
+                    row[j - cols.start] = g;
+                    (gs, g_sum) = (gs + f64::from(g) * f64::from(s), g_sum + f64::from(g));
                 }
-                Law::Softmax { rows: row_part, cols: col_part } => {
-                    let q = by_row.get(r * COLS..).unwrap_or(&[]);
-                    match row_part {
-                        Some(part) => row_softmax::<S>(part, i, q, row),
-                        None => row.fill(0.0),
+                (sums.gs, sums.g) = (sums.gs + gs, sums.g + g_sum);
+            } else {
+                for (logit, s) in lanes_mut::<S>(&mut logit).zip(lanes::<S>(row)) {
+                    S::F32::load(s).store(logit);
+                }
+                match self {
+                    Law::Softmax { rows: row_part, cols: col_part } => {
+                        let q = by_row.get(r * COLS..).unwrap_or(&[]);
+                        match row_part {
+                            Some(part) => row_softmax::<S>(part, i, q, row),
+                            None => row.fill(0.0),
+                        }
+                        if let Some(part) = col_part {
+                            let q = by_col.get(r * COLS..).unwrap_or(&[]);
+                            add_col_softmax::<S>(part.factor.is_some(), &columns, q, &logit, row);
+                        }
                     }
-                    if let Some(part) = col_part {
-                        let q = by_col.get(r * COLS..).unwrap_or(&[]);
-                        add_col_softmax::<S>(part.factor.is_some(), &columns, q, &logit, row);
+                    Law::Sigmoid { bias, smoothing, share } => {
+                        let value = sigmoid_row::<S>(*bias, *smoothing, share[i], row);
+                        sums.value += f64::from(share[i]) * f64::from(value);
                     }
                 }
-                Law::Sigmoid { bias, smoothing, share } => {
-                    let value = sigmoid_row::<S>(*bias, *smoothing, share[i], row);
-                    sums.value += f64::from(share[i]) * f64::from(value);
+                for &(_, j, s, g) in own {
+                    (logit[j - cols.start], row[j - cols.start]) = (s, g);
                 }
+                logit[w..wide].fill(0.0);
+                row[w..].fill(0.0);
+                self.subtract_linear(i, &logit[..w], sums);
+                let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
+                for (s, g) in lanes::<S>(&logit).zip(lanes::<S>(row)) {
+                    let g = S::F32::load(g);
+                    gs = g.mul_add(S::F32::load(s), gs);
+                    sum = sum.add(g);
+                }
+                sums.gs += f64::from(fold::<S>(gs, |a, b| a + b));
+                sums.g += f64::from(fold::<S>(sum, |a, b| a + b));
             }
-            while let Some(&(_, j, s, g)) = specials.next_if(|special| special.0 == i) {
-                (logit[j - cols.start], row[j - cols.start]) = (s, g);
-            }
-            logit[w..wide].fill(0.0);
-            row[w..].fill(0.0);
-            self.subtract_linear(i, &logit[..w], sums);
-            let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
-            for (s, g) in lanes::<S>(&logit).zip(lanes::<S>(row)) {
-                let g = S::F32::load(g);
-                gs = g.mul_add(S::F32::load(s), gs);
-                sum = sum.add(g);
-            }
-            sums.gs += f64::from(fold::<S>(gs, |a, b| a + b));
-            sums.g += f64::from(fold::<S>(sum, |a, b| a + b));
             if col_sums.is_some() {
                 for (total, g) in lanes_mut::<S>(&mut total).zip(lanes::<S>(row)) {
                     S::F32::load(total).add(S::F32::load(g)).store(total);
@@ -1034,13 +1073,13 @@ struct Columns {
     weight: [f32; COLS],
     smooth: [f32; COLS],
     mean: [f32; COLS],
-    /// Without a factor.
-    plain: bool,
+    /// What `max` is everywhere, if it is one number, and there is neither a factor nor smoothing.
+    anchor: Option<f32>,
 }
 
 impl Default for Columns {
     fn default() -> Self {
-        Columns { max: [0.0; COLS], weight: [0.0; COLS], smooth: [0.0; COLS], mean: [0.0; COLS], plain: true }
+        Columns { max: [0.0; COLS], weight: [0.0; COLS], smooth: [0.0; COLS], mean: [0.0; COLS], anchor: None }
     }
 }
 
@@ -1051,21 +1090,31 @@ impl Columns {
         self.weight[..w].copy_from_slice(&part.weight[cols.clone()]);
         self.smooth[..w].copy_from_slice(&part.smooth[cols.clone()]);
         if let Some(factor) = &part.factor {
-            self.plain = false;
             self.mean[..w].copy_from_slice(&factor.mean[cols.clone()]);
+        } else if self.smooth == [0.0; COLS] {
+            self.anchor = part.anchor;
         }
+    }
+
+    /// Whether one exponential serves row `i` of `part` and the columns.
+    fn shares_exponentials(&self, part: &Part<'_>, i: usize) -> bool {
+        self.anchor.is_some() && self.anchor == part.anchor && part.factor.is_none() && part.smooth[i] == 0.0
     }
 }
 
-/// Row `i` of `R + C - T` where one exponential serves both.
+/// Row `i` of `R + C` where one exponential serves both; `sum_j G S` and `sum_j G`.
 #[inline(always)]
-fn shared_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, row: &mut [f32]) {
+fn shared_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, row: &mut [f32]) -> (f64, f64) {
     let (anchor, weight) = (S::F32::splat(part.max[i]), S::F32::splat(part.weight[i]));
-    let smooth = S::F32::splat(part.smooth[i]);
-    for ((g, w), t) in lanes_mut::<S>(row).zip(lanes::<S>(&columns.weight)).zip(lanes::<S>(&columns.smooth)) {
-        let e = law::exp(S::F32::load(g).sub(anchor));
-        e.mul(S::F32::load(w).add(weight)).sub(S::F32::load(t).add(smooth)).store(g);
+    let (mut gs, mut sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
+    let weights = &columns.weight[..row.len()];
+    for (to, w) in lanes_mut::<S>(row).zip(lanes::<S>(weights)) {
+        let s = S::F32::load(to);
+        let g = law::exp_uncapped(s.sub(anchor)).mul(S::F32::load(w).add(weight));
+        (gs, sum) = (g.mul_add(s, gs), sum.add(g));
+        g.store(to);
     }
+    (f64::from(fold::<S>(gs, |a, b| a + b)), f64::from(fold::<S>(sum, |a, b| a + b)))
 }
 
 /// Row `i` of a row softmax, times its factor `q` less its mean.

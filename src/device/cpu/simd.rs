@@ -576,6 +576,11 @@ mod x86 {
                     // SAFETY: CPU features as in the module's note.
                     $name(unsafe { Self::select_lt_raw(self.0, b.0, x.0, y.0) })
                 }
+                #[inline(always)]
+                fn zero_lt(self, x: Self, low: Self) -> Self {
+                    // SAFETY: CPU features as in the module's note.
+                    $name(unsafe { Self::zero_lt_raw(self.0, x.0, low.0) })
+                }
             }
         };
     }
@@ -615,7 +620,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn scale2_raw(x: __m512, n: __m512) -> __m512 {
             // SAFETY: the caller's.
-            unsafe { _mm512_scalef_ps(x, n) }
+            unsafe {
+                let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(n));
+                _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n))
+            }
         }
         /// # Safety
         /// Needs avx512f.
@@ -623,6 +631,13 @@ mod x86 {
         unsafe fn select_lt_raw(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
             // SAFETY: the caller's.
             unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+        }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn zero_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), y) }
         }
     }
 
@@ -633,8 +648,8 @@ mod x86 {
         unsafe fn scale2_raw(x: __m256, n: __m256) -> __m256 {
             // SAFETY: the caller's.
             unsafe {
-                let bits = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
-                _mm256_mul_ps(x, _mm256_castsi256_ps(bits))
+                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n))
             }
         }
         /// # Safety
@@ -643,6 +658,13 @@ mod x86 {
         unsafe fn select_lt_raw(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
             // SAFETY: the caller's.
             unsafe { _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+        }
+        /// # Safety
+        /// Needs avx2.
+        #[inline(always)]
+        unsafe fn zero_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b), y) }
         }
     }
 }
