@@ -380,6 +380,11 @@ macro_rules! simd {
             fn panel<T: Lane, P: Multiply, const V: usize>(tile: Tile<'_, T>, c: &mut [T], add: bool) {
                 let rows = tile.a.rows;
                 let mut i = 0;
+                // One register a row: twice the rows for as many independent sums.
+                while V == 1 && rows - i >= 2 * $most {
+                    micro::<Self, T, P, { 2 * $most }, V>(&tile, i, c, add);
+                    i += 2 * $most;
+                }
                 // Two of the second height keep the multipliers busier than one of the first and a remainder.
                 let pair = 2 * $next;
                 while rows - i >= $most && (pair <= $most || rows - i != pair) {
