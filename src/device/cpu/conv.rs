@@ -14,7 +14,7 @@
 //! Shards of whole groups share the threads. What is summed over samples is summed in a group, then over the groups of
 //! a shard and then over shards, in order: the same bits for any number of threads.
 
-use super::layers::{Act, Gelu, Relu, SHARDS, Same};
+use super::layers::{SHARDS, normal};
 use super::simd::{Isa, Lane, Op, Simd, Vector, WIDEST};
 use crate::device::{Activation, Conv, ConvPool, Pool};
 use crate::objective::Write;
@@ -477,33 +477,81 @@ fn sum_channels<S: Simd, T: Lane>(shape: &Shape, d: &[T], sums: &mut [T]) {
     }
 }
 
+/// An activation.
+trait Act {
+    /// Its values and its derivatives at the numbers of `x`.
+    fn both<T: Lane, V: Vector<T>>(x: V) -> (V, V);
+}
+
+/// [`Activation::None`].
+struct Same;
+/// [`Activation::Relu`].
+struct Relu;
+/// [`Activation::Gelu`].
+struct Gelu;
+
+impl Act for Same {
+    #[inline(always)]
+    fn both<T: Lane, V: Vector<T>>(x: V) -> (V, V) {
+        (x, V::broadcast(T::ONE))
+    }
+}
+
+impl Act for Relu {
+    // NaN stays NaN.
+    #[inline(always)]
+    fn both<T: Lane, V: Vector<T>>(x: V) -> (V, V) {
+        let zero = V::broadcast(T::ZERO);
+        (x.larger(zero), V::broadcast(T::ONE).where_lt(zero, x))
+    }
+}
+
+impl Act for Gelu {
+    #[inline(always)]
+    fn both<T: Lane, V: Vector<T>>(x: V) -> (V, V) {
+        let (mut value, mut slope) = ([T::ZERO; REGISTER], [T::ZERO; REGISTER]);
+        x.store(&mut value);
+        for (x, slope) in value.iter_mut().zip(&mut slope).take(V::LANES) {
+            let (cdf, density) = normal(*x);
+            (*x, *slope) = (*x * cdf, cdf + *x * density);
+        }
+        (V::load(&value), V::load(&slope))
+    }
+}
+
 /// `out = pool(A(pre))`.
 #[inline(always)]
 fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
     let lanes = <T::In<S> as Vector<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
-    let (row, scale) = (p.width * lanes, T::from_f64(1.0 / (size * size) as f64));
+    let (zero, share) = (<T::In<S> as Vector<T>>::broadcast(T::ZERO), share::<S, T>(size));
+    let row = p.width * lanes;
     let images = pre.chunks_exact(p.height * row).zip(out.chunks_exact_mut(p.out_height() * p.out_width() * lanes));
     for (pre, out) in images {
         for (pre, out) in pre.chunks_exact(size * row).zip(out.chunks_exact_mut(p.out_width() * lanes)) {
             for (window, out) in out.chunks_exact_mut(lanes).enumerate() {
-                for line in 0..size {
-                    let pre = &pre[line * row + window * size * lanes..][..size * lanes];
-                    for (column, pre) in pre.chunks_exact(lanes).enumerate() {
-                        let pairs = out.iter_mut().zip(pre).map(|(out, &pre)| (out, A::both(pre).0));
-                        match c.pool {
-                            _ if line + column == 0 => pairs.for_each(|(out, y)| *out = y),
-                            Pool::Max => pairs.for_each(|(out, y)| *out = if y > *out { y } else { *out }),
-                            Pool::Average => pairs.for_each(|(out, y)| *out += y),
-                        }
-                    }
+                let active = |at: usize| {
+                    let at = (at / size * p.width + window * size + at % size) * lanes;
+                    A::both::<T, T::In<S>>(<T::In<S> as Vector<T>>::load(&pre[at..])).0
+                };
+                let mut pooled = active(0);
+                for at in 1..size * size {
+                    pooled = match c.pool {
+                        Pool::Max => pooled.larger(active(at)),
+                        Pool::Average => pooled.plus(active(at)),
+                    };
                 }
-                if c.pool == Pool::Average {
-                    out.iter_mut().for_each(|out| *out = *out * scale);
-                }
+                let pooled = if c.pool == Pool::Average { pooled.fma(share, zero) } else { pooled };
+                pooled.store(out);
             }
         }
     }
+}
+
+/// What each of a window's numbers counts in their mean.
+#[inline(always)]
+fn share<S: Simd, T: Lane>(size: usize) -> T::In<S> {
+    <T::In<S> as Vector<T>>::broadcast(T::from_f64(1.0 / (size * size) as f64))
 }
 
 /// `d = dL/d pre` from `d_out = dL/d out`, `out` as [`pool`] leaves it; every number of `d` is set.
@@ -511,40 +559,39 @@ fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
 fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, pre: &[T], d_out: &[T], d: &mut [T]) {
     let lanes = <T::In<S> as Vector<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
-    let (row, d_row, scale) = (p.width * lanes, shape.row * lanes, T::from_f64(1.0 / (size * size) as f64));
+    let (zero, share) = (<T::In<S> as Vector<T>>::broadcast(T::ZERO), share::<S, T>(size));
+    let (row, d_row) = (p.width * lanes, shape.row * lanes);
     d.fill(T::ZERO);
     let d_out = d_out.chunks_exact(p.out_height() * p.out_width() * lanes);
     for ((pre, d), d_out) in pre.chunks_exact(p.height * row).zip(d.chunks_exact_mut(p.height * d_row)).zip(d_out) {
         let lines = pre.chunks_exact(size * row).zip(d.chunks_exact_mut(size * d_row));
         for ((pre, d), d_out) in lines.zip(d_out.chunks_exact(p.out_width() * lanes)) {
             for (window, d_out) in d_out.chunks_exact(lanes).enumerate() {
-                let places = |at: usize| (at / size * p.width + window * size + at % size) * lanes;
-                // What is left to give: all of it until the first that is the largest has been met.
-                let mut left = [T::ZERO; REGISTER];
-                let mut most = [T::ZERO; REGISTER];
-                left[..lanes].copy_from_slice(d_out);
+                let active = |at: usize| {
+                    let at = (at / size * p.width + window * size + at % size) * lanes;
+                    A::both::<T, T::In<S>>(<T::In<S> as Vector<T>>::load(&pre[at..]))
+                };
+                let mut most = zero;
                 if c.pool == Pool::Max {
-                    for at in 0..size * size {
-                        for (most, &pre) in most.iter_mut().zip(&pre[places(at)..][..lanes]) {
-                            let (y, _) = A::both(pre);
-                            *most = if at == 0 || y > *most { y } else { *most };
-                        }
+                    most = active(0).0;
+                    for at in 1..size * size {
+                        most = most.larger(active(at).0);
                     }
                 }
+                // What is left to give: all of it until the first that is the largest has been met.
+                let mut left = <T::In<S> as Vector<T>>::load(d_out);
                 for at in 0..size * size {
-                    let pre = &pre[places(at)..][..lanes];
+                    let (y, slope) = active(at);
+                    let given = match c.pool {
+                        Pool::Max => {
+                            let given = left.where_eq(y, most);
+                            left = left.minus(given);
+                            given
+                        }
+                        Pool::Average => left.fma(share, zero),
+                    };
                     let to = (at / size * shape.row + PIXELS - 1 + window * size + at % size) * lanes;
-                    let of_window = left[..lanes].iter_mut().zip(&most[..lanes]);
-                    let each = d[to..][..lanes].iter_mut().zip(pre).zip(of_window);
-                    match c.pool {
-                        Pool::Max => each.for_each(|((d, &pre), (left, &most))| {
-                            let (y, slope) = A::both(pre);
-                            let give = if y == most { *left } else { T::ZERO };
-                            *d = give * slope;
-                            *left = if y == most { T::ZERO } else { *left };
-                        }),
-                        Pool::Average => each.for_each(|((d, &pre), (left, _))| *d = *left * scale * A::both(pre).1),
-                    }
+                    given.fma(slope, zero).store(&mut d[to..]);
                 }
             }
         }

@@ -51,42 +51,6 @@ pub(super) fn bias_activation<T: Real>(
     }
 }
 
-/// An activation, and its derivative.
-pub(super) trait Act {
-    /// Both, at `x`.
-    fn both<T: Real>(x: T) -> (T, T);
-}
-
-/// [`Activation::None`].
-pub(super) struct Same;
-/// [`Activation::Relu`].
-pub(super) struct Relu;
-/// [`Activation::Gelu`].
-pub(super) struct Gelu;
-
-impl Act for Same {
-    #[inline(always)]
-    fn both<T: Real>(x: T) -> (T, T) {
-        (x, T::ONE)
-    }
-}
-
-impl Act for Relu {
-    // Written so that NaN stays NaN.
-    #[inline(always)]
-    fn both<T: Real>(x: T) -> (T, T) {
-        (if x < T::ZERO { T::ZERO } else { x }, if x <= T::ZERO { T::ZERO } else { T::ONE })
-    }
-}
-
-impl Act for Gelu {
-    #[inline(always)]
-    fn both<T: Real>(x: T) -> (T, T) {
-        let (cdf, density) = normal(x);
-        (x * cdf, cdf + x * density)
-    }
-}
-
 /// `pre += bias`, then `out` (or `pre`) `= f(pre)`.
 fn biased_map<T: Real>(
     isa: Isa,
@@ -207,7 +171,7 @@ pub(super) fn sum<T: Real>(x: &[T]) -> f64 {
 /// From `erfc(z) = exp(-z^2) t g(t)`, `z = |x| / sqrt 2`, `t = 4/(4 + z)`, with `g` as the Chebyshev series
 /// [`ERFC`] in `2t - 1`: relative accuracy in the left tail too.
 #[inline(always)]
-fn normal<T: Real>(x: T) -> (T, T) {
+pub(super) fn normal<T: Real>(x: T) -> (T, T) {
     let terms = if size_of::<T>() == 4 { 12 } else { ERFC.len() };
     let z = if x < T::ZERO { -x } else { x } * T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
     let four = T::from_f64(4.0);

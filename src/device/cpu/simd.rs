@@ -109,6 +109,12 @@ pub trait Vector<T>: Copy {
     fn minus(self, b: Self) -> Self;
     /// `self * b + c`.
     fn fma(self, b: Self, c: Self) -> Self;
+    /// `if b > self { b } else { self }`, number by number.
+    fn larger(self, b: Self) -> Self;
+    /// `self` where `a < b`, else 0.
+    fn where_lt(self, a: Self, b: Self) -> Self;
+    /// `self` where `a == b`, else 0.
+    fn where_eq(self, a: Self, b: Self) -> Self;
 }
 
 /// An instruction set's registers, and its micro-kernel's shape.
@@ -442,6 +448,18 @@ impl<T: Real, const L: usize> Vector<T> for Pack<T, L> {
     fn fma(self, b: Self, c: Self) -> Self {
         Pack(std::array::from_fn(|l| self.0[l] * b.0[l] + c.0[l]))
     }
+    #[inline(always)]
+    fn larger(self, b: Self) -> Self {
+        Pack(std::array::from_fn(|l| if b.0[l] > self.0[l] { b.0[l] } else { self.0[l] }))
+    }
+    #[inline(always)]
+    fn where_lt(self, a: Self, b: Self) -> Self {
+        Pack(std::array::from_fn(|l| if a.0[l] < b.0[l] { self.0[l] } else { T::ZERO }))
+    }
+    #[inline(always)]
+    fn where_eq(self, a: Self, b: Self) -> Self {
+        Pack(std::array::from_fn(|l| if a.0[l] == b.0[l] { self.0[l] } else { T::ZERO }))
+    }
 }
 
 impl<const L: usize> Pack<f32, L> {
@@ -534,6 +552,21 @@ mod x86 {
                 fn fma(self, b: Self, c: Self) -> Self {
                     self.mul_add(b, c)
                 }
+                #[inline(always)]
+                fn larger(self, b: Self) -> Self {
+                    // SAFETY: CPU features as in the module's note. The second operand where they are not ordered.
+                    $name(unsafe { $max(b.0, self.0) })
+                }
+                #[inline(always)]
+                fn where_lt(self, a: Self, b: Self) -> Self {
+                    // SAFETY: CPU features as in the module's note.
+                    $name(unsafe { Self::where_raw::<_CMP_LT_OQ>(self.0, a.0, b.0) })
+                }
+                #[inline(always)]
+                fn where_eq(self, a: Self, b: Self) -> Self {
+                    // SAFETY: CPU features as in the module's note.
+                    $name(unsafe { Self::where_raw::<_CMP_EQ_OQ>(self.0, a.0, b.0) })
+                }
             }
 
             impl Num for $name {
@@ -584,7 +617,7 @@ mod x86 {
                 #[inline(always)]
                 fn zero_lt(self, x: Self, low: Self) -> Self {
                     // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::zero_lt_raw(self.0, x.0, low.0) })
+                    $name(unsafe { Self::where_raw::<_CMP_NLT_UQ>(self.0, x.0, low.0) })
                 }
             }
         };
@@ -640,9 +673,9 @@ mod x86 {
         /// # Safety
         /// Needs avx512f.
         #[inline(always)]
-        unsafe fn zero_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
+        unsafe fn where_raw<const CMP: i32>(y: __m512, a: __m512, b: __m512) -> __m512 {
             // SAFETY: the caller's.
-            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), y) }
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<CMP>(a, b), y) }
         }
     }
 
@@ -667,9 +700,9 @@ mod x86 {
         /// # Safety
         /// Needs avx2.
         #[inline(always)]
-        unsafe fn zero_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
+        unsafe fn where_raw<const CMP: i32>(y: __m256, a: __m256, b: __m256) -> __m256 {
             // SAFETY: the caller's.
-            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b), y) }
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<CMP>(a, b), y) }
         }
     }
 }
