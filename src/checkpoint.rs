@@ -3,7 +3,7 @@
 
 use crate::config::Config;
 use crate::data::{DataError, tensors, write_atomic};
-use crate::device::{Device, View};
+use crate::device::{Device, SCALING_START, View};
 use crate::nn::{EncoderSpec, Layout, Network};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -23,6 +23,8 @@ pub struct Checkpoint {
     pub loss_sum: f64,
     /// Time spent training so far.
     pub seconds: f64,
+    /// Of the gradients, where products are narrow: see [`Device::judge`].
+    pub scaling: [f32; 2],
     /// Parameters and Adam's moments, each laid out as the arena.
     pub arenas: [Vec<f32>; 3],
 }
@@ -39,6 +41,7 @@ impl Checkpoint {
             step: 0,
             loss_sum: 0.0,
             seconds: 0.0,
+            scaling: [SCALING_START, 0.0],
             arenas: [params, zeros.clone(), zeros],
         }
     }
@@ -50,6 +53,7 @@ impl Checkpoint {
         step: u64,
         loss_sum: f64,
         seconds: f64,
+        scaling: [f32; 2],
         arenas: [&D::Buf; 3],
     ) -> Checkpoint {
         let arenas = arenas.map(|buf| {
@@ -58,7 +62,7 @@ impl Checkpoint {
             device.download(View { buf, at: 0..len }, &mut host);
             host
         });
-        Checkpoint { config: config.clone(), step, loss_sum, seconds, arenas }
+        Checkpoint { config: config.clone(), step, loss_sum, seconds, scaling, arenas }
     }
 
     /// Where a run in `dir` keeps it.
@@ -78,6 +82,7 @@ impl Checkpoint {
             ("step".into(), self.step.to_string()),
             ("loss_sum".into(), format!("{:016x}", self.loss_sum.to_bits())),
             ("seconds".into(), self.seconds.to_string()),
+            ("scaling".into(), format!("{} {}", self.scaling[0], self.scaling[1])),
         ]);
         tensors::write(&Checkpoint::path(dir), &entries, &metadata)
     }
@@ -101,6 +106,14 @@ impl Checkpoint {
         let config = toml::from_str(text("config")?).map_err(|_| broken("config"))?;
         let step = text("step")?.parse().map_err(|_| broken("step"))?;
         let seconds = text("seconds")?.parse().map_err(|_| broken("seconds"))?;
+        let scaling = match metadata.get("scaling") {
+            Some(text) => {
+                let numbers: Option<Vec<f32>> = text.split(' ').map(|x| x.parse().ok()).collect();
+                numbers.and_then(|x| x.try_into().ok()).ok_or_else(|| broken("scaling"))?
+            }
+            // Written before there was one.
+            None => [SCALING_START, 0.0],
+        };
         let bits = u64::from_str_radix(text("loss_sum")?, 16).map_err(|_| broken("loss_sum"))?;
         let arena = |name: &str| {
             let tensor = found.iter().find(|t| t.name == name).ok_or_else(|| broken(name))?;
@@ -110,7 +123,7 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), seconds, arenas }))
+        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
 }
 

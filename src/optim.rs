@@ -61,6 +61,8 @@ pub struct Adam<D: Device> {
     pub v: D::Buf,
     /// Parts of the arena, each with its weight decay; together all of it.
     parts: Vec<(Range<usize>, f64)>,
+    /// What [`Self::step`] is given by the host, `[4]`.
+    given: D::Buf,
 }
 
 impl<D: Device> Adam<D> {
@@ -74,29 +76,60 @@ impl<D: Device> Adam<D> {
                 _ => parts.push((span.at.clone(), decay)),
             }
         }
-        Adam { config, m: device.alloc(layout.len()), v: device.alloc(layout.len()), parts }
+        Adam { config, m: device.alloc(layout.len()), v: device.alloc(layout.len()), parts, given: device.alloc(4) }
     }
 
-    /// Update number `step` (from 0) of `params` by `grads * grad_scale` at learning rate `lr`. To clip by norm, let
-    /// `grad_scale` be `min(1, limit / grad_norm)`.
+    /// What update number `step` (from 0) at learning rate `lr` takes of the host: see [`Device::adam`].
+    pub fn now(&self, step: u64, lr: f64) -> [f32; 3] {
+        let bias = |beta: f64| 1.0 - beta.powf((step + 1) as f64);
+        [lr, bias(self.config.beta1), bias(self.config.beta2)].map(|x| x as f32)
+    }
+
+    /// Update number `step` (from 0) of `params` by `grads * grad_scale` at learning rate `lr`.
     pub fn step(&mut self, device: &D, step: u64, lr: f64, grad_scale: f64, params: &mut D::Buf, grads: &D::Buf) {
-        let AdamConfig { beta1, beta2, eps, .. } = self.config;
-        let bias = [beta1, beta2].map(|beta| 1.0 - beta.powf((step + 1) as f64));
-        for (at, decay) in &self.parts {
-            device.adam(
-                &AdamStep { lr, beta1, beta2, eps, decay: *decay, bias, grad_scale },
-                View { buf: grads, at: at.clone() },
-                ViewMut { buf: params, at: at.clone() },
-                ViewMut { buf: &mut self.m, at: at.clone() },
-                ViewMut { buf: &mut self.v, at: at.clone() },
-            );
-        }
+        let [lr, bias_1, bias_2] = self.now(step, lr);
+        let given = [lr, bias_1, bias_2, grad_scale as f32];
+        device.upload(&given, ViewMut { buf: &mut self.given, at: 0..4 });
+        let Adam { config, m, v, parts, given } = self;
+        let (now, factor) = (View { buf: given, at: 0..3 }, View { buf: given, at: 3..4 });
+        update(device, config, parts, [now, factor], params, [m, v], grads);
+    }
+
+    /// The same by numbers that are on the device: `now` holds [`Self::now`], and [`Device::judge`] leaves a `factor`.
+    pub fn update(
+        &mut self,
+        device: &D,
+        now: View<'_, D::Buf>,
+        factor: View<'_, D::Buf>,
+        params: &mut D::Buf,
+        grads: &D::Buf,
+    ) {
+        let Adam { config, m, v, parts, .. } = self;
+        update(device, config, parts, [now, factor], params, [m, v], grads);
     }
 }
 
-/// The Euclidean norm of all gradients.
-pub fn grad_norm<D: Device>(device: &D, grads: &D::Buf) -> f64 {
-    device.sum_squares(View { buf: grads, at: 0..device.len(grads) }).sqrt()
+fn update<D: Device>(
+    device: &D,
+    config: &AdamConfig,
+    parts: &[(Range<usize>, f64)],
+    [now, factor]: [View<'_, D::Buf>; 2],
+    params: &mut D::Buf,
+    [m, v]: [&mut D::Buf; 2],
+    grads: &D::Buf,
+) {
+    let AdamConfig { beta1, beta2, eps, .. } = *config;
+    for (at, decay) in parts {
+        device.adam(
+            &AdamStep { beta1, beta2, eps, decay: *decay },
+            now.again(),
+            factor.again(),
+            View { buf: grads, at: at.clone() },
+            ViewMut { buf: &mut *params, at: at.clone() },
+            ViewMut { buf: &mut *m, at: at.clone() },
+            ViewMut { buf: &mut *v, at: at.clone() },
+        );
+    }
 }
 
 #[cfg(test)]
@@ -123,18 +156,23 @@ mod tests {
             let mut want = params.clone();
             let mut moments = vec![(0.0, 0.0); layout.len()];
             for step in 0..20 {
-                let (lr, scale) = (0.1 / (step + 1) as f64, rng.random_range(0.5..1.0));
+                // What the host gives is f32.
+                let scale = f64::from(rng.random_range(0.5f32..1.0));
+                let [lr, bias_1, bias_2] = adam.now(step, 0.1 / (step + 1) as f64).map(f64::from);
+                let t = step as i32 + 1;
+                assert!((bias_1 / (1.0 - 0.8f64.powi(t)) - 1.0).abs() < 1e-7);
+                assert!((bias_2 / (1.0 - 0.95f64.powi(t)) - 1.0).abs() < 1e-7);
                 let grads: Vec<f64> = (0..layout.len()).map(|_| rng.random_range(-1.0..1.0)).collect();
                 adam.step(&device, step, lr, scale, &mut params, &grads);
                 for span in &layout.spans {
                     for i in span.at.clone() {
-                        let (g, t, (m, v)) = (grads[i] * scale, step as i32 + 1, &mut moments[i]);
+                        let (g, (m, v)) = (grads[i] * scale, &mut moments[i]);
                         *m = 0.8 * *m + 0.2 * g;
                         *v = 0.95 * *v + 0.05 * g * g;
                         if span.name != "b" && span.name != "scale" {
                             want[i] -= lr * weight_decay * want[i];
                         }
-                        let (m_hat, v_hat) = (*m / (1.0 - 0.8f64.powi(t)), *v / (1.0 - 0.95f64.powi(t)));
+                        let (m_hat, v_hat) = (*m / bias_1, *v / bias_2);
                         want[i] -= lr * m_hat / (v_hat.sqrt() + 1e-3);
                     }
                 }
@@ -157,8 +195,32 @@ mod tests {
         assert!(Schedule::Cosine.factor(5, 5, 5).is_finite() && Schedule::Cosine.factor(0, 0, 0).is_finite());
     }
 
+    // Norm and factor, by what they are for: plain, clipped, scaled, not finite.
     #[test]
-    fn grad_norm_is_euclidean() {
-        assert_eq!(grad_norm(&Cpu::<f32>::new(), &vec![3.0, 0.0, -4.0]), 5.0);
+    fn gradients_are_judged() {
+        let device = Cpu::<f64>::new();
+        let grads = vec![3.0, 0.0, -4.0];
+        let judge = |limit: f64, loss: f64, grads: &Vec<f64>, scaling: Option<&mut Vec<f64>>| {
+            let (loss, mut to) = (vec![loss], vec![9.0; 2]);
+            let scaling = scaling.map(|buf| ViewMut { buf, at: 0..2 });
+            let (loss, grads) = (View { buf: &loss, at: 0..1 }, View { buf: grads, at: 0..grads.len() });
+            device.judge(limit, loss, grads, scaling, ViewMut { buf: &mut to, at: 0..2 });
+            to
+        };
+        assert_eq!(judge(0.0, 1.0, &grads, None), [5.0, 1.0]);
+        assert_eq!(judge(10.0, 1.0, &grads, None), [5.0, 1.0]);
+        assert_eq!(judge(2.0, 1.0, &grads, None), [5.0, 0.4]);
+        assert!(judge(2.0, f64::NAN, &grads, None)[1].is_nan());
+        let mut scaling = vec![4.0, 7.0];
+        assert_eq!(judge(0.5, 1.0, &grads, Some(&mut scaling)), [1.25, 0.1]);
+        assert_eq!(scaling, [4.0, 8.0]);
+        // Whose bad luck it was does not matter: a loss that is no number leaves the scaling alone.
+        assert!(judge(0.5, f64::INFINITY, &grads, Some(&mut scaling))[1].is_nan());
+        assert_eq!(scaling, [4.0, 9.0]);
+        assert!(judge(0.5, 1.0, &vec![f64::INFINITY], Some(&mut scaling))[1].is_nan());
+        assert_eq!(scaling, [2.0, 0.0]);
+        scaling[1] = 1999.0;
+        assert_eq!(judge(0.0, 1.0, &grads, Some(&mut scaling)), [2.5, 0.5]);
+        assert_eq!(scaling, [4.0, 0.0]);
     }
 }

@@ -6,6 +6,10 @@
 //!   -> Encoder::backward -> Adam::step -> record -> next batch
 //! ```
 //!
+//! A step is given to the device whole, in numbers that are there: its batch, learning rate and place in the log come
+//! from a plan of the next steps, and its results stay until they are read, for the next line of the metrics. Where
+//! that costs nothing, on the CPU, a plan is of one step.
+//!
 //! With gradient caching the batch is embedded in micro-batches that keep only their embeddings, the loss
 //! sees all of them at once, and each micro-batch is embedded again to carry its gradient back: memory for
 //! activations is that of a micro-batch, and the result that of the batch, to rounding.
@@ -20,8 +24,7 @@ use crate::data::{DataError, Prefetch, Source};
 use crate::device::{Contrast, Device, DeviceError};
 use crate::nn::Network;
 use crate::objective::LossError;
-use crate::optim::grad_norm;
-use state::State;
+use state::{Results, State};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -119,39 +122,43 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let seconds = || start.seconds + begun.elapsed().as_secs_f64();
     std::thread::scope(|scope| {
         let at = (step / epoch_steps, step % epoch_steps);
-        let mut batches = Prefetch::spawn(scope, source, config.seed, config.batch, at.0, at.1);
+        let resident = state.is_resident();
+        let mut batches = (!resident).then(|| Prefetch::spawn(scope, source, config.seed, config.batch, at.0, at.1));
         while step < steps && !stop.load(Ordering::Relaxed) {
-            state.embed(device, batches.next_batch());
-            let loss = state.loss(device, step);
-            let value = state.contrast(device, step, &loss)?;
-            state.backward(device, &loss, &value);
-            let grad_norm = grad_norm(device, &state.grads);
-            if !(value.loss.is_finite() && grad_norm.is_finite()) {
-                return Err(TrainError::Diverged { step, loss: value.loss, grad_norm });
+            let ahead = unread(config, step, epoch_steps).min(D::AHEAD);
+            let rate = |step| config.lr * config.schedule.factor(step, config.warmup, steps);
+            let rates: Vec<f64> = (step..step + ahead).map(rate).collect();
+            state.plan(device, step, &rates);
+            for step in step..step + ahead {
+                if let Some(batches) = &mut batches {
+                    state.feed(device, batches.next_batch());
+                }
+                state.step(device, step).map_err(|source| TrainError::Loss { step, source })?;
             }
-            let lr = config.lr * config.schedule.factor(step, config.warmup, steps);
-            let clip = if config.grad_clip > 0.0 { (config.grad_clip / grad_norm).min(1.0) } else { 1.0 };
-            state.update(device, step, lr, clip);
-
-            let epoch = step / epoch_steps;
-            loss_sum = if step % epoch_steps == 0 { 0.0 } else { loss_sum } + value.loss;
-            let evaluate = evaluate.as_mut().filter(|_| (step + 1) % epoch_steps == 0);
-            if let Some(metrics) = &mut metrics
-                && (step % config.log_every == 0 || step + 1 == steps || evaluate.is_some())
-            {
-                let samples = (step + 1 - logged.1) as f64 * config.batch as f64;
-                let samples_per_s = samples / logged.0.elapsed().as_secs_f64();
-                let evaluation = evaluate.map(|f| f(device, &state.params(device), state.loss(device, step).tau));
-                logged = (Instant::now(), step + 1);
-                let (loss, tau, evaluation) = (value.loss, loss.tau, evaluation.unwrap_or_default());
-                metrics.push(&Record { step, epoch, loss, tau, grad_norm, lr, samples_per_s, evaluation })?;
+            device.finish().map_err(TrainError::Device)?;
+            for (Results { loss, tau, grad_norm, diverged }, lr) in state.results(device, rates.len()).zip(rates) {
+                if diverged {
+                    return Err(TrainError::Diverged { step, loss, grad_norm });
+                }
+                let epoch = step / epoch_steps;
+                loss_sum = if step % epoch_steps == 0 { 0.0 } else { loss_sum } + loss;
+                let evaluate = evaluate.as_mut().filter(|_| (step + 1) % epoch_steps == 0);
+                if let Some(metrics) = &mut metrics
+                    && (step % config.log_every == 0 || step + 1 == steps || evaluate.is_some())
+                {
+                    let samples = (step + 1 - logged.1) as f64 * config.batch as f64;
+                    let samples_per_s = samples / logged.0.elapsed().as_secs_f64();
+                    let evaluation = evaluate.map(|f| f(device, &state.params(device), state.tau(device)));
+                    logged = (Instant::now(), step + 1);
+                    let evaluation = evaluation.unwrap_or_default();
+                    metrics.push(&Record { step, epoch, loss, tau, grad_norm, lr, samples_per_s, evaluation })?;
+                }
+                step += 1;
+                observe(Progress { steps: [step, steps], loss });
             }
-            step += 1;
-            observe(Progress { steps: [step, steps], loss: value.loss });
             if let (Some(dir), Some(metrics)) = (dir, &mut metrics)
                 && due.now()
             {
-                device.finish().map_err(TrainError::Device)?;
                 metrics.sync()?;
                 state.checkpoint(device, step, loss_sum, seconds()).write(dir)?;
                 due.written();
@@ -168,10 +175,16 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     }
     Ok(Trained {
         loss: loss_sum / (step.saturating_sub(1) % epoch_steps + 1) as f64,
-        tau: state.loss(device, step).tau,
+        tau: state.tau(device),
         steps: step,
         seconds: last.seconds,
         stopped: step < steps,
         params: last.arenas.into_iter().next().expect("three arenas"),
     })
+}
+
+/// Steps from `step` on of which no result is wanted before the last one's: a line of the metrics, or an epoch's end.
+fn unread(config: &Config, step: u64, epoch_steps: u64) -> u64 {
+    let line = (config.log_every - step % config.log_every) % config.log_every + 1;
+    line.min(epoch_steps - step % epoch_steps)
 }

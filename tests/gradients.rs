@@ -421,8 +421,10 @@ fn a_step_has_the_same_bits_for_any_number_of_threads() {
             for at in 0..2 {
                 let mut grads = device.alloc(layout.len());
                 add_gradient(&device, &encoder, &params, &x, &r, &mut acts, &mut grads);
-                let norm = contrastive::optim::grad_norm(&device, &grads);
-                adam.step(&device, at, 1e-3, 1.0 / norm, &mut params, &grads);
+                let (loss, mut judged) = (vec![0.0], vec![0.0; 2]);
+                let (loss, all) = (View { buf: &loss, at: 0..1 }, View { buf: &grads, at: 0..grads.len() });
+                device.judge(1e-3, loss, all, None, ViewMut { buf: &mut judged, at: 0..2 });
+                adam.step(&device, at, 1e-3, f64::from(judged[1]), &mut params, &grads);
             }
             params.iter().map(|p| p.to_bits()).collect::<Vec<_>>()
         })

@@ -8,8 +8,11 @@ mod twin;
 
 use contrastive::Cpu;
 use contrastive::device::cuda::contrast::Cuda;
-use contrastive::device::{Activation, AdamStep, Attention, Conv, Device, Gemm, Norm, Pool, Pooling, View, ViewMut};
-use contrastive::objective::{Precision, Write};
+use contrastive::device::{
+    Activation, AdamStep, Attention, Contrast, Conv, Device, Embeddings, Features, Gemm, Norm, Pool, Pooling, Scalars,
+    View, ViewMut,
+};
+use contrastive::objective::{Loss, Objective, Precision, Tilting, Write};
 use half::bf16;
 use std::sync::Arc;
 use twin::Machine;
@@ -110,6 +113,38 @@ fn activations() {
                         d.bias_activation(shape, activation, Some(all(bias, channels)), all_mut(pre, len), out);
                         let sums = Some(Write::Add(all_mut(d_bias, channels)));
                         d.bias_activation_backward(shape, activation, all(pre, len), all_mut(grad, len), sums);
+                    }
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_layers() {
+    // The last is cut into parts.
+    for [rows, inputs, outputs] in [[1, 1, 1], [130, 33, 7], [5, 70, 140], [37, 1200, 41]] {
+        for activation in [Activation::None, Activation::Relu, Activation::Gelu] {
+            for (with_bias, with_pre) in [(true, false), (true, true), (false, true), (false, false)] {
+                let len = rows * outputs;
+                let mut rng = Rng((inputs + outputs) as u64);
+                let (x, weight, bias) = (rng.vec(rows * inputs), rng.vec(outputs * inputs), rng.vec(outputs));
+                let inputs_of = vec![x, weight, bias, vec![0.5; len], vec![0.5; len]];
+                same!(
+                    format!("{activation:?} of [{rows}, {inputs}, {outputs}], bias {with_bias}, pre {with_pre}"),
+                    3e-6,
+                    inputs_of,
+                    |d, b| {
+                        let [x, weight, bias, pre, out] = b else { unreachable!() };
+                        d.dense(
+                            [rows, inputs, outputs],
+                            activation,
+                            all(x, rows * inputs),
+                            all(weight, outputs * inputs),
+                            with_bias.then(|| all(bias, outputs)),
+                            with_pre.then(|| all_mut(pre, len)),
+                            all_mut(out, len),
+                        );
                     }
                 );
             }
@@ -241,15 +276,165 @@ fn optimiser() {
     for len in [1, 257, 300_000] {
         let mut rng = Rng(len as u64);
         let squares: Vec<f32> = rng.vec(len).iter().map(|x| x * x).collect();
-        let inputs = vec![rng.vec(len), rng.vec(len), rng.vec(len), squares, vec![0.0]];
-        let step =
-            AdamStep { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: 0.1, bias: [0.1, 1e-3], grad_scale: 0.5 };
-        same!(format!("Adam of {len}"), 1e-6, inputs, |d, b| {
-            let [grads, params, m, v, sum] = b else { unreachable!() };
-            let squares = d.sum_squares(all(grads, len));
-            d.fill(squares, all_mut(sum, 1));
-            d.adam(&step, all(grads, len), all_mut(params, len), all_mut(m, len), all_mut(v, len));
+        let now = vec![1e-2, 0.1, 1e-3];
+        let step = AdamStep { beta1: 0.9, beta2: 0.999, eps: 1e-8, decay: 0.1 };
+        // Plain, clipped, scaled up, and a loss that is no number: then nothing moves.
+        for (limit, loss, scaling) in
+            [(0.0, 1.0, None), (0.1, 1.0, None), (0.1, -2.0, Some([64.0, 7.0])), (0.1, f32::INFINITY, None)]
+        {
+            let loss_given = loss;
+            let held = scaling.map_or(vec![3.0, 4.0], |s| s.to_vec());
+            let (x, m) = ([rng.vec(len), rng.vec(len)], rng.vec(len));
+            let [grads, params] = x;
+            let inputs = vec![grads, params, m, squares.clone(), now.clone(), vec![loss], held, vec![5.0; 3]];
+            // Of f32's 1 - beta2; a clipped gradient makes small denominators of it.
+            same!(format!("Adam of {len}, limit {limit}, loss {loss}"), 1e-5, inputs, |d, b| {
+                let [grads, params, m, v, now, loss, held, judged] = b else { unreachable!() };
+                let scaling = scaling.is_some().then(|| all_mut(held, 2));
+                d.judge(limit, all(loss, 1), all(grads, len), scaling, ViewMut { buf: &mut *judged, at: 1..3 });
+                let factor = View { buf: judged, at: 2..3 };
+                let (p, m, v) = (all_mut(params, len), all_mut(m, len), all_mut(v, len));
+                d.adam(&step, all(now, 3), factor, all(grads, len), p, m, v);
+                if !loss_given.is_finite() {
+                    // NaN is no number to compare.
+                    d.fill(0.0, all_mut(loss, 1));
+                    d.fill(0.0, ViewMut { buf: judged, at: 2..3 });
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn scaling_backs_off_and_grows() {
+    let device = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::F16);
+    assert!(device.is_narrow());
+    let [mut grads, mut scaling, mut judged, mut loss] = [3, 2, 2, 1].map(|len| device.alloc(len));
+    device.upload(&[1.5], all_mut(&mut loss, 1));
+    let mut judge = |x: [f32; 3], held: [f32; 2]| {
+        device.upload(&x, all_mut(&mut grads, 3));
+        device.upload(&held, all_mut(&mut scaling, 2));
+        device.judge(0.5, all(&loss, 1), all(&grads, 3), Some(all_mut(&mut scaling, 2)), all_mut(&mut judged, 2));
+        let (mut held, mut out) = ([9f32; 2], [9f32; 2]);
+        device.download(all(&scaling, 2), &mut held);
+        device.download(all(&judged, 2), &mut out);
+        device.finish().unwrap();
+        (held, out)
+    };
+    // A norm of 5, scaled by 4.
+    assert_eq!(judge([12.0, 0.0, -16.0], [4.0, 10.0]), ([4.0, 11.0], [5.0, 0.1 / 4.0]));
+    assert_eq!(judge([12.0, 0.0, -16.0], [4.0, 1999.0]), ([8.0, 0.0], [5.0, 0.1 / 4.0]));
+    for bad in [f32::INFINITY, f32::NAN] {
+        let (held, [norm, factor]) = judge([1.0, bad, 1.0], [4.0, 1999.0]);
+        assert!(held == [2.0, 0.0] && !norm.is_finite() && factor.is_nan(), "{held:?} {norm} {factor}");
+    }
+    // Within bounds that f32 has room for.
+    assert_eq!(judge([0.0; 3], [16_777_216.0, 1999.0]).0, [16_777_216.0, 0.0]);
+    assert_eq!(judge([f32::NAN; 3], [1.0 / 16_777_216.0, 5.0]).0, [1.0 / 16_777_216.0, 0.0]);
+}
+
+#[test]
+fn rows_are_chosen_by_number() {
+    for (rows, width, chosen) in [(1, 1, 1), (40, 7, 23), (9, 300, 9)] {
+        let mut rng = Rng(rows as u64);
+        // Each at most once, out of order.
+        let index: Vec<f32> = (0..chosen).map(|i| ((i * 17 + 5) % rows) as f32).collect();
+        let inputs = vec![rng.vec(rows * width), index, rng.vec(chosen * width), rng.vec(rows * width), vec![0.375]];
+        same!(format!("{chosen} of {rows} rows of {width}"), 1e-9, inputs, |d, b| {
+            let [from, index, some, to, factor] = b else { unreachable!() };
+            d.gather(width, all(from, rows * width), all(index, chosen), all_mut(some, chosen * width));
+            d.scatter(width, all(some, chosen * width), all(index, chosen), all_mut(to, rows * width));
+            d.scale(all(factor, 1), all(to, rows * width), all_mut(from, rows * width));
+            d.clamp(-0.25, 0.125, all_mut(to, rows * width));
         });
+    }
+    // A number that is no row's reads nothing and writes nothing.
+    let device = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::Bf16);
+    let [mut from, mut index, mut to] = [6, 2, 4].map(|len| device.alloc(len));
+    device.upload(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], all_mut(&mut from, 6));
+    device.upload(&[3.0, 2.0], all_mut(&mut index, 2));
+    device.gather(2, all(&from, 6), all(&index, 2), all_mut(&mut to, 4));
+    let mut got = [0.0; 4];
+    device.download(all(&to, 4), &mut got);
+    assert!(got[0].is_nan() && got[1].is_nan() && got[2..] == [5.0, 6.0], "{got:?}");
+    device.scatter(2, all(&from, 6), all(&index, 2), all_mut(&mut to, 4));
+    device.finish().unwrap();
+}
+
+// By the loss that takes its scalars from the host, itself held against f64 in `tests/cuda.rs`.
+#[test]
+fn a_loss_at_learned_scalars_is_the_loss_at_these_scalars() {
+    let (n, dim, tau, bias) = (70, 20, 0.37f64, -1.25f64);
+    let objectives = [
+        Objective::Conditional { lambda_u: 0.5, lambda_v: 1.5 },
+        Objective::Conditional { lambda_u: 0.0, lambda_v: 2.0 },
+        Objective::Joint,
+        Objective::Sigmoid { bias },
+        Objective::Mmd { lambda_u: 0.5, lambda_v: 1.5 },
+        Objective::JointMmd,
+    ];
+    for (capability, objective, tilting, smoothing) in [[8, 0], [9, 0]].into_iter().flat_map(|capability| {
+        objectives.into_iter().flat_map(move |objective| {
+            [(Tilting::Cosine, 0.1), (Tilting::Dot, 0.0), (Tilting::L2, 0.0)]
+                .map(|(tilting, smoothing)| (capability, objective, tilting, smoothing))
+        })
+    }) {
+        let mut device = Cuda::new(&Arc::new(Machine::new(capability, 9)), Precision::Bf16);
+        let mut rng = Rng(4);
+        let put = |x: &[f32]| {
+            let mut buf = device.alloc(x.len());
+            device.upload(x, all_mut(&mut buf, x.len()));
+            buf
+        };
+        let [u, v] = [0, 1].map(|_| put(&rng.vec(n * dim)));
+        let dims = [7, 12];
+        let data = dims.map(|dim| put(&rng.vec(n * dim)));
+        let mmd = matches!(objective, Objective::Mmd { .. } | Objective::JointMmd);
+        let params = put(&[-(tau.ln()) as f32, bias as f32]);
+        let [mut du, mut dv, mut want_du, mut want_dv] = [0; 4].map(|_| put(&vec![f32::NAN; n * dim]));
+        let mut out = put(&[f32::NAN; 4]);
+        let smoothing = if mmd { 0.0 } else { smoothing };
+        let loss = Loss { tilting, objective, tau, smoothing };
+        let name = format!("{loss:?} on {capability:?}");
+        let gradients = [&mut want_du, &mut want_dv].map(|d| Some(Write::Set(d)));
+        let want = device.loss_on_card(&loss, [&u, &v], dim, mmd.then_some(data.each_ref()), gradients).unwrap();
+
+        // What the loss itself says is not looked at.
+        let wrong = match objective {
+            Objective::Sigmoid { .. } => Objective::Sigmoid { bias: 7.0 },
+            other => other,
+        };
+        let wrong = Loss { objective: wrong, tau: 0.9, ..loss };
+        let len = n * dim;
+        let moments = mmd.then(|| Features { u: all(&data[0], n * dims[0]), v: all(&data[1], n * dims[1]), dims });
+        let embeddings =
+            Embeddings { u: all(&u, len), v: all(&v, len), rows: n, dim, precision: Precision::Bf16, moments };
+        let scalars = Scalars {
+            logit_scale: Some(View { buf: &params, at: 0..1 }),
+            bias: Some(View { buf: &params, at: 1..2 }),
+            out: all_mut(&mut out, 4),
+        };
+        let gradients = [&mut du, &mut dv].map(|d| Write::Set(all_mut(d, len)));
+        device.contrast(&wrong, embeddings, gradients, scalars).unwrap();
+        device.finish().unwrap();
+        let read = |buf, len: usize| {
+            let mut host = vec![f32::NAN; len];
+            device.download(all(buf, len), &mut host);
+            host
+        };
+        for (got, want) in [(&du, &want_du), (&dv, &want_dv)] {
+            let (got, want) = (read(got, len), read(want, len));
+            let off: f64 = got.iter().zip(&want).map(|(g, w)| f64::from(g - w).powi(2)).sum();
+            let size: f64 = want.iter().map(|&w| f64::from(w).powi(2)).sum();
+            // G is rounded to bf16: a last bit of a logit may turn one.
+            assert!((off / size).sqrt() < 1e-3, "{name}: gradients are off by {off:e} of {size:e}");
+        }
+        let found = read(&out, 4);
+        let wanted = [want.loss, -tau * want.grad_tau, want.grad_bias, tau];
+        for (found, wanted) in found.into_iter().zip(wanted) {
+            let off = (f64::from(found) - wanted).abs();
+            assert!(off < 2e-5 * wanted.abs().max(1.0), "{name}: {found} and {wanted}");
+        }
     }
 }
 
@@ -267,17 +452,87 @@ fn a_failure_is_told_once_and_nothing_is_done_after_it() {
     assert_eq!(out, [0.0; 4]);
 }
 
-/// Losses of the first steps of an experiment.
+/// Losses of an experiment's steps; its folder is left with its files. Stops after `most` steps.
 #[cfg(feature = "cli")]
-fn losses<D: contrastive::device::Contrast>(device: &mut D, toml: &str) -> Vec<f64> {
-    use std::sync::atomic::AtomicBool;
+fn train<D: Contrast>(device: &mut D, toml: &str, dir: &std::path::Path, resume: bool, most: usize) -> Vec<f64> {
+    use std::sync::atomic::{AtomicBool, Ordering};
     let config = contrastive::experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
     let mut losses = vec![];
     let stop = AtomicBool::new(false);
-    let mut observe = |progress: contrastive::train::Progress| losses.push(progress.loss);
-    contrastive::experiments::run(device, "twin", &config, dir.path(), false, &stop, &mut observe).unwrap();
+    let mut observe = |progress: contrastive::train::Progress| {
+        losses.push(progress.loss);
+        stop.fetch_or(losses.len() >= most, Ordering::Relaxed);
+    };
+    contrastive::experiments::run(device, "twin", &config, dir, resume, &stop, &mut observe).unwrap();
     losses
+}
+
+#[cfg(feature = "cli")]
+fn losses<D: Contrast>(device: &mut D, toml: &str) -> Vec<f64> {
+    train(device, toml, tempfile::tempdir().unwrap().path(), false, usize::MAX)
+}
+
+/// All that changes from step to step: samples, learning rate, temperature, bias, clipping.
+#[cfg(feature = "cli")]
+const BUSY: &str = "
+    experiment = 'gp'\nsamples = 60\nbatch = 20\nepochs = 3\nlr = 1e-2\nlog_every = 2\nschedule = 'cosine'\nwarmup = 2\n\
+    tilting = 'cosine'\nobjective = 'sigmoid'\nbias = -1.0\ntau = 0.3\ntrain_tau = true\ngrad_clip = 0.05\nmicro_batch = 10\n\
+    [adam]\nweight_decay = 0.1\n[encoder_u]\nkind = 'mlp'\nhidden = [9]\nactivation = 'relu'\n";
+
+// A recorded step that held on to a number of the host (a learning rate, a count, a batch) would repeat it.
+#[cfg(feature = "cli")]
+#[test]
+fn a_replayed_step_has_the_bits_of_launches() {
+    use contrastive::checkpoint::Checkpoint;
+    for (precision, name) in [(Precision::Bf16, "bf16"), (Precision::F16, "f16")] {
+        let toml = format!("precision = '{name}'\n{}", BUSY.trim_start());
+        let run = |graphs: bool, parts: &[usize]| {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut losses, mut replays) = (vec![], 0);
+            for (k, most) in parts.iter().enumerate() {
+                let machine = Machine::new([8, 0], 5 + k as u64).with_graphs(graphs);
+                let card = Arc::new(machine);
+                losses.extend(train(&mut Cuda::new(&card, precision), &toml, dir.path(), k > 0, *most));
+                replays += card.replays().unwrap_or(usize::from(graphs));
+            }
+            (losses, Checkpoint::read(dir.path()).unwrap().unwrap(), replays)
+        };
+        let (losses, plain, replays) = run(false, &[usize::MAX]);
+        assert_eq!((losses.len(), replays), (9, 0));
+        let (replayed, recorded, replays) = run(true, &[usize::MAX]);
+        assert!(replays > 0, "nothing was replayed");
+        assert_eq!(losses, replayed, "{name}");
+        assert_eq!(plain.arenas, recorded.arenas, "{name}");
+        // Stopped and gone on with, the count of scaled steps included.
+        let (resumed, last, _) = run(true, &[4, usize::MAX]);
+        assert_eq!(losses, resumed, "{name}");
+        assert_eq!(plain.arenas, last.arenas, "{name}");
+        assert_eq!(plain.scaling, last.scaling);
+        // In f16 the first steps overflow: each of them halves the scale, and all others are counted.
+        let [scale, counted] = plain.scaling;
+        let steps = if precision == Precision::F16 { 9.0 } else { 0.0 };
+        assert_eq!((65536.0 / scale).log2() + counted, steps, "{:?}", plain.scaling);
+    }
+}
+
+// Twice the steps between two lines of the metrics, no more calls that wait and no more memory asked for.
+#[cfg(feature = "cli")]
+#[test]
+fn a_step_waits_for_nobody_and_allocates_nothing() {
+    let counts = |samples: usize| {
+        let toml = BUSY.replace("samples = 60", &format!("samples = {samples}")).replace("epochs = 3", "epochs = 1");
+        let toml = format!("precision = 'bf16'\n{}", toml.replace("log_every = 2", "log_every = 1000").trim_start());
+        let card = Arc::new(Machine::new([8, 0], 5));
+        let steps = losses(&mut Cuda::new(&card, Precision::Bf16), &toml).len();
+        (steps, card.counts())
+    };
+    let (few, many) = (counts(120), counts(240));
+    assert_eq!((few.0, many.0), (6, 12));
+    if let (Some([few_waits, few]), Some([waits, allocations])) = (few.1, many.1) {
+        assert_eq!(few, allocations, "allocations");
+        // A checkpoint is due by the clock; its waits are fewer than one for each step more.
+        assert!(waits.abs_diff(few_waits) < 6, "{waits} waits, not {few_waits}");
+    }
 }
 
 #[cfg(feature = "cli")]
@@ -293,11 +548,13 @@ fn training_follows_the_cpu() {
     let lenet = "
         experiment = 'digits'\nsamples = 40\nbatch = 16\nepochs = 1\nlog_every = 1\nprecision = 'bf16'\n\
         objective = 'sigmoid'\n";
-    for (name, toml) in [("mlp", mlp), ("transformer", transformer), ("lenet", lenet)] {
+    let f16 = &mlp.replace("precision = 'bf16'", "precision = 'f16'");
+    for (name, toml) in [("mlp", mlp), ("mlp in f16", f16), ("transformer", transformer), ("lenet", lenet)] {
+        let precision = if name == "mlp in f16" { Precision::F16 } else { Precision::Bf16 };
         let cpu = losses(&mut Cpu::new(), toml);
         for capability in [[8, 0], [9, 0]] {
             let card = Arc::new(Machine::new(capability, 5));
-            let got = losses(&mut Cuda::new(&card, Precision::Bf16), toml);
+            let got = losses(&mut Cuda::new(&card, precision), toml);
             assert_eq!(got.len(), cpu.len());
             for (step, (got, want)) in got.iter().zip(&cpu).enumerate() {
                 assert!((got - want).abs() < 2e-2 * want.abs().max(1.0), "{name} step {step}: {got} and {want}");

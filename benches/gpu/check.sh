@@ -1,62 +1,122 @@
 #!/usr/bin/env bash
-# On a host with an NVIDIA card, in the folder that build.sh made: correctness of the kernels against f64, what
-# compute-sanitizer says if it is there, then times, beside PyTorch's if that is there. `check.sh [RESULTS] [CARD]`.
-# Exit status 0: all that could be checked is right; what could not be is named in RESULTS/host.json.
+# On a host with an NVIDIA card, in the folder that build.sh made: correctness of the kernels against f64, the same bits
+# twice, what compute-sanitizer says if it is there, then times, beside PyTorch's if that is there.
+#
+#     check.sh [RESULTS] [CARD]
+#
+# Everything ends up in RESULTS/CARD-DRIVER-DATE-COMMIT.json, the logs beside it. Exit status 0: all that could be checked
+# is right; what could not be is named in the file.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 results=${1:-results}
-export CONTRASTIVE_CARD=${2:-0}
-mkdir -p "$results"
+ordinal=${2:-0}
+export CONTRASTIVE_CARD=$ordinal
 failed=0
 
-nvidia-smi >/dev/null || { echo "error: nvidia-smi: found no card, expected one and its driver" >&2; exit 1; }
+die() { echo "error: $*" >&2; exit 1; }
+command -v python3 >/dev/null || die "python3: not found; it writes the results"
+for file in contrastive cuda verbs peers.py commit; do
+    [ -e "$here/$file" ] || die "$here/$file: not there; run this in the folder that benches/gpu/build.sh makes"
+done
+command -v nvidia-smi >/dev/null || die "nvidia-smi: not found, expected an NVIDIA driver"
+nvidia-smi -i "$ordinal" >/dev/null || die "nvidia-smi: found no card $ordinal, expected one"
+mkdir -p "$results"
+: >"$results/checks.jsonl"
+
 check() { # NAME COMMAND...
-    local name=$1 start=$SECONDS
+    local name=$1 start=$SECONDS state=ok
     shift
     echo "== $name: $*"
-    if "$@" >"$results/$name.log" 2>&1; then echo "ok, $((SECONDS - start)) s"; else
-        failed=1
-        echo "FAILED, see $results/$name.log"
+    if ! "$@" >"$results/$name.log" 2>&1; then
+        failed=1 state=failed
         tail -n 20 "$results/$name.log"
     fi
+    echo "$state, $((SECONDS - start)) s ($results/$name.log)"
+    printf '{"check": "%s", "state": "%s", "seconds": %d}\n' "$name" "$state" "$((SECONDS - start))" >>"$results/checks.jsonl"
+}
+skip() { # NAME WHY
+    echo "== $1: not checked, $2"
+    printf '{"check": "%s", "state": "not checked: %s", "seconds": 0}\n' "$1" "$2" >>"$results/checks.jsonl"
 }
 
 check devices "$here/contrastive" devices
-check losses "$here/cuda"
-check verbs "$here/verbs"
+check losses "$here/cuda" --test-threads 1
+check verbs "$here/verbs" --test-threads 1
+
+# LeNet on one card: a run, its times, and the same again for its bits.
+lenet() { # FOLDER
+    rm -rf "$1"
+    "$here/contrastive" train digits --device "cuda:$ordinal" --precision bf16 --samples 40960 --batch 512 --epochs 12 \
+        --log-every 1000000 --out "$1"
+}
+same_bits() {
+    lenet "$results/lenet" && lenet "$results/lenet-again" &&
+        cmp "$results/lenet/model.safetensors" "$results/lenet-again/model.safetensors"
+}
+check determinism same_bits
 
 # The sanitizer slows kernels a hundredfold: the small cases only.
 sanitizer=$(command -v compute-sanitizer || true)
-if [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck synccheck initcheck; do
+for tool in memcheck racecheck synccheck initcheck; do
+    if [ -n "$sanitizer" ]; then
         check "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 "$here/verbs" --test-threads 1
-    done
-fi
+    else
+        skip "$tool" "compute-sanitizer is not installed"
+    fi
+done
 
 : >"$results/loss.jsonl"
-for d in 128 512 1024; do
+: >"$results/mmd.jsonl"
+loss() { # N D
+    "$here/contrastive" bench loss --device "cuda:$ordinal" --precision bf16 --n "$1" --d "$2" --json >>"$results/loss.jsonl"
+}
+mmd() { # objective
+    "$here/contrastive" bench loss --device "cuda:$ordinal" --precision bf16 --objective "$1" --n 16384 --d 512 --json >>"$results/mmd.jsonl"
+}
+for d in 128 256 512 768 1024; do
     for n in 4096 8192 16384 32768 65536; do
-        "$here/contrastive" bench loss --device "cuda:$CONTRASTIVE_CARD" --precision bf16 --n $n --d $d --json >>"$results/loss.jsonl" || failed=1
+        check "loss-$n-$d" loss $n $d
     done
 done
-"$here/contrastive" bench loss --device "cuda:$CONTRASTIVE_CARD" --precision bf16 --n 1048576 --d 512 --json >>"$results/loss.jsonl" || failed=1
+check loss-1048576-512 loss 1048576 512
+for objective in mmd joint-mmd; do
+    check "loss-$objective" mmd $objective
+done
 
-torch=false
-if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    torch=true
-    check peers python3 "$here/peers.py" "$results/loss.jsonl" "$results/peers.json"
+if CUDA_VISIBLE_DEVICES=$ordinal python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    check peers env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/peers.py" "$results/loss.jsonl" \
+        "$results/lenet/metrics.jsonl" "$results/peers.json"
+else
+    skip peers "python3 has no torch that sees the card"
 fi
 
-python3 - "$results/host.json" "$(cat "$here/commit")" "$torch" "${sanitizer:-}" "$failed" <<'PYTHON' || failed=1
-import datetime, json, subprocess, sys
-out, commit, torch, sanitizer, failed = sys.argv[1:]
-query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
-card = subprocess.run(["nvidia-smi", "--query-gpu=" + query, "--format=csv,noheader"], capture_output=True, text=True)
-json.dump({
-    "cards": [dict(zip(query.split(","), line.split(", "))) for line in card.stdout.splitlines()],
-    "date": datetime.date.today().isoformat(), "commit": commit,
-    "torch_compared": torch == "true", "sanitizer_run": bool(sanitizer), "failed": failed != "0",
-}, open(out, "w"), indent=1)
+python3 - "$results" "$(cat "$here/commit")" "$ordinal" <<'PYTHON' || failed=1
+import datetime, json, os, re, subprocess, sys
+
+folder, commit, ordinal = sys.argv[1:]
+keys = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit", "memory.total"]
+asked = ["nvidia-smi", "-i", ordinal, "--query-gpu=" + ",".join(keys), "--format=csv,noheader"]
+answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+card = dict(zip(keys, answer))
+
+
+def lines(name):
+    path = os.path.join(folder, name)
+    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+
+
+peers = os.path.join(folder, "peers.json")
+date = datetime.date.today().isoformat()
+found = {
+    "card": card, "date": date, "commit": commit, "checks": lines("checks.jsonl"), "loss": lines("loss.jsonl"),
+    "mmd": lines("mmd.jsonl"),
+    "lenet_samples_per_s": [line["samples_per_s"] for line in lines("lenet/metrics.jsonl")],
+    "peers": json.load(open(peers)) if os.path.exists(peers) else None,
+}
+name = "-".join([card["name"], card["driver_version"], date, commit[:8]])
+path = os.path.join(folder, re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".json")
+with open(path, "w") as out:
+    json.dump(found, out, indent=1)
+print("results in", path)
 PYTHON
-echo "results in $results"
 exit $failed

@@ -1,13 +1,16 @@
-"""PyTorch's symmetric loss, forward and backward in bf16, at the sizes of our own times, and the ratios.
+"""PyTorch at what we time ourselves, and the ratios: the symmetric loss, forward and backward in bf16, at the sizes of
+our own times; and LeNet's training at batch 512, eager and as a CUDA graph.
 
-    peers.py OURS.jsonl OUT.json
+    peers.py LOSS.jsonl LENET.jsonl OUT.json
 
-OURS.jsonl: lines of `contrastive bench loss --json`. A size at which a peer runs out of memory has null.
+LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
+at which a peer runs out of memory has null.
 """
 
 import json
 import statistics
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +56,87 @@ def milliseconds(f, n, d):
         torch.cuda.empty_cache()
 
 
+BATCH = 512
+SAMPLES = 30720
+
+
+class Lenet(torch.nn.Module):
+    """What `encoder_u = { kind = "lenet" }` is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.ModuleList([torch.nn.Conv2d(1, 6, 5, padding=2), torch.nn.Conv2d(6, 16, 5)])
+        self.linear = torch.nn.ModuleList([torch.nn.Linear(400, 120), torch.nn.Linear(120, 84), torch.nn.Linear(84, 10)])
+
+    def forward(self, x):
+        for conv in self.conv:
+            x = F.max_pool2d(F.relu(conv(x)), 2)
+        x = x.flatten(1)
+        for linear in self.linear[:2]:
+            x = F.relu(linear(x))
+        return self.linear[2](x)
+
+
+def lenet_step():
+    """A step on data that is on the card: gather, forward, loss, backward, Adam; and where its samples' numbers go."""
+    images = torch.randn(SAMPLES, 1, 28, 28, device="cuda")
+    labels = F.one_hot(torch.randint(10, (SAMPLES,), device="cuda"), 10).float()
+    index = torch.randint(SAMPLES, (BATCH,), device="cuda")
+    targets = torch.arange(BATCH, device="cuda")
+    model = Lenet().cuda()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def step():
+        adam.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(images[index]) @ labels[index].T
+        loss = F.cross_entropy(logits.float(), targets)
+        loss.backward()
+        adam.step()
+        return loss
+
+    return step, index
+
+
+def samples_per_s(step, index):
+    """The rate of steps whose samples are new each time, and whose loss is read once in 60."""
+    permutation = torch.randperm(SAMPLES, device="cuda")
+    rates = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for k in range(SAMPLES // BATCH):
+            index.copy_(permutation[k * BATCH : (k + 1) * BATCH])
+            loss = step()
+        loss.item()
+        rates.append(SAMPLES / (time.perf_counter() - begun))
+    return statistics.median(rates[2:])
+
+
+def lenet():
+    """Rates of eager steps and of a graph of one."""
+    step, index = lenet_step()
+    eager = samples_per_s(step, index)
+    step, index = lenet_step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(5):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay():
+        graph.replay()
+        return loss
+
+    return {"eager": eager, "graph": samples_per_s(replay, index)}
+
+
 def main():
-    ours, out = sys.argv[1:]
+    ours, trained, out = sys.argv[1:]
     rows = []
     for line in open(ours):
         own = json.loads(line)
@@ -67,8 +149,14 @@ def main():
         row["ratio"] = min(peers) / row["ours"] if peers else None
         print(row, flush=True)
         rows.append(row)
-    card = torch.cuda.get_device_name()
-    json.dump({"torch": torch.__version__, "card": card, "rows": rows}, open(out, "w"), indent=1)
+    # The first epoch loads kernels and records the step.
+    own = statistics.median([json.loads(line)["samples_per_s"] for line in open(trained)][2:])
+    rates = {"ours": own, **lenet()}
+    rates.update(ratio_eager=own / rates["eager"], ratio_graph=own / rates["graph"])
+    print(rates, flush=True)
+    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "rows": rows, "lenet_samples_per_s": rates}
+    with open(out, "w") as file:
+        json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ pub struct Logits {
     pub ignore_u: *const u32,
     /// `[m]`, or null.
     pub ignore_v: *const u32,
+    /// See [`Temper::live`]; or null: a factor of 1, and nothing added.
+    pub live: *const f32,
     /// Rows.
     pub n: u32,
     /// Columns.
@@ -136,6 +138,8 @@ pub struct Pull {
     pub norm_v: *const Norm,
     /// `[m]`.
     pub target_v: *const f32,
+    /// Of the factored law: G is multiplied by it, halves `[rows, pitch]`.
+    pub factor: *const u16,
     /// The chunk, halves `[rows, pitch]`: `gain G`.
     pub g: *mut u16,
     /// `[2 column tiles of the chunk, rows]`: sums over the part's columns of value, G, G x; or null.
@@ -194,7 +198,25 @@ pub struct Gemm {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Gemm {}
 
-/// Embeddings on their way to the tile: `out = round((x - shift) / |x|)`.
+/// A dense layer: `pre = A B' + bias` and `C = activation(pre)`; [`Gemm`] of one part that adds nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Dense {
+    /// The product, and where the result goes.
+    pub gemm: Gemm,
+    /// `[n]`.
+    pub bias: *const f32,
+    /// As C, or null.
+    pub pre: *mut f32,
+    /// Of the kernel that is not GELU's: 0 none, 1 ReLU.
+    pub activation: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Dense {}
+
+/// Embeddings on their way to the tile: `out = round(scale (x - shift) / |x|)`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Prepare {
@@ -210,6 +232,8 @@ pub struct Prepare {
     pub inverse: *mut f32,
     /// `[rows]`: `norm_scale |out|^2 + log2(e) offset`, what a tilting adds to the row's logits; or null.
     pub half_norm: *mut f32,
+    /// See [`Temper::live`]: its factor is `norm_scale`'s; or null: 1.
+    pub live: *const f32,
     /// Rows.
     pub rows: u32,
     /// Embedding dimension.
@@ -218,9 +242,70 @@ pub struct Prepare {
     pub pitch: u32,
     /// Octaves of a unit of `|out|^2`.
     pub norm_scale: f32,
+    /// Factor on rows that are left as long as they are.
+    pub scale: f32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Prepare {}
+
+/// What MMD pulls a row by: its residual, the mean feature under its softmax less that of its positives.
+///
+/// Features count in units of which one is `1/unit`, and from `shift`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Residual {
+    /// `weight residual / scale`, f32 `[rows, dim]`.
+    pub acc: *const f32,
+    /// Mean features of each row's positives, as they came, f32 `[rows, dim]`; not read where `share` is 0.
+    pub target: *const f32,
+    /// `[dim]`.
+    pub shift: *const f32,
+    /// Each row's share of the loss, `[rows]`.
+    pub share: *const f32,
+    /// `[rows]`, see [`Pull::norm_u`]. In: weights `lambda share` over the sum. Out: weights of a softmax that is
+    /// multiplied by `<out_i, unit (f - shift)> + offset_i`.
+    pub norm: *mut Norm,
+    /// Unit residuals, halves `[rows, pitch]`, zeros behind `dim`.
+    pub out: *mut u16,
+    /// `[rows]`.
+    pub offset: *mut f32,
+    /// `[ceil(rows / 8)]`: `lambda share (|residual|^2 - |target|^2) / 2`.
+    pub loss: *mut f64,
+    /// Rows.
+    pub rows: u32,
+    /// Features.
+    pub dim: u32,
+    /// Halves from row to row of `out`.
+    pub pitch: u32,
+    /// See `acc`.
+    pub scale: f32,
+    /// A power of two.
+    pub unit: f32,
+    /// Weight of this side in the loss.
+    pub lambda: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Residual {}
+
+/// `out = share_i x`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Weigh {
+    /// `[rows, dim]`; not read where `share` is 0.
+    pub x: *const f32,
+    /// `[rows]`.
+    pub share: *const f32,
+    /// `[rows, dim]`.
+    pub out: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub dim: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Weigh {}
 
 /// Gradients on their way out: `out (+)= scale inverse (acc - pull x)`, `pull` = `<x, acc>` for unit rows,
 /// `gain g_sum` for squared distances, else 0.
@@ -239,6 +324,8 @@ pub struct Finish {
     pub out: *mut f32,
     /// `sum_i <x_i, acc_i>` over each block's rows, `[ceil(rows / 8)]`, or null.
     pub along: *mut f64,
+    /// See [`Temper::live`]: its factor is `scale`'s; or null: 1.
+    pub live: *const f32,
     /// Rows.
     pub rows: u32,
     /// Embedding dimension.
@@ -481,6 +568,28 @@ pub struct ActivateBackward {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for ActivateBackward {}
 
+/// `d *= activation'(saved)` over `[rows, channels]`, and `out[p, c]` = sum of it over the rows of part p.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct MaskColumns {
+    /// `[rows, channels]`.
+    pub saved: *const f32,
+    /// `[rows, channels]`, in place.
+    pub d: *mut f32,
+    /// `[parts, channels]`.
+    pub out: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Channels.
+    pub channels: u32,
+    /// Rows of a part.
+    pub part: u32,
+    /// 1 ReLU, 2 GELU.
+    pub activation: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for MaskColumns {}
+
 /// Sums over rows and pixels.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -618,8 +727,8 @@ pub struct Attend {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Attend {}
 
-/// AdamW: `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2` with `g = grad_scale grads`, then
-/// `params = (1 - lr decay) params - lr (m / bias1) / (sqrt(v / bias2) + eps)`.
+/// AdamW: `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2` with `g = factor grads`, then
+/// `params = (1 - lr decay) params - lr (m / bias1) / (sqrt(v / bias2) + eps)`. Nothing where the factor is not finite.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Adam {
@@ -631,10 +740,12 @@ pub struct Adam {
     pub m: *mut f32,
     /// `[len]`.
     pub v: *mut f32,
+    /// lr, bias1, bias2.
+    pub now: *const f32,
+    /// One.
+    pub factor: *const f32,
     /// Elements.
     pub len: u32,
-    /// Learning rate.
-    pub lr: f32,
     /// Decay of m.
     pub beta1: f32,
     /// Decay of v.
@@ -643,17 +754,140 @@ pub struct Adam {
     pub eps: f32,
     /// Weight decay.
     pub decay: f32,
-    /// `1 - beta1^t`.
-    pub bias1: f32,
-    /// `1 - beta2^t`.
-    pub bias2: f32,
-    /// Factor on the gradients.
-    pub grad_scale: f32,
     /// Nothing; to a multiple of 8 bytes.
     pub reserved: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Adam {}
+
+/// What an optimiser does with gradients of a norm: see `optim.rs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Judge {
+    /// Sums of squares of the gradients, `[parts]`.
+    pub squares: *const f64,
+    /// Of the step: one.
+    pub loss: *const f32,
+    /// What the gradients were multiplied by, and steps since that last changed, updated; or null: 1 for ever.
+    pub scaling: *mut f32,
+    /// Norm, factor.
+    pub out: *mut f32,
+    /// Of squares.
+    pub parts: u32,
+    /// Largest norm left as it is; 0: all are.
+    pub limit: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Judge {}
+
+/// Steps without overflow after which gradients are scaled by twice as much.
+pub const SCALING_PATIENCE: f32 = 2000.0;
+/// Gradients are scaled by this at most; and by its inverse at least.
+pub const SCALING_MOST: f32 = 16_777_216.0;
+
+/// Rows by number: `to[i] = from[index[i]]`, or `to[index[i]] = from[i]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Choose {
+    /// `[_, width]`.
+    pub from: *const f32,
+    /// `[_, width]`.
+    pub to: *mut f32,
+    /// Whole numbers, `[count]`.
+    pub index: *const f32,
+    /// Rows copied.
+    pub count: u32,
+    /// Numbers of a row.
+    pub width: u32,
+    /// Rows of what is indexed: those outside of it read as NaN, and are not written.
+    pub rows: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Choose {}
+
+/// `to = factor from`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Scale {
+    /// `[len]`.
+    pub from: *const f32,
+    /// `[len]`.
+    pub to: *mut f32,
+    /// One.
+    pub factor: *const f32,
+    /// Elements.
+    pub len: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Scale {}
+
+/// Keeps numbers between two.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Clamp {
+    /// `[len]`, in place.
+    pub x: *mut f32,
+    /// Elements.
+    pub len: u32,
+    /// They are at least this.
+    pub low: f32,
+    /// And at most this.
+    pub high: f32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Clamp {}
+
+/// A loss's learned scalars, as its kernels take them: see [`Logits::live`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Temper {
+    /// log(1/tau): one, or null.
+    pub logit_scale: *const f32,
+    /// Of the sigmoid loss: one, or null.
+    pub bias: *const f32,
+    /// 1/tau, and the bias in octaves.
+    pub live: *mut f32,
+    /// 1/tau where it is not learned.
+    pub inverse_tau: f32,
+    /// The bias where it is not learned.
+    pub fixed_bias: f32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Temper {}
+
+/// A loss's sums into what is kept of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Settle {
+    /// Loss by rows, loss by columns, `sum <u, gain G v>`, then the sums of value, G and G x.
+    pub scalars: *const f64,
+    /// (max, sum) of all logits for the joint loss, else null.
+    pub joint: *const [f32; 2],
+    /// See [`Temper::live`].
+    pub live: *const f32,
+    /// Loss, d loss/d log(1/tau) (0 unless learned), d loss/d bias, tau.
+    pub out: *mut f32,
+    /// What the row's, the column's and the summed loss count; 0: not at all.
+    pub weights: [f32; 3],
+    /// Added.
+    pub constant: f32,
+    /// `d loss/d log(1/tau)` is this times `<u, gain G v> / tau`; 0: that is not made.
+    pub along: f32,
+    /// And this times the sum of G x; 0: that is not made.
+    pub moment: f32,
+    /// Not 0: there is a bias.
+    pub bias: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Settle {}
 
 /// Sums of squares.
 #[repr(C)]

@@ -26,7 +26,7 @@ use crate::tile::{Acc, ByK, Halves, Place, product};
 const NO_PAIR: f32 = 0.5 * HOLE;
 
 #[inline(always)]
-unsafe fn optional<T: Word>(array: *const T, i: u32, none: T) -> T {
+pub(crate) unsafe fn optional<T: Word>(array: *const T, i: u32, none: T) -> T {
     // SAFETY: the launch contract: an array that is there has an element for every row (column).
     if array.is_null() { none } else { unsafe { load(array.wrapping_add(i as usize)) } }
 }
@@ -92,9 +92,7 @@ impl Columns {
     unsafe fn pair(self, j: u32) -> Pair {
         let at = self.at + 4 * j;
         // SAFETY: staged.
-        unsafe {
-            Pair { shift: load_shared(at), id: self.ids(j), ignore: load_shared(at + 8 * self.count) }
-        }
+        unsafe { Pair { shift: load_shared(at), id: self.ids(j), ignore: load_shared(at + 8 * self.count) } }
     }
     #[inline(always)]
     unsafe fn ids(self, j: u32) -> [u32; 2] {
@@ -230,6 +228,8 @@ impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
     #[inline(always)]
     pub unsafe fn add<F: Fragments<R>>(&mut self, a: &Tally, rows: &[Row; R], tile: &mut F, columns: Columns) {
         let l = &a.logits;
+        // SAFETY: two numbers, if any.
+        let scale = l.scale * unsafe { optional(l.live, 0, 1.0) };
         let mut top = self.max;
         let mut p = 0;
         while p < F::PAIRS {
@@ -239,7 +239,7 @@ impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
             while c < 2 {
                 let mut r = 0;
                 while r < R {
-                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), l.scale);
+                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), scale);
                     tile.set(r, p, c, x);
                     top[r] = Num::max(top[r], x);
                     if ALL {
@@ -322,6 +322,8 @@ impl<const R: usize, const ALL: bool> RowTallies<R, ALL> {
 pub trait Law: Copy {
     /// Whether columns have norms.
     const NORMS: bool;
+    /// Whether G is multiplied by [`Pull::factor`].
+    const FACTORED: bool;
     /// What it knows of a row.
     type Row: Copy;
     /// Of row `i`.
@@ -351,6 +353,7 @@ fn softmax(max: f32, weight: f32, x: f32) -> f32 {
 
 impl Law for SoftmaxLaw {
     const NORMS: bool = true;
+    const FACTORED: bool = false;
     type Row = (Norm, f32);
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> (Norm, f32) {
@@ -371,6 +374,7 @@ pub struct SigmoidLaw;
 
 impl Law for SigmoidLaw {
     const NORMS: bool = false;
+    const FACTORED: bool = false;
     type Row = f32;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> f32 {
@@ -385,6 +389,42 @@ impl Law for SigmoidLaw {
         let (value, sigma) = law::softplus_sigmoid(Octave(x));
         let half = 0.5 * a.smoothing;
         (signed * (sigma.0 - half), share * (value.0 - half * Octave::NATS * x))
+    }
+}
+
+/// Logits as they are.
+#[derive(Clone, Copy)]
+pub struct PlainLaw;
+
+impl Law for PlainLaw {
+    const NORMS: bool = false;
+    const FACTORED: bool = false;
+    type Row = ();
+    #[inline(always)]
+    unsafe fn row(&self, _: &Pull, _: u32) {}
+    #[inline(always)]
+    fn of(&self, _: &Pull, _: &(), _: (&Norm, f32), _: bool, x: f32) -> (f32, f32) {
+        (x, 0.0)
+    }
+}
+
+/// A softmax times a factor of each pair: what MMD pulls with. The factor is a chunk of its own, made before from other
+/// rows than the embeddings: two products at once would be more accumulators than a lane has registers.
+#[derive(Clone, Copy)]
+pub struct FactoredLaw;
+
+impl Law for FactoredLaw {
+    const NORMS: bool = true;
+    const FACTORED: bool = true;
+    type Row = (Norm, f32);
+    #[inline(always)]
+    unsafe fn row(&self, a: &Pull, i: u32) -> Self::Row {
+        // SAFETY: the launch contract.
+        unsafe { SoftmaxLaw.row(a, i) }
+    }
+    #[inline(always)]
+    fn of(&self, a: &Pull, row: &Self::Row, col: (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
+        SoftmaxLaw.of(a, row, col, positive, x)
     }
 }
 
@@ -414,6 +454,9 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
             sides[r] = side(r);
             r += 1;
         }
+        let scale = l.scale * optional(l.live, 0, 1.0);
+        // No softmax has a bias, nor a register for one.
+        let bias = if L::NORMS { 0.0 } else { a.bias + optional(l.live, 1, 0.0) };
         let (mut value, mut sum, mut moment) = ([0f32; R], [0f32; R], [0f32; R]);
         let mut p = 0;
         while p < F::PAIRS {
@@ -421,21 +464,32 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
             let j = tile.col(p);
             let pair = columns.pair(j);
             let targets = if L::NORMS { columns.targets(j) } else { [0.0; 2] };
+            let mut factor = [[1f32; 2]; R];
+            if L::FACTORED {
+                let at = (in_col + j).min(a.pitch - 2) as usize;
+                let mut r = 0;
+                while r < R {
+                    let i = (in_row + tile.row(r)).min(a.rows - 1) as usize;
+                    factor[r] = T::unpack(load(a.factor.wrapping_add(i * a.pitch as usize + at).cast::<u32>()));
+                    r += 1;
+                }
+            }
             let mut c = 0;
             while c < 2 {
                 let norm = if L::NORMS { columns.norm(j + c as u32) } else { [0.0; 4] };
                 let mut by_col = 0f32;
                 let mut r = 0;
                 while r < R {
-                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), l.scale);
+                    let x = rows[r].logit(&pair, c, tile.get(r, p, c), scale);
                     let counts = x > NO_PAIR;
-                    let x = if counts { x + a.bias } else { 0.0 };
+                    let x = if counts { x + bias } else { 0.0 };
                     let positive = pair.id[c] == rows[r].id;
                     let (g_ij, v_ij) = law.of(a, &sides[r], (&norm, targets[c]), positive, x);
+                    let g_ij = if L::FACTORED { g_ij * factor[r][c] } else { g_ij };
                     let g_ij = if counts { g_ij } else { 0.0 };
                     value[r] += if counts { v_ij } else { 0.0 };
                     sum[r] += g_ij;
-                    moment[r] = fma(g_ij, x - a.bias, moment[r]);
+                    moment[r] = fma(g_ij, x - bias, moment[r]);
                     by_col += g_ij;
                     g[r][c] = g_ij * a.gain;
                     r += 1;
@@ -597,4 +651,24 @@ pub unsafe fn pull_softmax<T: Half, const SUMS: bool>(a: &Pull) {
 pub unsafe fn pull_sigmoid<T: Half>(a: &Pull) {
     // SAFETY: the caller's promise.
     unsafe { pull_portable::<T, _, true>(a, SigmoidLaw) }
+}
+
+/// [`Pull`] of logits as they are; grid (column tiles, row tiles) of the chunk.
+///
+/// # Safety
+/// The launch contract.
+#[inline(always)]
+pub unsafe fn pull_plain<T: Half>(a: &Pull) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_portable::<T, _, false>(a, PlainLaw) }
+}
+
+/// [`Pull`] of softmaxes times a factor, with its sums; grid (column tiles, row tiles) of the chunk.
+///
+/// # Safety
+/// The launch contract.
+#[inline(always)]
+pub unsafe fn pull_factored<T: Half>(a: &Pull) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_portable::<T, _, true>(a, FactoredLaw) }
 }

@@ -86,6 +86,20 @@ entries! {
         pull_softmax_sums_bf16 / PULL_SOFTMAX_SUMS_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<Bf16, true>;
         /// A chunk of G of the sigmoid loss, bf16.
         pull_sigmoid_bf16 / PULL_SIGMOID_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_sigmoid::<Bf16>;
+        /// A chunk of bf16 logits as they are.
+        pull_plain_bf16 / PULL_PLAIN_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_plain::<Bf16>;
+        /// A chunk of G of the MMD losses, bf16.
+        pull_factored_bf16 / PULL_FACTORED_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_factored::<Bf16>;
+        /// What MMD pulls a row by, bf16.
+        residual_bf16 / RESIDUAL_BF16 (abi::Residual), threads 256, blocks 1, shared 64, rows::residual::<Bf16>;
+        /// A chunk of f16 logits as they are.
+        pull_plain_f16 / PULL_PLAIN_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_plain::<F16>;
+        /// A chunk of G of the MMD losses, f16.
+        pull_factored_f16 / PULL_FACTORED_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_factored::<F16>;
+        /// What MMD pulls a row by, f16.
+        residual_f16 / RESIDUAL_F16 (abi::Residual), threads 256, blocks 1, shared 64, rows::residual::<F16>;
+        /// Rows times their shares.
+        weigh / WEIGH (abi::Weigh), threads 256, blocks 1, shared 0, rows::weigh;
         /// G by rows, bf16.
         gemm_gv_bf16 / GEMM_GV_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::halves_nn::<Bf16>;
         /// G transposed by rows, bf16.
@@ -98,6 +112,10 @@ entries! {
         gemm_tn_bf16 / GEMM_TN_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tn::<Bf16>;
         /// A product of f32 operands rounded to bf16.
         gemm_tt_bf16 / GEMM_TT_BF16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tt::<Bf16>;
+        /// A dense layer with ReLU or nothing, rounded to bf16.
+        dense_bf16 / DENSE_BF16 (abi::Dense), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::dense::<Bf16, false>;
+        /// A dense layer with GELU, rounded to bf16.
+        dense_gelu_bf16 / DENSE_GELU_BF16 (abi::Dense), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::dense::<Bf16, true>;
         /// f32 embeddings to bf16.
         prepare_bf16_f32 / PREPARE_BF16_F32 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<Bf16, false>;
         /// Embeddings of bf16 to the same.
@@ -128,6 +146,10 @@ entries! {
         gemm_tn_f16 / GEMM_TN_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tn::<F16>;
         /// A product of f32 operands rounded to f16.
         gemm_tt_f16 / GEMM_TT_F16 (abi::Gemm), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::singles_tt::<F16>;
+        /// A dense layer with ReLU or nothing, rounded to f16.
+        dense_f16 / DENSE_F16 (abi::Dense), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::dense::<F16, false>;
+        /// A dense layer with GELU, rounded to f16.
+        dense_gelu_f16 / DENSE_GELU_F16 (abi::Dense), threads 256, blocks 2, shared abi::TILE_SHARED, gemm::dense::<F16, true>;
         /// f32 embeddings to f16.
         prepare_f16_f32 / PREPARE_F16_F32 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<F16, false>;
         /// Embeddings of f16 to the same.
@@ -164,6 +186,8 @@ entries! {
         activate / ACTIVATE (abi::Activate), threads 256, blocks 1, shared 0, layers::activate;
         /// Gradient through an activation.
         activate_backward / ACTIVATE_BACKWARD (abi::ActivateBackward), threads 256, blocks 1, shared 0, layers::activate_backward;
+        /// Gradient through an activation, and its sums over rows.
+        mask_columns / MASK_COLUMNS (abi::MaskColumns), threads 256, blocks 1, shared 1024, layers::mask_columns;
         /// Sums over rows and pixels.
         sum_channels / SUM_CHANNELS (abi::SumChannels), threads 256, blocks 1, shared 2048, layers::sum_channels;
         /// Pooling.
@@ -186,6 +210,20 @@ entries! {
         adam / ADAM (abi::Adam), threads 256, blocks 1, shared 0, optim::adam;
         /// Sums of squares.
         squares / SQUARES (abi::Squares), threads 256, blocks 1, shared 2048, optim::squares;
+        /// What becomes of gradients of a norm.
+        judge / JUDGE (abi::Judge), threads 256, blocks 1, shared 2048, optim::judge;
+        /// Rows by number.
+        gather / GATHER (abi::Choose), threads 256, blocks 1, shared 0, optim::choose::<false>;
+        /// Rows to numbered places.
+        scatter / SCATTER (abi::Choose), threads 256, blocks 1, shared 0, optim::choose::<true>;
+        /// Numbers times one on the card.
+        scale / SCALE (abi::Scale), threads 256, blocks 1, shared 0, optim::scale;
+        /// Numbers between two.
+        clamp / CLAMP (abi::Clamp), threads 256, blocks 1, shared 0, optim::clamp;
+        /// Learned scalars on their way into a loss.
+        temper / TEMPER (abi::Temper), threads 32, blocks 1, shared 0, optim::temper;
+        /// A loss's scalars on their way out.
+        settle / SETTLE (abi::Settle), threads 32, blocks 1, shared 0, optim::settle;
         /// One number everywhere.
         fill / FILL (abi::Fill), threads 256, blocks 1, shared 0, optim::fill;
     }
@@ -200,6 +238,14 @@ entries! {
         hopper_pull_softmax_sums_bf16 / HOPPER_PULL_SOFTMAX_SUMS_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, true>;
         /// A chunk of G of the sigmoid loss, bf16.
         hopper_pull_sigmoid_bf16 / HOPPER_PULL_SIGMOID_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_sigmoid::<Bf16>;
+        /// A chunk of bf16 logits as they are.
+        hopper_pull_plain_bf16 / HOPPER_PULL_PLAIN_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_plain::<Bf16>;
+        /// A chunk of G of the MMD losses, bf16.
+        hopper_pull_factored_bf16 / HOPPER_PULL_FACTORED_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_factored::<Bf16>;
+        /// A chunk of f16 logits as they are.
+        hopper_pull_plain_f16 / HOPPER_PULL_PLAIN_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_plain::<F16>;
+        /// A chunk of G of the MMD losses, f16.
+        hopper_pull_factored_f16 / HOPPER_PULL_FACTORED_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_factored::<F16>;
         /// G by rows, bf16.
         hopper_gemm_gv_bf16 / HOPPER_GEMM_GV_BF16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm_gv::<Bf16>;
         /// G transposed by rows, bf16.

@@ -3,7 +3,8 @@
 //! Grid (column tiles, row tiles, parts): every part sums its own range of k into its own copy of C, so that a product
 //! with a long k and few tiles fills the card; [`crate::rows::fold`] adds the copies in order.
 
-use crate::abi::{Gemm, TILE};
+use crate::abi::{Dense, Gemm, TILE};
+use crate::layers::activation;
 use crate::simt::*;
 use crate::tile::{Along, ByK, ByTile, Halves, Operand, Place, Singles, product};
 use core::marker::PhantomData;
@@ -26,6 +27,41 @@ unsafe fn gemm<T: Half, A: Operand, B: Operand>(g: &Gemm, a: A, b: B, depth: u32
                     let at = out.wrapping_add(i as usize * g.pitch_c as usize + j as usize);
                     let old = if g.add != 0 { load(at) } else { 0.0 };
                     store(at, old + acc[f][e]);
+                }
+                e += 1;
+            }
+            f += 1;
+        }
+    }
+}
+
+/// A dense layer of f32, `[m, k]` and `[n, k]`: bias and activation on the tile while it is in registers.
+///
+/// # Safety
+/// The launch contract: operands and results have the extents stated in [`Dense`].
+#[inline(always)]
+pub unsafe fn dense<T: Half, const GELU: bool>(a: &Dense) {
+    let g = &a.gemm;
+    let (row, col) = (block_y() * TILE, block_x() * TILE);
+    let place = Place::of_lane();
+    let singles = |at: *const (), pitch: u32| Singles { at: at.cast::<f32>(), pitch, to: PhantomData::<T> };
+    let left = ByK { source: singles(g.a, g.pitch_a), count: g.m, depth: g.k };
+    let right = ByK { source: singles(g.b, g.pitch_b), count: g.n, depth: g.k };
+    // SAFETY: the launch contract; every block has its own tile.
+    unsafe {
+        let acc = product::<T, _, _>(left, right, row, col, g.k);
+        let mut f = 0;
+        while f < 16 {
+            let mut e = 0;
+            while e < 4 {
+                let (i, j) = (row + place.row_of(f, e), col + place.col_of(f, e));
+                if i < g.m && j < g.n {
+                    let at = i as usize * g.pitch_c as usize + j as usize;
+                    let x = acc[f][e] + load(a.bias.wrapping_add(j as usize));
+                    if !a.pre.is_null() {
+                        store(a.pre.wrapping_add(at), x);
+                    }
+                    store(g.c.wrapping_add(at), activation(if GELU { 2 } else { a.activation & 1 }, x));
                 }
                 e += 1;
             }

@@ -10,9 +10,12 @@
 //! `contrast.rs`; G leaves by `stmatrix` and TMA.
 
 use crate::abi::{
-    COLUMN_PULL, COLUMN_TALLY, HOPPER_COLS, HOPPER_ROWS,  HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm, HopperPull, HopperTally,
+    COLUMN_PULL, COLUMN_TALLY, HOPPER_COLS, HOPPER_ROWS, HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm,
+    HopperPull, HopperTally,
 };
-use crate::contrast::{Columns, Fragments, Law, RowTallies, SigmoidLaw, SoftmaxLaw, pull, rows_of};
+use crate::contrast::{
+    Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, SigmoidLaw, SoftmaxLaw, pull, rows_of,
+};
 use crate::simt::*;
 
 /// k of a slice.
@@ -372,6 +375,26 @@ pub unsafe fn pull_softmax<T: Half, const SUMS: bool>(a: &HopperPull, at: u64) {
 pub unsafe fn pull_sigmoid<T: Half>(a: &HopperPull, at: u64) {
     // SAFETY: the caller's promise.
     unsafe { pull_tiles::<T, _, true>(a, at, SigmoidLaw) }
+}
+
+/// [`crate::abi::Pull`] of logits as they are; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn pull_plain<T: Half>(a: &HopperPull, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_tiles::<T, _, false>(a, at, PlainLaw) }
+}
+
+/// [`crate::abi::Pull`] of softmaxes times a factor, with its sums; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn pull_factored<T: Half>(a: &HopperPull, at: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { pull_tiles::<T, _, true>(a, at, FactoredLaw) }
 }
 
 /// [`crate::abi::Gemm`] of halves, `C (+)= op(A) B`, `B` `[k, n]`; each block takes every `grid`-th tile.

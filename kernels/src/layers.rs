@@ -2,7 +2,7 @@
 //!
 //! Elements take a thread each, sums over rows a block each and parts in a fixed order; tokens and queries a warp each.
 
-use crate::abi::{Activate, ActivateBackward, Attend, LayerNorm, LayerNormBackward, Pool, SumChannels};
+use crate::abi::{Activate, ActivateBackward, Attend, LayerNorm, LayerNormBackward, MaskColumns, Pool, SumChannels};
 use crate::law::ERFC;
 use crate::rows::block_sum;
 use crate::simt::*;
@@ -39,7 +39,7 @@ fn normal(x: f32) -> (f32, f32) {
 
 /// The activation of code `a.activation`: 0 none, 1 ReLU, 2 GELU.
 #[inline(always)]
-fn activation(code: u32, x: f32) -> f32 {
+pub(crate) fn activation(code: u32, x: f32) -> f32 {
     match code {
         1 => {
             if x > 0.0 {
@@ -83,6 +83,25 @@ pub unsafe fn activate(a: &Activate) {
     }
 }
 
+/// The slope of [`activation`] at `x`; what overwrote x serves as well for ReLU.
+#[inline(always)]
+fn slope(code: u32, x: f32) -> f32 {
+    match code {
+        1 => {
+            if x > 0.0 {
+                1.0
+            } else {
+                0.0
+            }
+        }
+        2 => {
+            let (cdf, density) = normal(x);
+            fma(x, density, cdf)
+        }
+        _ => 1.0,
+    }
+}
+
 /// `d *= activation'(saved)` in place. Grid any.
 ///
 /// # Safety
@@ -95,23 +114,45 @@ pub unsafe fn activate_backward(a: &ActivateBackward) {
         // SAFETY: the launch contract; an element is one thread's.
         unsafe {
             let (x, d) = (load(a.saved.wrapping_add(at)), load(a.d.wrapping_add(at)));
-            let slope = match a.activation {
-                1 => {
-                    if x > 0.0 {
-                        1.0
-                    } else {
-                        0.0
-                    }
-                }
-                2 => {
-                    let (cdf, density) = normal(x);
-                    fma(x, density, cdf)
-                }
-                _ => 1.0,
-            };
-            store(a.d.wrapping_add(at), d * slope);
+            store(a.d.wrapping_add(at), d * slope(a.activation, x));
         }
         i += grid_x() * 256;
+    }
+}
+
+/// [`activate_backward`] and the sums of columns that a bias' gradient is, in one pass: grid (ceil(channels / 32), parts),
+/// 8 rows at a time.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`MaskColumns`].
+#[inline(always)]
+pub unsafe fn mask_columns(a: &MaskColumns) {
+    let col = block_x() * 32 + lane();
+    let first = block_y() * a.part;
+    let end = (first + a.part).min(a.rows);
+    let base = shared_base();
+    let mut sum = 0f32;
+    // SAFETY: the launch contract; an element is one thread's.
+    unsafe {
+        let mut i = first + warp();
+        while i < end && col < a.channels {
+            let at = i as usize * a.channels as usize + col as usize;
+            let d = load(a.d.wrapping_add(at)) * slope(a.activation, load(a.saved.wrapping_add(at)));
+            store(a.d.wrapping_add(at), d);
+            sum += d;
+            i += WARPS;
+        }
+        store_shared(base + thread() * 4, sum);
+        sync();
+        if warp() == 0 && col < a.channels {
+            let mut sum = 0f32;
+            let mut w = 0;
+            while w < WARPS {
+                sum += load_shared::<f32>(base + (w * 32 + lane()) * 4);
+                w += 1;
+            }
+            store(a.out.wrapping_add((block_y() * a.channels + col) as usize), sum);
+        }
     }
 }
 

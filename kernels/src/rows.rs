@@ -3,7 +3,8 @@
 //!
 //! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
 
-use crate::abi::{Fold, Finish, HOLE, Merge, Normalise, Prepare, SumColumns, Total, Totals};
+use crate::abi::{Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, SumColumns, Total, Totals, Weigh};
+use crate::contrast::optional;
 use crate::law;
 use crate::simt::*;
 
@@ -45,7 +46,7 @@ pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
     };
     // SAFETY: the launch contract; a row is written by its own warp.
     unsafe {
-        let mut scale = 1.0;
+        let mut scale = a.scale;
         if !a.inverse.is_null() {
             // Scaled by the largest element, so that squares neither overflow nor vanish.
             let mut top = 0f32;
@@ -83,7 +84,7 @@ pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
             let sum = sum_lanes(sum, 32);
             if lane() == 0 {
                 let offset = if a.offset.is_null() { 0.0 } else { load(a.offset.wrapping_add(row as usize)) };
-                let x = fma(offset, core::f32::consts::LOG2_E, sum * a.norm_scale);
+                let x = fma(offset, core::f32::consts::LOG2_E, sum * a.norm_scale * optional(a.live, 0, 1.0));
                 store(a.half_norm.wrapping_add(row as usize), x);
             }
         }
@@ -110,7 +111,7 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
             }
             along = sum_lanes(along, 32);
             if !a.out.is_null() {
-                let (mut scale, mut pull) = (a.scale, 0f32);
+                let (mut scale, mut pull) = (a.scale * optional(a.live, 0, 1.0), 0f32);
                 if !a.inverse.is_null() {
                     // d(x/|x|): off the row's own direction, over its norm.
                     pull = along;
@@ -131,19 +132,103 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
             }
         }
         if !a.along.is_null() {
-            let base = shared_base();
-            if lane() == 0 {
-                store_shared(base + warp() * 4, along);
+            sum_of_warps(along, a.along);
+        }
+    }
+}
+
+/// The sum over the block's warps of what their lanes hold alike, to `out[block]`.
+#[inline(always)]
+unsafe fn sum_of_warps(x: f32, out: *mut f64) {
+    let base = shared_base();
+    // SAFETY: 32 bytes of shared memory, written once; the slot is this block's.
+    unsafe {
+        if lane() == 0 {
+            store_shared(base + warp() * 4, x);
+        }
+        sync();
+        if thread() == 0 {
+            let mut sum = 0f64;
+            let mut w = 0;
+            while w < WARPS {
+                sum += f64::from(load_shared::<f32>(base + w * 4));
+                w += 1;
             }
-            sync();
-            if thread() == 0 {
-                let mut sum = 0f64;
-                let mut w = 0;
-                while w < WARPS {
-                    sum += f64::from(load_shared::<f32>(base + w * 4));
-                    w += 1;
+            store(out.wrapping_add(block_x() as usize), sum);
+        }
+    }
+}
+
+/// Residuals of MMD into factors, see [`Residual`].
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Residual`]; grid ceil(rows / 8).
+#[inline(always)]
+pub unsafe fn residual<T: Half>(a: &Residual) {
+    let row = block_x() * WARPS + warp();
+    let mut loss = 0f32;
+    // SAFETY: the launch contract; a row is written by its own warp.
+    unsafe {
+        if row < a.rows {
+            let (i, at) = (row as usize, row as usize * a.dim as usize);
+            let weight = a.lambda * load(a.share.wrapping_add(i));
+            let counts = weight > 0.0;
+            let inverse_weight = if counts { a.scale / weight } else { 0.0 };
+            // The residual without its weight: numbers of the size of features.
+            let r = |k: u32| load(a.acc.wrapping_add(at + k as usize)) * inverse_weight;
+            let t = |k: u32| if counts { load(a.target.wrapping_add(at + k as usize)) } else { 0.0 };
+            let (mut square, mut target) = (0f32, 0f32);
+            let mut k = lane();
+            while k < a.dim {
+                (square, target) = (fma(r(k), r(k), square), fma(t(k), t(k), target));
+                k += 32;
+            }
+            let (square, target) = (sum_lanes(square, 32), sum_lanes(target, 32));
+            let length = sqrt(square);
+            let inverse = if length < f32::MIN_POSITIVE { 0.0 } else { 1.0 / length };
+            // <mean, out>, of what the tile will see of `out`.
+            let mut along = 0f32;
+            let mut k = lane();
+            while k < a.pitch {
+                let mut rounded = 0;
+                if k < a.dim {
+                    rounded = bits::<T>(r(k) * inverse);
+                    let mean = r(k) + a.unit * (t(k) - load(a.shift.wrapping_add(k as usize)));
+                    along = fma(T::unpack(u32::from(rounded))[0], mean, along);
                 }
-                store(a.along.wrapping_add(block_x() as usize), sum);
+                store(a.out.wrapping_add(i * a.pitch as usize + k as usize), rounded);
+                k += 32;
+            }
+            let along = sum_lanes(along, 32);
+            if lane() == 0 {
+                let [max, plain, ..]: Norm = load(a.norm.wrapping_add(i));
+                let plain = plain * length / (a.unit * a.unit);
+                store(a.norm.wrapping_add(i), [max, plain, 0.0, plain]);
+                store(a.offset.wrapping_add(i), -along);
+            }
+            loss = 0.5 * weight * (square / (a.unit * a.unit) - target);
+        }
+        sum_of_warps(loss, a.loss);
+    }
+}
+
+/// Rows times their shares.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Weigh`]; grid ceil(rows / 8).
+#[inline(always)]
+pub unsafe fn weigh(a: &Weigh) {
+    let row = block_x() * WARPS + warp();
+    if row < a.rows {
+        // SAFETY: the launch contract; a row is written by its own warp.
+        unsafe {
+            let share: f32 = load(a.share.wrapping_add(row as usize));
+            let mut k = lane();
+            while k < a.dim {
+                let at = row as usize * a.dim as usize + k as usize;
+                let x = if share > 0.0 { load(a.x.wrapping_add(at)) } else { 0.0 };
+                store(a.out.wrapping_add(at), share * x);
+                k += 32;
             }
         }
     }

@@ -2,7 +2,7 @@
 
 mod common;
 use common::*;
-use kernels::abi::{HopperPull, HopperTally, Kernel, Logits, Pull, Tally, TensorMap};
+use kernels::abi::{HopperPull, HopperTally, Kernel, Logits, Pull, Residual, Tally, TensorMap};
 use kernels::entries as e;
 use kernels::simt::shim::MapSpec;
 use std::ptr::null;
@@ -89,6 +89,7 @@ impl Batch {
             id_v: self.id[1].ptr(),
             ignore_u: if ignore { a.ptr() } else { null() },
             ignore_v: if ignore { b.ptr() } else { null() },
+            live: null(),
             n: self.n as u32,
             m: self.m as u32,
             depth: self.depth as u32,
@@ -246,18 +247,55 @@ fn tallies_are_those_of_f64() {
     }
 }
 
+const SOFTMAX: usize = 0;
+const SIGMOID: usize = 1;
+const PLAIN: usize = 2;
+const FACTORED: usize = 3;
+
 #[test]
 fn chunks_of_g_are_those_of_f64() {
     use PullPath::{Hopper, Portable};
     let kernels = [
-        (Type::Bf16, [Portable(e::PULL_SOFTMAX_SUMS_BF16), Portable(e::PULL_SIGMOID_BF16)]),
-        (Type::F16, [Portable(e::PULL_SOFTMAX_SUMS_F16), Portable(e::PULL_SIGMOID_F16)]),
-        (Type::Bf16, [Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_BF16), Hopper(e::HOPPER_PULL_SIGMOID_BF16)]),
-        (Type::F16, [Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_F16), Hopper(e::HOPPER_PULL_SIGMOID_F16)]),
+        (
+            Type::Bf16,
+            [
+                Portable(e::PULL_SOFTMAX_SUMS_BF16),
+                Portable(e::PULL_SIGMOID_BF16),
+                Portable(e::PULL_PLAIN_BF16),
+                Portable(e::PULL_FACTORED_BF16),
+            ],
+        ),
+        (
+            Type::F16,
+            [
+                Portable(e::PULL_SOFTMAX_SUMS_F16),
+                Portable(e::PULL_SIGMOID_F16),
+                Portable(e::PULL_PLAIN_F16),
+                Portable(e::PULL_FACTORED_F16),
+            ],
+        ),
+        (
+            Type::Bf16,
+            [
+                Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_BF16),
+                Hopper(e::HOPPER_PULL_SIGMOID_BF16),
+                Hopper(e::HOPPER_PULL_PLAIN_BF16),
+                Hopper(e::HOPPER_PULL_FACTORED_BF16),
+            ],
+        ),
+        (
+            Type::F16,
+            [
+                Hopper(e::HOPPER_PULL_SOFTMAX_SUMS_F16),
+                Hopper(e::HOPPER_PULL_SIGMOID_F16),
+                Hopper(e::HOPPER_PULL_PLAIN_F16),
+                Hopper(e::HOPPER_PULL_FACTORED_F16),
+            ],
+        ),
     ];
     for (which, &s) in SHAPES.iter().enumerate() {
         for (t, kernels) in &kernels {
-            for (sigmoid, path) in kernels.iter().enumerate() {
+            for (law, path) in [SOFTMAX, SIGMOID, PLAIN, FACTORED].into_iter().zip(kernels) {
                 let (tile, row_slots, col_slots) = path.shape();
                 let seed = 31 + which as u64;
                 let mut rng = Rng(seed);
@@ -273,14 +311,14 @@ fn chunks_of_g_are_those_of_f64() {
                 let by_col = |j: usize| largest(&mut b.x.iter().copied().skip(j).step_by(s.m));
                 let (norm_u, norm_v) = (norm(&mut rng, s.n, &by_row), norm(&mut rng, s.m, &by_col));
                 let (target_u, target_v) = (rng.vec(s.n, 1.0), rng.vec(s.m, 1.0));
-                let (bias, smoothing) = if sigmoid == 1 { (0.7f32, 0.1f32) } else { (0.0, 0.0) };
+                let (bias, smoothing) = if law == SIGMOID { (0.7f32, 0.1f32) } else { (0.0, 0.0) };
                 let g_of = |i: usize, j: usize| -> (f64, f64) {
                     let x = b.x[i * s.m + j];
                     let positive = b.positive[i * s.m + j];
                     if x.is_nan() {
                         return (0.0, 0.0);
                     }
-                    if sigmoid == 1 {
+                    if law == SIGMOID {
                         let y = (x + f64::from(bias)) * std::f64::consts::LN_2;
                         let e = f64::from(smoothing);
                         let target = if positive { 1.0 - 0.5 * e } else { 0.5 * e };
@@ -290,6 +328,9 @@ fn chunks_of_g_are_those_of_f64() {
                         let off =
                             if positive { 0.5 * e - 1.0 / (1.0 + y.exp()) } else { 1.0 / (1.0 + (-y).exp()) - target };
                         return (share * off, share * (softplus - target * y));
+                    }
+                    if law == PLAIN {
+                        return (x, 0.0);
                     }
                     let side = |n: &[f32; 4], t: f32| {
                         let p = (x - f64::from(n[0])).exp2();
@@ -311,13 +352,17 @@ fn chunks_of_g_are_those_of_f64() {
                     let g = Array::<u16>::poison(rows * pitch);
                     let row_sums = Array::<[f32; 4]>::poison(row_slots * tiles[0] * rows);
                     let col_sums = Array::<f32>::poison(col_slots * tiles[1] * cols);
-                    let gain = 4.0;
+                    let gain = if law == PLAIN { 1.0 } else { 4.0 };
+                    let (factor, factors) = halves(*t, &rng.vec(rows * cols, 1.0), cols, pitch);
+                    let by = |i: usize, j: usize| if law == FACTORED { factors[i * cols + j] } else { 1.0 };
+                    let sums = law != PLAIN;
                     let args = Pull {
                         logits: b.logits(s.ignore),
-                        norm_u: if sigmoid == 1 { null() } else { a_u.ptr() },
+                        norm_u: if law == SIGMOID { null() } else { a_u.ptr() },
                         target_u: t_u.ptr(),
-                        norm_v: if sigmoid == 1 { null() } else { a_v.ptr() },
+                        norm_v: if law == SIGMOID { null() } else { a_v.ptr() },
                         target_v: t_v.ptr(),
+                        factor: factor.ptr(),
                         g: g.ptr_mut(),
                         row_sums: row_sums.ptr_mut(),
                         col_sums: col_sums.ptr_mut(),
@@ -339,6 +384,7 @@ fn chunks_of_g_are_those_of_f64() {
                     for i in 0..rows {
                         for j in 0..cols {
                             let (g, value) = g_of(row + i, col + j);
+                            let g = g * by(i, j);
                             want[i * cols + j] = g;
                             let x = b.x[(row + i) * s.m + col + j];
                             let x = if x.is_nan() { 0.0 } else { x };
@@ -349,7 +395,7 @@ fn chunks_of_g_are_those_of_f64() {
                     let got = (0..rows * cols).map(|k| t.value(g[k / cols * pitch + k % cols]) / f64::from(gain));
                     let off = distance(got, &want);
                     assert!(off < if *t == Type::Bf16 { 4e-3 } else { 6e-4 }, "{name}: G {off:e}");
-                    for which in 0..3 {
+                    for which in (0..3).filter(|_| sums) {
                         let got = (0..rows).map(|i| {
                             (0..row_slots * tiles[0]).map(|p| f64::from(row_sums[p * rows + i][which])).sum::<f64>()
                         });
@@ -360,7 +406,7 @@ fn chunks_of_g_are_those_of_f64() {
                             assert!(off < bound, "{name}: row sum {which} {off:e}");
                         }
                     }
-                    if by_col.iter().any(|x| *x != 0.0) {
+                    if sums && by_col.iter().any(|x| *x != 0.0) {
                         let got = (0..cols)
                             .map(|j| (0..col_slots * tiles[1]).map(|p| f64::from(col_sums[p * cols + j])).sum::<f64>());
                         let off = distance(got, &by_col);
@@ -368,6 +414,78 @@ fn chunks_of_g_are_those_of_f64() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Residuals of MMD, some of them nothing, against f64: unit rows, offsets, weights and the loss.
+#[test]
+fn residuals_are_those_of_f64() {
+    for (t, kernel) in [(Type::Bf16, e::RESIDUAL_BF16), (Type::F16, e::RESIDUAL_F16)] {
+        for (rows, dim) in [(1, 1), (9, 33), (40, 70)] {
+            let mut rng = Rng(rows as u64);
+            let (acc, target, shift) = (rng.vec(rows * dim, 3.0), rng.vec(rows * dim, 2.0), rng.vec(dim, 1.0));
+            let mut share: Vec<f32> = rng.vec(rows, 0.1).iter().map(|x| x.abs() + 0.01).collect();
+            let norm: Vec<[f32; 4]> = (0..rows).map(|_| [rng.unit(), 1.0 + rng.unit(), 0.5, 0.0]).collect();
+            let mut acc = acc;
+            if rows > 1 {
+                // A row that is out of the loss, and one whose mean is its target.
+                share[1] = 0.0;
+                acc[2 * dim..3 * dim].fill(0.0);
+            }
+            let pitch = dim.next_multiple_of(8);
+            let (scale, unit, lambda) = (0.125f32, 0.5f32, 1.5f32);
+            let (a, tg, sh, w) = (Array::of(&acc), Array::of(&target), Array::of(&shift), Array::of(&share));
+            let norms = Array::of(&norm);
+            let (out, offset) = (Array::<u16>::poison(rows * pitch), Array::<f32>::poison(rows));
+            let loss = Array::<f64>::poison(rows.div_ceil(8));
+            let args = Residual {
+                acc: a.ptr(),
+                target: tg.ptr(),
+                shift: sh.ptr(),
+                share: w.ptr(),
+                norm: norms.ptr_mut(),
+                out: out.ptr_mut(),
+                offset: offset.ptr_mut(),
+                loss: loss.ptr_mut(),
+                rows: rows as u32,
+                dim: dim as u32,
+                pitch: pitch as u32,
+                scale,
+                unit,
+                lambda,
+            };
+            launch(&kernel, [rows.div_ceil(8) as u32, 1, 1], &args, 3);
+            let (out, offset, norms, mut total) = (out.get(), offset.get(), norms.get(), 0f64);
+            for i in 0..rows {
+                let weight = f64::from(lambda) * f64::from(share[i]);
+                let f = |x: f32| f64::from(x);
+                let row = i * dim..(i + 1) * dim;
+                let r: Vec<f64> = acc[row.clone()]
+                    .iter()
+                    .map(|&x| if weight > 0.0 { f(x) * f(scale) / weight } else { 0.0 })
+                    .collect();
+                let length = r.iter().map(|r| r * r).sum::<f64>().sqrt();
+                let got: Vec<f64> = out[i * pitch..(i + 1) * pitch].iter().map(|&x| t.value(x)).collect();
+                assert!(got[dim..].iter().all(|x| *x == 0.0), "{rows} x {dim}: padding");
+                let bound = if t == Type::Bf16 { 4e-3 } else { 6e-4 };
+                for (got, r) in got.iter().zip(&r) {
+                    assert!((got - if length > 0.0 { r / length } else { 0.0 }).abs() < bound, "row {i}");
+                }
+                // The offset is of the unit row as it was rounded.
+                let mean = (0..dim).map(|k| {
+                    let t = if weight > 0.0 { f(target[i * dim + k]) } else { 0.0 };
+                    got[k] * (r[k] + f(unit) * (t - f(shift[k])))
+                });
+                assert!((f(offset[i]) + mean.sum::<f64>()).abs() < 1e-4 * length.max(1.0), "offset {i}");
+                let plain = f(norm[i][1]) * length / f(unit).powi(2);
+                assert!((f(norms[i][1]) - plain).abs() <= 1e-5 * plain, "weight {i}");
+                assert_eq!((norms[i][0], norms[i][2], norms[i][3]), (norm[i][0], 0.0, norms[i][1]));
+                let square: f64 = target[row].iter().map(|&t| f(t).powi(2)).sum();
+                total += 0.5 * weight * (length * length / f(unit).powi(2) - square);
+            }
+            let got: f64 = loss.get().iter().sum();
+            assert!((got - total).abs() < 1e-5 * total.abs().max(1.0), "loss {got} and {total}");
         }
     }
 }

@@ -3,7 +3,9 @@
 
 mod common;
 use common::*;
-use kernels::abi::{Args, Gemm, HopperGemm, HopperPull, HopperTally, Kernel, Logits, Merge, Pull, Tally, TensorMap};
+use kernels::abi::{
+    Args, Gemm, HopperGemm, HopperPull, HopperTally, Kernel, Logits, Merge, Pull, Residual, Tally, TensorMap,
+};
 use kernels::entries as e;
 use kernels::simt::shim::{self, Call, MapSpec, Omission};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -70,6 +72,7 @@ fn every_barrier_is_needed_and_missed() {
         id_v: ids.ptr(),
         ignore_u: null(),
         ignore_v: null(),
+        live: null(),
         n: ROWS as u32,
         m: COLS as u32,
         depth: DEPTH as u32,
@@ -90,6 +93,7 @@ fn every_barrier_is_needed_and_missed() {
     let norms = Array::of(&vec![[40f32, 1.0, 0.0, 1.0]; COLS]);
     let targets = Array::of(&rng.vec(COLS, 1.0));
     let g = Array::<u16>::poison(ROWS * COLS);
+    let (factor, _) = halves(Type::Bf16, &rng.vec(ROWS * COLS, 1.0), COLS, COLS);
     let row_sums = Array::<[f32; 4]>::poison(8 * ROWS);
     let col_sums = Array::<f32>::poison(16 * COLS);
     let pull = Pull {
@@ -98,6 +102,7 @@ fn every_barrier_is_needed_and_missed() {
         target_u: targets.ptr(),
         norm_v: norms.ptr(),
         target_v: targets.ptr(),
+        factor: factor.ptr(),
         g: g.ptr_mut(),
         row_sums: row_sums.ptr_mut(),
         col_sums: col_sums.ptr_mut(),
@@ -121,6 +126,36 @@ fn every_barrier_is_needed_and_missed() {
     let mut hopper = HopperPull { maps: [maps[0], maps[1], map(g.ptr(), [ROWS, COLS], 64)], pull };
     hopper.pull.logits.depth = 72;
     missed.extend(unnoticed(&e::HOPPER_PULL_SOFTMAX_SUMS_BF16, [1, 1, 1], &hopper, &refill, &bits));
+    missed.extend(unnoticed(&e::PULL_FACTORED_BF16, [4, 2, 1], &pull, &refill, &bits));
+    missed.extend(unnoticed(&e::HOPPER_PULL_FACTORED_BF16, [1, 1, 1], &hopper, &refill, &bits));
+
+    let (acc, target, share) =
+        (Array::of(&rng.vec(9 * 20, 1.0)), Array::of(&rng.vec(9 * 20, 1.0)), Array::of(&[0.25f32; 9]));
+    let (out, offset, loss) = (Array::<u16>::poison(9 * 24), Array::<f32>::poison(9), Array::<f64>::poison(2));
+    let scratch = Array::of(&[[1f32; 4]; 9]);
+    let residual = Residual {
+        acc: acc.ptr(),
+        target: target.ptr(),
+        shift: target.ptr(),
+        share: share.ptr(),
+        norm: scratch.ptr_mut(),
+        out: out.ptr_mut(),
+        offset: offset.ptr_mut(),
+        loss: loss.ptr_mut(),
+        rows: 9,
+        dim: 20,
+        pitch: 24,
+        scale: 1.0,
+        unit: 1.0,
+        lambda: 1.0,
+    };
+    let again = || {
+        out.refill();
+        offset.refill();
+        loss.refill();
+    };
+    let found = || [words(&out), words(&offset), words(&loss)].concat();
+    missed.extend(unnoticed(&e::RESIDUAL_BF16, [2, 1, 1], &residual, &again, &found));
 
     let (chunk, _) = halves(Type::Bf16, &rng.vec(ROWS * COLS, 1.0), COLS, COLS);
     let c = Array::<f32>::poison(COLS * DEPTH);
@@ -183,10 +218,12 @@ const HARMLESS: [(&str, &[&str]); 6] = [
         &[
             "tally_bf16: Sync Some(0) of 32",
             "pull_softmax_sums_bf16: Sync Some(0) of 8",
+            "pull_factored_bf16: Sync Some(0) of 8",
             "gemm_gv_bf16: Sync Some(0) of 14",
             "gemm_gu_bf16: Sync Some(0) of 6",
             "gemm_nn_bf16: Sync Some(0) of 14",
             "hopper_pull_softmax_sums_bf16: BulkWaitRead Some(0) of 5",
+            "hopper_pull_factored_bf16: BulkWaitRead Some(0) of 5",
         ],
     ),
     (
@@ -196,6 +233,7 @@ const HARMLESS: [(&str, &[&str]); 6] = [
             "hopper_tally_bf16: WgmmaWait Some(4) of 8",
             "hopper_tally_bf16: MbarrierArrive Some(7) of 8",
             "hopper_pull_softmax_sums_bf16: MbarrierArrive Some(7) of 8",
+            "hopper_pull_factored_bf16: MbarrierArrive Some(7) of 8",
             "hopper_gemm_gv_bf16: MbarrierArrive Some(13) of 14",
             "hopper_gemm_gu_bf16: MbarrierArrive Some(11) of 12",
         ],
@@ -205,6 +243,7 @@ const HARMLESS: [(&str, &[&str]); 6] = [
         &[
             "hopper_tally_bf16: WgmmaFence Some(7) of 8",
             "hopper_pull_softmax_sums_bf16: WgmmaFence Some(7) of 8",
+            "hopper_pull_factored_bf16: WgmmaFence Some(7) of 8",
             "hopper_gemm_gv_bf16: WgmmaFence Some(13) of 14",
             "hopper_gemm_gu_bf16: WgmmaFence Some(11) of 12",
         ],

@@ -126,7 +126,7 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
         tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };
-    let choice = common.choose(only_cpu(loss.objective))?;
+    let choice = common.choose(only_cpu(loss.objective, None))?;
     let precision = choice.precision();
     choice.announce();
     let sets: Vec<Set> = (0..SETS as u64).map(|s| Set::new(n, m, d, precision, common.seed() + s)).collect();
@@ -152,8 +152,8 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
             let mut engine = Cuda::new(driver, precision);
             check_answer(&mut engine, &loss, d, precision, mmd, common.seed(), 3e-2)?;
             times = match precision {
-                Precision::F16 => on_card(&mut engine, driver, sets.iter().map(|s| &s.f16), &loss, d, &mut value)?,
-                _ => on_card(&mut engine, driver, sets.iter().map(|s| &s.bf16), &loss, d, &mut value)?,
+                Precision::F16 => on_card(&mut engine, driver, &sets, |s| &s.f16, &loss, (d, mmd), &mut value)?,
+                _ => on_card(&mut engine, driver, &sets, |s| &s.bf16, &loss, (d, mmd), &mut value)?,
             };
             (scratch, ceiling, kernels) = (engine.scratch_bytes(), product(&engine, [n, m], d)?, &name[..]);
         }
@@ -205,24 +205,28 @@ fn product<D: Verbs<Real = f32>>(device: &D, [n, m]: [usize; 2], d: usize) -> Re
 
 /// Seconds of the loss on embeddings that are on the card, its gradients left there.
 #[cfg(feature = "cuda")]
-fn on_card<'a, T: Embedding>(
+fn on_card<T: Embedding>(
     engine: &mut Cuda<Driver>,
     driver: &Arc<Driver>,
-    sets: impl Iterator<Item = &'a [Vec<T>; 2]>,
+    sets: &[Set],
+    embeddings: fn(&Set) -> &[Vec<T>; 2],
     loss: &Loss,
-    d: usize,
+    (d, mmd): (usize, bool),
     value: &mut f64,
 ) -> Result<Vec<f64>, Failure> {
     let fails = |e: CudaError| Failure::Other(e.to_string());
     let mut inputs = Vec::new();
-    for [u, v] in sets {
-        inputs.push([Buffer::of(driver, u).map_err(fails)?, Buffer::of(driver, v).map_err(fails)?]);
+    for set in sets {
+        let [u, v] = embeddings(set);
+        let [x, y] = &set.features;
+        let embeddings = [Buffer::of(driver, u).map_err(fails)?, Buffer::of(driver, v).map_err(fails)?];
+        inputs.push((embeddings, [Buffer::of(driver, x).map_err(fails)?, Buffer::of(driver, y).map_err(fails)?]));
     }
-    let [mut du, mut dv] = [0, 1].map(|s| Buffer::zeroed(driver, inputs[0][s].len()));
+    let [mut du, mut dv] = [0, 1].map(|s| Buffer::zeroed(driver, inputs[0].0[s].len()));
     time(|run| {
-        let [u, v] = &inputs[run % inputs.len()];
+        let ([u, v], [x, y]) = &inputs[run % inputs.len()];
         let gradients = [&mut du, &mut dv].map(|g| g.as_mut().ok().map(Write::Set));
-        *value = engine.loss_on_card(loss, [u, v], d, gradients)?.loss;
+        *value = engine.loss_on_card(loss, [u, v], d, mmd.then_some([x, y]), gradients)?.loss;
         Ok(())
     })
 }

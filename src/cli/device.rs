@@ -6,7 +6,7 @@ use crate::device::Engine;
 use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{Driver, contrast::Cuda};
-use crate::objective::{Objective, Precision};
+use crate::objective::{DataKernel, Objective, Precision};
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
 
@@ -85,10 +85,16 @@ pub fn why_not_cuda() -> Option<String> {
     card(0).err()
 }
 
-/// Why a loss runs on the CPU alone, if it does.
-pub fn only_cpu(objective: Objective) -> Option<String> {
-    let card = matches!(objective, Objective::Conditional { .. } | Objective::Joint | Objective::Sigmoid { .. });
-    (!card).then(|| "mmd, joint-mmd and the shuffled joint loss are the CPU's".to_owned())
+/// Why a loss runs on the CPU alone, if it does. `gram` is the kernel whose exact Gram matrix the MMD losses compare, if
+/// they do.
+pub fn only_cpu(objective: Objective, gram: Option<DataKernel>) -> Option<String> {
+    match (objective, gram) {
+        (Objective::JointShuffled { .. }, _) => Some("the shuffled joint loss is the CPU's".to_owned()),
+        (_, Some(DataKernel::Gaussian { .. })) => {
+            Some("the exact Gram matrix of a gaussian kernel is the CPU's (--features F approximates it)".to_owned())
+        }
+        _ => None,
+    }
 }
 
 impl Device {

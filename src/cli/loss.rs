@@ -161,10 +161,11 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         tau: args.tau,
         smoothing: args.smoothing,
     };
-    let choice = common.choose(only_cpu(loss.objective))?;
-    let precision = choice.precision();
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
+    let gram = (mmd && args.features.is_none()).then_some(kernel);
+    let choice = common.choose(only_cpu(loss.objective, gram))?;
+    let precision = choice.precision();
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
         return Err(bad_flag("--features", args.features.unwrap_or(0), "an even number, 2 or more"));
     }

@@ -155,8 +155,8 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     let file = args.config.clone().or_else(|| (args.resume && own.exists()).then_some(own));
     let mut config = experiments::resolve(file.as_deref(), flags)?;
     let dir = folder(&config.experiment);
-    let only_cpu = if matches!(&config.objective[..], "mmd" | "joint-mmd") || config.pairings > 0 {
-        Some("mmd, joint-mmd and the shuffled joint loss are the CPU's".to_owned())
+    let only_cpu = if config.pairings > 0 {
+        Some("the shuffled joint loss is the CPU's".to_owned())
     } else if file.is_some() && config.precision == "f32" {
         Some("the settings say f32, and f32 products are the CPU's".to_owned())
     } else {

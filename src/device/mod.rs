@@ -255,24 +255,21 @@ impl Attention {
     }
 }
 
-/// One update of Adam with decoupled weight decay; see [`Device::adam`].
+/// Adam with decoupled weight decay; see [`Device::adam`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamStep {
-    /// Learning rate of this update.
-    pub lr: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Weight decay, not yet times `lr`.
+    /// Weight decay, not yet times the learning rate.
     pub decay: f64,
-    /// `1 - beta1^t` and `1 - beta2^t` at the t-th update, t from 1.
-    pub bias: [f64; 2],
-    /// Factor on the gradients.
-    pub grad_scale: f64,
 }
+
+/// Scale of the gradients where training in narrow products begins; see [`Device::judge`].
+pub const SCALING_START: f32 = 65536.0;
 
 /// The verbs encoders and optimisers are made of. Shapes are row-major. An output is a [`Write`] where a caller
 /// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
@@ -327,6 +324,31 @@ pub trait Device: Sync {
         d: ViewMut<'_, Self::Buf>,
         d_bias: Option<Write<ViewMut<'_, Self::Buf>>>,
     );
+
+    /// A dense layer, `out = activation(x weight' + bias)`, with `shape` = `[rows, inputs, outputs]`: x `[rows, inputs]`,
+    /// weight `[outputs, inputs]`, bias `[outputs]`. With `pre` what the activation reads stays there; without it `out`
+    /// is all there is.
+    #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
+    fn dense(
+        &self,
+        [rows, inputs, outputs]: [usize; 3],
+        activation: Activation,
+        x: View<'_, Self::Buf>,
+        weight: View<'_, Self::Buf>,
+        bias: Option<View<'_, Self::Buf>>,
+        pre: Option<ViewMut<'_, Self::Buf>>,
+        out: ViewMut<'_, Self::Buf>,
+    ) {
+        let (mut to, active) = match pre {
+            Some(pre) => (pre, Some(out)),
+            None => (out, None),
+        };
+        let product = Gemm { m: rows, n: outputs, k: inputs, transpose_a: false, transpose_b: true };
+        self.gemm(product, x, weight, Write::Set(to.again()));
+        if bias.is_some() || activation != Activation::None || active.is_some() {
+            self.bias_activation([rows, outputs, 1], activation, bias, to, active);
+        }
+    }
 
     /// Numbers of scratch that the three convolution verbs need for up to `rows` samples.
     fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize;
@@ -499,33 +521,95 @@ pub trait Device: Sync {
         delta: ViewMut<'_, Self::Buf>,
     );
 
-    /// AdamW in place on `params` and the moments `m`, `v`, all of one length, with `g = grad_scale * grads`:
+    /// AdamW in place on `params` and the moments `m`, `v`, all of one length, with `g = factor grads` and
+    /// `now` = [lr, 1 - beta1^t, 1 - beta2^t] at the t-th update, t from 1:
     /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
-    /// `params = (1 - lr decay) params - lr (m / bias[0]) / (sqrt(v / bias[1]) + eps)`.
+    /// `params = (1 - lr decay) params - lr (m / now[1]) / (sqrt(v / now[2]) + eps)`.
+    /// Nothing happens where the one number of `factor` is not finite.
+    #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
     fn adam(
         &self,
         step: &AdamStep,
+        now: View<'_, Self::Buf>,
+        factor: View<'_, Self::Buf>,
         grads: View<'_, Self::Buf>,
         params: ViewMut<'_, Self::Buf>,
         m: ViewMut<'_, Self::Buf>,
         v: ViewMut<'_, Self::Buf>,
     );
-    /// The sum of squares of `x`, accumulated in f64.
-    fn sum_squares(&self, x: View<'_, Self::Buf>) -> f64;
+    /// What an optimiser does with `grads`, into `to` = [norm, factor]: their Euclidean norm, summed in f64, and what
+    /// [`Self::adam`] multiplies them by: `min(1, limit / norm)`, 1 where the limit is 0, or NaN where the norm or the
+    /// one number of `loss` is not finite.
+    ///
+    /// With `scaling` = [s, k] gradients are s times what is meant: the norm is that of `grads / s`, the factor
+    /// undoes s; and s is halved where the norm is not finite, and doubled after 2000 steps, which k counts, in which
+    /// it was.
+    fn judge(
+        &self,
+        limit: f64,
+        loss: View<'_, Self::Buf>,
+        grads: View<'_, Self::Buf>,
+        scaling: Option<ViewMut<'_, Self::Buf>>,
+        to: ViewMut<'_, Self::Buf>,
+    );
+    /// `to[i] = from[index[i]]`, rows of `width` numbers; `index` holds whole numbers, from 0, of rows of `from`.
+    fn gather(&self, width: usize, from: View<'_, Self::Buf>, index: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);
+    /// `to[index[i]] = from[i]`, rows of `width` numbers; no two of `index` are equal.
+    fn scatter(&self, width: usize, from: View<'_, Self::Buf>, index: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);
+    /// `to` = the one number of `factor` times `from`, as long.
+    fn scale(&self, factor: View<'_, Self::Buf>, from: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);
+    /// Brings numbers into `[low, high]`.
+    fn clamp(&self, low: f64, high: f64, x: ViewMut<'_, Self::Buf>);
 }
 
-/// The fused loss on embeddings that live on the device; the trainer's one call.
+/// What training asks of a device besides: the fused loss on embeddings that live there, and steps without a word to
+/// the host.
 pub trait Contrast: Device<Real = f32> {
+    /// Steps that may be given before the results of the first are read: 1 where reading costs nothing.
+    const AHEAD: u64;
+    /// A step as the device remembers it, see [`Self::repeat`].
+    type Recorded: Default;
+
     /// As [`Engine::loss`] with diagonal positives; `gradients` are dL/du and dL/dv, `[rows, dim]`.
     ///
     /// # Errors
-    /// [`LossError`].
+    /// [`LossError`]. Numbers that are not finite may be an error or show in the results.
     fn contrast(
         &mut self,
         loss: &Loss,
         embeddings: Embeddings<'_, Self::Buf>,
         gradients: [Write<ViewMut<'_, Self::Buf>>; 2],
-    ) -> Result<Value, LossError>;
+        scalars: Scalars<'_, Self::Buf>,
+    ) -> Result<(), LossError>;
+
+    /// Whether products round to f16, whose range ends where gradients may be: they need scaling.
+    fn is_narrow(&self) -> bool;
+
+    /// Room for two arrays of data that stay on the device; `None` where that gains nothing or they would take more than
+    /// half of what is free.
+    fn keep(&self, lens: [usize; 2]) -> Option<[Self::Buf; 2]>;
+
+    /// Does `work`, which does the same at each call: the same verbs, of the same shapes, on the same buffers, and
+    /// nothing with numbers of the host. A device may record it once and run the record from then on.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    fn repeat(
+        &mut self,
+        recorded: &mut Self::Recorded,
+        work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
+    ) -> Result<(), LossError>;
+}
+
+/// The trained scalars of a loss, on a device.
+#[derive(Debug)]
+pub struct Scalars<'a, B> {
+    /// log(1/tau), one number, in place of the loss's own tau.
+    pub logit_scale: Option<View<'a, B>>,
+    /// The sigmoid loss's bias, one number, in place of the loss's own.
+    pub bias: Option<View<'a, B>>,
+    /// Gets the loss, dL/d logit_scale (0 without one), dL/d bias, and tau.
+    pub out: ViewMut<'a, B>,
 }
 
 /// A batch of embedded pairs on a device.
@@ -560,6 +644,13 @@ impl<B> View<'_, B> {
     /// The same part, borrowed again.
     pub fn again(&self) -> View<'_, B> {
         View { buf: self.buf, at: self.at.clone() }
+    }
+}
+
+impl<B> ViewMut<'_, B> {
+    /// The same part, lent out.
+    pub fn again(&mut self) -> ViewMut<'_, B> {
+        ViewMut { buf: &mut *self.buf, at: self.at.clone() }
     }
 }
 

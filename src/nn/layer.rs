@@ -60,12 +60,16 @@ impl Linear {
         out: &mut D::Buf,
     ) {
         let len = rows * self.outputs;
-        let (pre, out) = match pre {
-            Some(pre) => (pre, Some(part_mut(out, len))),
-            None => (out, None),
-        };
-        self.product(device, params, rows, x, Write::Set(part_mut(pre, len)));
-        self.bias_activation(device, params, rows, part_mut(pre, len), out);
+        let view = |at: &Range<usize>| View { buf: params, at: at.clone() };
+        device.dense(
+            [rows, self.inputs, self.outputs],
+            self.activation,
+            x,
+            view(&self.weight),
+            self.bias.as_ref().map(view),
+            pre.map(|pre| part_mut(pre, len)),
+            part_mut(out, len),
+        );
     }
 
     /// `out += x W' + b`: a layer without activation on a residual stream.
@@ -78,34 +82,12 @@ impl Linear {
         out: &mut D::Buf,
     ) {
         let len = rows * self.outputs;
-        self.product(device, params, rows, x, Write::Add(part_mut(out, len)));
-        self.bias_activation(device, params, rows, part_mut(out, len), None);
-    }
-
-    /// `out = x W'`.
-    fn product<D: Device>(
-        &self,
-        device: &D,
-        params: &D::Buf,
-        rows: usize,
-        x: View<'_, D::Buf>,
-        out: Write<ViewMut<'_, D::Buf>>,
-    ) {
         let shape = Gemm { m: rows, n: self.outputs, k: self.inputs, transpose_a: false, transpose_b: true };
-        device.gemm(shape, x, View { buf: params, at: self.weight.clone() }, out);
-    }
-
-    fn bias_activation<D: Device>(
-        &self,
-        device: &D,
-        params: &D::Buf,
-        rows: usize,
-        pre: ViewMut<'_, D::Buf>,
-        out: Option<ViewMut<'_, D::Buf>>,
-    ) {
-        if self.bias.is_some() || self.activation != Activation::None {
-            let bias = self.bias.clone().map(|at| View { buf: params, at });
-            device.bias_activation([rows, self.outputs, 1], self.activation, bias, pre, out);
+        let weight = View { buf: params, at: self.weight.clone() };
+        device.gemm(shape, x, weight, Write::Add(part_mut(out, len)));
+        if let Some(at) = self.bias.clone() {
+            let bias = Some(View { buf: params, at });
+            device.bias_activation([rows, self.outputs, 1], Activation::None, bias, part_mut(out, len), None);
         }
     }
 

@@ -69,6 +69,43 @@ impl Pairing {
         shares(&mut self.row_share, &self.row_positives, batch.pairs.weights_u, false);
     }
 
+    /// Mean of the positives' features `[rows, dim]` for each row (`of_rows`: `from` are of columns) or each column (of
+    /// rows); zeros where there is no positive.
+    pub fn target_means(&self, batch: &Batch<'_>, of_rows: bool, from: &[f32], dim: usize, out: &mut [f32]) {
+        out.fill(0.0);
+        let add = |out: &mut [f32], x: &[f32], share: f32| out.iter_mut().zip(x).for_each(|(o, x)| *o += share * x);
+        let row = |i: usize| i * dim..(i + 1) * dim;
+        match batch.pairs.positives {
+            Positives::Diagonal => {
+                let both = batch.u.rows.min(batch.v.rows) * dim;
+                out[..both].copy_from_slice(&from[..both]);
+            }
+            Positives::Index(index) => {
+                for (i, &j) in index.iter().enumerate() {
+                    if of_rows {
+                        add(&mut out[row(i)], &from[row(j as usize)], 1.0);
+                    } else {
+                        let share = 1.0 / self.col_positives[j as usize] as f32;
+                        add(&mut out[row(j as usize)], &from[row(i)], share);
+                    }
+                }
+            }
+            Positives::Groups { u, v } => {
+                let (to_ids, from_ids, counts) =
+                    if of_rows { (u, v, &self.row_positives) } else { (v, u, &self.col_positives) };
+                let mut sums: HashMap<i64, Vec<f32>> = HashMap::new();
+                for (id, x) in from_ids.iter().zip(from.chunks_exact(dim)) {
+                    add(sums.entry(*id).or_insert_with(|| vec![0.0; dim]), x, 1.0);
+                }
+                for ((id, out), &count) in to_ids.iter().zip(out.chunks_exact_mut(dim)).zip(counts) {
+                    if count > 0 {
+                        add(out, &sums[id], 1.0 / count as f32);
+                    }
+                }
+            }
+        }
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         4 * (self.row_positives.capacity()

@@ -1,27 +1,36 @@
 //! What a training step works on: buffers made once, and the passes over them.
 
-use super::TrainError;
 use super::moments::Moments;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, parse_precision};
-use crate::data::{PairBatch, Source};
-use crate::device::{Contrast, Device, Embeddings, View, ViewMut};
+use crate::data::{PairBatch, Side, Source, permute};
+use crate::device::{Contrast, Device, Embeddings, SCALING_START, Scalars, View, ViewMut};
 use crate::nn::{Acts, Network};
-use crate::objective::{Loss, Objective, Precision, Value, Write};
+use crate::objective::{Loss, LossError, Objective, Precision, Write};
 use crate::optim::Adam;
 use std::ops::Range;
 
+/// Numbers of a plan's row before its samples: the row, the next, and [`Adam::now`].
+const PLAN: usize = 5;
+/// Samples of a gathering from a source that moves to the device.
+const MOVED: usize = 4096;
+/// Buffers number samples in f32, exactly up to here.
+const NUMBERED: usize = 1 << 24;
+
 /// A model in training on a device. Arrays of two are (u, v).
-pub(super) struct State<'a, D: Device> {
+pub(super) struct State<'a, D: Contrast> {
     config: &'a Config,
     network: &'a Network,
     precision: Precision,
+    samples: usize,
     /// Rows embedded at a time.
     micro: usize,
     /// The arena, its gradient, and Adam's moments.
     params: D::Buf,
-    pub(super) grads: D::Buf,
+    grads: D::Buf,
     adam: Adam<D>,
+    /// All data `[samples, inputs]`, if it is on the device.
+    data: Option<[D::Buf; 2]>,
     /// Data `[batch, inputs]`.
     x: [D::Buf; 2],
     moments: Moments<D::Buf>,
@@ -30,9 +39,33 @@ pub(super) struct State<'a, D: Device> {
     /// dL/d embeddings `[batch, dim]`.
     d_embeddings: [D::Buf; 2],
     acts: [Acts<D>; 2],
+    /// Rows for the steps to come `[AHEAD, PLAN (+ batch)]`, the row whose turn it is, and that row.
+    plan: D::Buf,
+    cursor: D::Buf,
+    now: D::Buf,
+    /// What a step leaves, and those of the plan's steps: [`Scalars::out`], `[norm, factor]` of [`Device::judge`].
+    scalars: D::Buf,
+    judged: D::Buf,
+    log: [D::Buf; 2],
+    /// [`Device::judge`]'s scaling of the gradients, where products are narrow.
+    scaling: Option<D::Buf>,
+    recorded: D::Recorded,
 }
 
-impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
+/// What a step leaves for people.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Results {
+    /// Of its batch, nats.
+    pub loss: f64,
+    /// Temperature used.
+    pub tau: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    /// Not finite, and no matter of scaling: the step changed nothing.
+    pub diverged: bool,
+}
+
+impl<'a, D: Contrast> State<'a, D> {
     /// The state that `start` holds.
     pub(super) fn new(
         device: &D,
@@ -49,65 +82,142 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
             device.upload(from, all_mut(buf, layout.len()));
         }
         let batch_of = |width: usize| device.alloc(config.batch * width);
+        let scaling = device.is_narrow().then(|| {
+            let mut scaling = device.alloc(2);
+            device.upload(&start.scaling, all_mut(&mut scaling, 2));
+            scaling
+        });
+        let x = [0, 1].map(|side| batch_of(encoders[side].input));
+        let moments = Moments::new(device, config, source);
+        let [embeddings, d_embeddings] = [0, 1].map(|_| [0, 1].map(|_| batch_of(config.dim)));
+        let acts = [0, 1].map(|side| encoders[side].acts(device, micro));
+        // Last, so that it is told what is free.
+        let data = moments.views().is_none().then(|| keep(device, source)).flatten();
+        let plan = PLAN + if data.is_some() { config.batch } else { 0 };
+        let ahead = D::AHEAD as usize;
         State {
             config,
             network,
             precision: parse_precision(&config.precision).expect("validated"),
+            samples: source.len(),
             micro,
             params,
             grads: device.alloc(layout.len()),
             adam,
-            x: [0, 1].map(|side| batch_of(encoders[side].input)),
-            moments: Moments::new(device, config, source),
-            embeddings: [0, 1].map(|_| batch_of(config.dim)),
-            d_embeddings: [0, 1].map(|_| batch_of(config.dim)),
-            acts: [0, 1].map(|side| encoders[side].acts(device, micro)),
+            data,
+            x,
+            moments,
+            embeddings,
+            d_embeddings,
+            acts,
+            plan: device.alloc(ahead * plan),
+            cursor: device.alloc(1),
+            now: device.alloc(plan),
+            scalars: device.alloc(4),
+            judged: device.alloc(2),
+            log: [4, 2].map(|width| device.alloc(ahead * width)),
+            scaling,
+            recorded: D::Recorded::default(),
         }
     }
 
-    /// Embeds a batch, a micro-batch at a time, keeping the embeddings alone.
-    pub(super) fn embed(&mut self, device: &D, data: &PairBatch) {
-        let (batch, dim) = (self.config.batch, self.config.dim);
+    /// Whether the device has all data: then a plan says which of it is a batch, and nothing is to be fed.
+    pub(super) fn is_resident(&self) -> bool {
+        self.data.is_some()
+    }
+
+    /// Numbers of the next steps, from `first` on, each with its learning rate.
+    pub(super) fn plan(&mut self, device: &D, first: u64, rates: &[f64]) {
+        let Config { seed, batch, .. } = *self.config;
+        let epoch_steps = (self.samples / batch) as u64;
+        let mut host = Vec::new();
+        for (row, (step, lr)) in (first..).zip(rates).enumerate() {
+            host.extend([row as f32, (row + 1) as f32]);
+            host.extend(self.adam.now(step, *lr));
+            if self.is_resident() {
+                let (epoch, at) = (step / epoch_steps, (step % epoch_steps) as usize * batch);
+                host.extend((at..at + batch).map(|i| permute(seed, epoch, self.samples, i) as f32));
+            }
+        }
+        device.upload(&host, all_mut(&mut self.plan, host.len()));
+        device.upload(&[0.0], all_mut(&mut self.cursor, 1));
+    }
+
+    /// A batch from the host.
+    pub(super) fn feed(&mut self, device: &D, data: &PairBatch) {
         self.moments.update(device, self.config, &data.u, &data.v);
-        for (side, host) in [&data.u, &data.v].into_iter().enumerate() {
-            device.upload(host, all_mut(&mut self.x[side], host.len()));
-            for first in (0..batch).step_by(self.micro) {
+        for (x, host) in self.x.iter_mut().zip([&data.u, &data.v]) {
+            device.upload(host, all_mut(x, host.len()));
+        }
+    }
+
+    /// The plan's next step, number `step` of the run.
+    pub(super) fn step(&mut self, device: &mut D, step: u64) -> Result<(), LossError> {
+        let loss = self.config.loss(step).expect("validated");
+        if matches!(loss.objective, Objective::JointShuffled { .. }) {
+            // Other pairings each time.
+            return self.passes(device, &loss);
+        }
+        let mut recorded = std::mem::take(&mut self.recorded);
+        let done = device.repeat(&mut recorded, &mut |device| self.passes(device, &loss));
+        self.recorded = recorded;
+        done
+    }
+
+    /// All of a step: nothing in it comes from the host or goes there.
+    fn passes(&mut self, device: &mut D, loss: &Loss) -> Result<(), LossError> {
+        let row = device.len(&self.now);
+        let rows = device.len(&self.plan);
+        device.gather(row, all(&self.plan, rows), all(&self.cursor, 1), all_mut(&mut self.now, row));
+        device.copy(View { buf: &self.now, at: 1..2 }, all_mut(&mut self.cursor, 1));
+        if let Some(data) = &self.data {
+            for ((x, data), encoder) in self.x.iter_mut().zip(data).zip(&self.network.encoders) {
+                let (width, index) = (encoder.input, View { buf: &self.now, at: PLAN..row });
+                device.gather(width, all(data, self.samples * width), index, all_mut(x, self.config.batch * width));
+            }
+        }
+        self.embed(device);
+        self.contrast(device, loss)?;
+        self.backward(device);
+        self.update(device);
+        let index = View { buf: &self.now, at: 0..1 };
+        for ((log, from), width) in self.log.iter_mut().zip([&self.scalars, &self.judged]).zip([4, 2]) {
+            let len = D::AHEAD as usize * width;
+            device.scatter(width, all(from, width), index.again(), all_mut(log, len));
+        }
+        Ok(())
+    }
+
+    /// Embeds a batch, a micro-batch at a time, keeping the embeddings alone.
+    fn embed(&mut self, device: &D) {
+        for side in [0, 1] {
+            for first in (0..self.config.batch).step_by(self.micro) {
                 self.forward(device, side, first);
-                let to = ViewMut { buf: &mut self.embeddings[side], at: rows(first, self.micro, dim) };
-                device.copy(all(&self.acts[side].output, self.micro * dim), to);
+                let len = self.micro * self.config.dim;
+                let to = ViewMut { buf: &mut self.embeddings[side], at: rows(first, self.micro, self.config.dim) };
+                device.copy(all(&self.acts[side].output, len), to);
             }
         }
     }
 
-    /// The loss to evaluate at `step`: the configured one at the temperature and bias learned so far.
-    pub(super) fn loss(&self, device: &D, step: u64) -> Loss {
-        let scalar = |at: &Range<usize>| {
-            let mut host = [0.0];
-            device.download(View { buf: &self.params, at: at.clone() }, &mut host);
-            f64::from(host[0])
-        };
-        let mut loss = self.config.loss(step).expect("validated");
-        if self.config.train_tau {
-            loss.tau = (-scalar(&self.network.logit_scale)).exp();
-        }
-        if let Objective::Sigmoid { bias } = &mut loss.objective {
-            *bias = scalar(&self.network.bias);
-        }
-        loss
-    }
-
-    /// Evaluates `loss` on the embeddings, leaving its gradients beside them.
-    pub(super) fn contrast(&mut self, device: &mut D, step: u64, loss: &Loss) -> Result<Value, TrainError> {
+    /// Evaluates `loss`, at the temperature and bias learned so far, leaving its gradients beside the embeddings.
+    fn contrast(&mut self, device: &mut D, loss: &Loss) -> Result<(), LossError> {
         let (batch, dim) = (self.config.batch, self.config.dim);
         let [u, v] = self.embeddings.each_ref().map(|e| all(e, batch * dim));
         let gradients = self.d_embeddings.each_mut().map(|d| Write::Set(all_mut(d, batch * dim)));
         let embeddings =
             Embeddings { u, v, rows: batch, dim, precision: self.precision, moments: self.moments.views() };
-        device.contrast(loss, embeddings, gradients).map_err(|source| TrainError::Loss { step, source })
+        let param = |at: &Range<usize>| View { buf: &self.params, at: at.clone() };
+        let scalars = Scalars {
+            logit_scale: self.config.train_tau.then(|| param(&self.network.logit_scale)),
+            bias: matches!(loss.objective, Objective::Sigmoid { .. }).then(|| param(&self.network.bias)),
+            out: all_mut(&mut self.scalars, 4),
+        };
+        device.contrast(loss, embeddings, gradients, scalars)
     }
 
     /// Gradients of the whole arena, from those of the embeddings and of the loss's scalars.
-    pub(super) fn backward(&mut self, device: &D, loss: &Loss, value: &Value) {
+    fn backward(&mut self, device: &D) {
         let (batch, dim, micro) = (self.config.batch, self.config.dim, self.micro);
         device.fill(0.0, all_mut(&mut self.grads, self.network.layout.len()));
         for side in [0, 1] {
@@ -117,26 +227,54 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
                 }
                 let (encoder, acts) = (&self.network.encoders[side], &mut self.acts[side]);
                 let d = View { buf: &self.d_embeddings[side], at: rows(first, micro, dim) };
-                device.copy(d, all_mut(&mut acts.d_output, micro * dim));
+                scaled(device, &self.scaling, d, all_mut(&mut acts.d_output, micro * dim));
                 let x = View { buf: &self.x[side], at: rows(first, micro, encoder.input) };
                 encoder.backward(device, &self.params, x, micro, acts, &mut self.grads);
             }
         }
-        let d_logit_scale = if self.config.train_tau { -loss.tau * value.grad_tau } else { 0.0 };
-        for (d, at) in [(d_logit_scale, &self.network.logit_scale), (value.grad_bias, &self.network.bias)] {
-            device.upload(&[d as f32], ViewMut { buf: &mut self.grads, at: at.clone() });
-        }
+        // log(1/tau) and the bias lie side by side, as their gradients do.
+        let at = self.network.logit_scale.start..self.network.bias.end;
+        let d = View { buf: &self.scalars, at: 1..3 };
+        scaled(device, &self.scaling, d, ViewMut { buf: &mut self.grads, at });
     }
 
     /// One optimiser step; a trained temperature stays within CLIP's bounds.
-    pub(super) fn update(&mut self, device: &D, step: u64, lr: f64, grad_scale: f64) {
-        self.adam.step(device, step, lr, grad_scale, &mut self.params, &self.grads);
+    fn update(&mut self, device: &D) {
+        let (loss, grads) = (View { buf: &self.scalars, at: 0..1 }, all(&self.grads, self.network.layout.len()));
+        let scaling = self.scaling.as_mut().map(|s| all_mut(s, 2));
+        device.judge(self.config.grad_clip, loss, grads, scaling, all_mut(&mut self.judged, 2));
+        let (now, factor) = (View { buf: &self.now, at: 2..PLAN }, View { buf: &self.judged, at: 1..2 });
+        self.adam.update(device, now, factor, &mut self.params, &self.grads);
         if self.config.train_tau {
-            let mut scale = [0.0];
-            device.download(View { buf: &self.params, at: self.network.logit_scale.clone() }, &mut scale);
-            let kept = [scale[0].clamp(0.0, 100f32.ln())];
-            device.upload(&kept, ViewMut { buf: &mut self.params, at: self.network.logit_scale.clone() });
+            let scale = ViewMut { buf: &mut self.params, at: self.network.logit_scale.clone() };
+            device.clamp(0.0, 100f64.ln(), scale);
         }
+    }
+
+    /// What the plan's first `count` steps left.
+    pub(super) fn results(&self, device: &D, count: usize) -> impl Iterator<Item = Results> + use<D> {
+        let [scalars, judged] = [0, 1].map(|which| {
+            let mut host = vec![0.0; count * [4, 2][which]];
+            device.download(all(&self.log[which], host.len()), &mut host);
+            host
+        });
+        // Gradients that overflowed because they were scaled are a step left out.
+        let narrow = self.scaling.is_some();
+        (0..count).map(move |row| {
+            let [loss, tau, grad_norm] = [scalars[4 * row], scalars[4 * row + 3], judged[2 * row]].map(f64::from);
+            let diverged = !(loss.is_finite() && (narrow || grad_norm.is_finite()));
+            Results { loss, tau, grad_norm, diverged }
+        })
+    }
+
+    /// The temperature learned so far.
+    pub(super) fn tau(&self, device: &D) -> f64 {
+        if !self.config.train_tau {
+            return self.config.tau;
+        }
+        let mut scale = [0.0];
+        device.download(View { buf: &self.params, at: self.network.logit_scale.clone() }, &mut scale);
+        (-f64::from(scale[0])).exp()
     }
 
     /// The arena.
@@ -148,7 +286,12 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
 
     /// All that is needed to go on from here.
     pub(super) fn checkpoint(&self, device: &D, step: u64, loss_sum: f64, seconds: f64) -> Checkpoint {
-        Checkpoint::of(device, self.config, step, loss_sum, seconds, [&self.params, &self.adam.m, &self.adam.v])
+        let mut scaling = [SCALING_START, 0.0];
+        if let Some(buf) = &self.scaling {
+            device.download(all(buf, 2), &mut scaling);
+        }
+        let arenas = [&self.params, &self.adam.m, &self.adam.v];
+        Checkpoint::of(device, self.config, step, loss_sum, seconds, scaling, arenas)
     }
 
     /// Embeds the micro-batch that begins at row `first` into `acts`.
@@ -156,6 +299,35 @@ impl<'a, D: Contrast + Device<Real = f32>> State<'a, D> {
         let encoder = &self.network.encoders[side];
         let x = View { buf: &self.x[side], at: rows(first, self.micro, encoder.input) };
         encoder.forward(device, &self.params, x, self.micro, &mut self.acts[side]);
+    }
+}
+
+/// All data of `source` on the device, if it takes them.
+fn keep<D: Contrast>(device: &D, source: &dyn Source) -> Option<[D::Buf; 2]> {
+    let samples = source.len();
+    if samples > NUMBERED {
+        return None;
+    }
+    let sides = [Side::U, Side::V];
+    let mut data = device.keep(sides.map(|side| samples * source.dim(side)))?;
+    let mut host = Vec::new();
+    for (buf, side) in data.iter_mut().zip(sides) {
+        let width = source.dim(side);
+        for first in (0..samples).step_by(MOVED) {
+            let index: Vec<usize> = (first..samples.min(first + MOVED)).collect();
+            host.resize(index.len() * width, 0.0);
+            source.gather(side, &index, &mut host);
+            device.upload(&host, ViewMut { buf, at: rows(first, index.len(), width) });
+        }
+    }
+    Some(data)
+}
+
+/// `to = from`, times the scaling if there is one.
+fn scaled<D: Device>(device: &D, scaling: &Option<D::Buf>, from: View<'_, D::Buf>, to: ViewMut<'_, D::Buf>) {
+    match scaling {
+        Some(scaling) => device.scale(View { buf: scaling, at: 0..1 }, from, to),
+        None => device.copy(from, to),
     }
 }
 

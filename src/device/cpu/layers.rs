@@ -255,11 +255,20 @@ pub(super) fn pool_backward<T: Real>(pooling: &Pooling, rows: usize, x: &[T], d_
     );
 }
 
-pub(super) fn adam<T: Real>(isa: Isa, step: &AdamStep, grads: &[T], params: &mut [T], m: &mut [T], v: &mut [T]) {
+/// `now` is [`crate::device::Device::adam`]'s, and the factor.
+pub(super) fn adam<T: Real>(
+    isa: Isa,
+    step: &AdamStep,
+    [lr, bias_1, bias_2, factor]: [f64; 4],
+    grads: &[T],
+    params: &mut [T],
+    m: &mut [T],
+    v: &mut [T],
+) {
     let real = T::from_f64;
     let (b1, a1, b2, a2) = (real(step.beta1), real(1.0 - step.beta1), real(step.beta2), real(1.0 - step.beta2));
-    let (keep, lr) = (real(1.0 - step.lr * step.decay), real(step.lr / step.bias[0]));
-    let (root, eps, scale) = (real(step.bias[1].sqrt().recip()), real(step.eps), real(step.grad_scale));
+    let (keep, lr) = (real(1.0 - lr * step.decay), real(lr / bias_1));
+    let (root, eps, scale) = (real(bias_2.sqrt().recip()), real(step.eps), real(factor));
     params
         .par_chunks_mut(GRAIN)
         .zip(m.par_chunks_mut(GRAIN))

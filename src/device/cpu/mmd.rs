@@ -22,7 +22,6 @@ use crate::objective::{
     pairing::{Pairing, Special},
 };
 use kernels::law::Product;
-use std::collections::HashMap;
 use std::ops::Range;
 
 /// Columns (rows) of a Gram panel.
@@ -222,42 +221,6 @@ fn natural<'a>(matrix: Matrix<'a>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
     out
 }
 
-/// Mean of the positives' features for each row (`of_rows`: features of columns) or each column (features of rows).
-fn target_means(batch: &Batch<'_>, pairing: &Pairing, of_rows: bool, from: &[f32], dim: usize, out: &mut [f32]) {
-    out.fill(0.0);
-    let add = |out: &mut [f32], x: &[f32], share: f32| out.iter_mut().zip(x).for_each(|(o, x)| *o += share * x);
-    let row = |i: usize| i * dim..(i + 1) * dim;
-    match batch.pairs.positives {
-        Positives::Diagonal => {
-            let both = batch.u.rows.min(batch.v.rows) * dim;
-            out[..both].copy_from_slice(&from[..both]);
-        }
-        Positives::Index(index) => {
-            for (i, &j) in index.iter().enumerate() {
-                if of_rows {
-                    add(&mut out[row(i)], &from[row(j as usize)], 1.0);
-                } else {
-                    let share = 1.0 / pairing.col_positives[j as usize] as f32;
-                    add(&mut out[row(j as usize)], &from[row(i)], share);
-                }
-            }
-        }
-        Positives::Groups { u, v } => {
-            let (to_ids, from_ids, counts) =
-                if of_rows { (u, v, &pairing.row_positives) } else { (v, u, &pairing.col_positives) };
-            let mut sums: HashMap<i64, Vec<f32>> = HashMap::new();
-            for (id, x) in from_ids.iter().zip(from.chunks_exact(dim)) {
-                add(sums.entry(*id).or_insert_with(|| vec![0.0; dim]), x, 1.0);
-            }
-            for ((id, out), &count) in to_ids.iter().zip(out.chunks_exact_mut(dim)).zip(counts) {
-                if count > 0 {
-                    add(out, &sums[id], 1.0 / count as f32);
-                }
-            }
-        }
-    }
-}
-
 /// The feature form.
 struct Features<'a> {
     u: &'a [f32],
@@ -315,7 +278,7 @@ impl<'a> Features<'a> {
             let means_only = Pull { carry_u, carry_v, out_rows: None, out_cols: Some(means), row_sums, col_sums: None };
             logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
             let means = &mut self.residual_u[..m * f_u];
-            target_means(batch, pairing, false, self.u, f_u, targets);
+            pairing.target_means(batch, false, self.u, f_u, targets);
             value += residuals(means, targets, f_u, &pairing.col_share, lambda_u, self.mean_u);
             pack_columns(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
             law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
@@ -328,7 +291,7 @@ impl<'a> Features<'a> {
             let means_only = Pull { carry_u, carry_v, out_rows: Some(means), out_cols: None, row_sums, col_sums: None };
             logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
             let means = &mut self.residual_v[..n * f_v];
-            target_means(batch, pairing, true, self.v, f_v, targets);
+            pairing.target_means(batch, true, self.v, f_v, targets);
             value += residuals(means, targets, f_v, &pairing.row_share, lambda_v, self.mean_v);
             pack_columns(isa, &carry_v, self.packed_v, threads);
             law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
@@ -349,7 +312,7 @@ impl<'a> Features<'a> {
         let (h, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
         let means_only = Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None };
         logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
-        target_means(batch, pairing, true, self.v, f_v, targets);
+        pairing.target_means(batch, true, self.v, f_v, targets);
         for ((h, t), &w) in h.chunks_exact_mut(f_v).zip(targets.chunks_exact_mut(f_v)).zip(&pairing.row_share) {
             for (h, t) in h.iter_mut().zip(t) {
                 *t *= w;
@@ -668,7 +631,7 @@ impl Gram {
                 col_sums: None,
             };
             logits.pull(&law, pull);
-            target_means(batch, pairing, true, kernel, b, tk);
+            pairing.target_means(batch, true, kernel, b, tk);
             let (x, y) = (&mut self.x[..2 * n * b], &mut self.y[..2 * n * b]);
             for (i, x) in x.chunks_exact_mut(2 * b).enumerate() {
                 for k in 0..b {

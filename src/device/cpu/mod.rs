@@ -17,10 +17,13 @@ pub use simd::{Isa, Lane};
 
 use super::{
     Activation, AdamStep, Attention, Contrast, Conv, ConvPool, Device, DeviceError, Embeddings, Engine, Gemm, Norm,
-    Pooling, View, ViewMut,
+    Pooling, Scalars, View, ViewMut,
 };
-use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Moments, Pairs, Precision, Storage, Value, Write};
+use crate::objective::{
+    Batch, Gradients, Loss, LossError, Matrix, Moments, Objective, Pairs, Precision, Storage, Value, Write,
+};
 use half::{bf16, f16};
+use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes of logits that a loss keeps between its passes unless told otherwise: about what caches hold.
@@ -282,25 +285,83 @@ impl<T: Lane> Device for Cpu<T> {
     fn adam(
         &self,
         step: &AdamStep,
+        now: View<'_, Vec<T>>,
+        factor: View<'_, Vec<T>>,
         grads: View<'_, Vec<T>>,
         params: ViewMut<'_, Vec<T>>,
         m: ViewMut<'_, Vec<T>>,
         v: ViewMut<'_, Vec<T>>,
     ) {
-        layers::adam(self.isa, step, read(&grads), write(params), write(m), write(v));
+        let (now, factor) = (read(&now), read(&factor)[0].to_f64());
+        if factor.is_finite() {
+            let now = [now[0].to_f64(), now[1].to_f64(), now[2].to_f64(), factor];
+            layers::adam(self.isa, step, now, read(&grads), write(params), write(m), write(v));
+        }
     }
-    fn sum_squares(&self, x: View<'_, Vec<T>>) -> f64 {
-        layers::sum_squares(read(&x))
+    fn judge(
+        &self,
+        limit: f64,
+        loss: View<'_, Vec<T>>,
+        grads: View<'_, Vec<T>>,
+        scaling: Option<ViewMut<'_, Vec<T>>>,
+        to: ViewMut<'_, Vec<T>>,
+    ) {
+        let mut none = [T::ONE, T::ZERO];
+        let scaling = scaling.map_or(&mut none[..], write);
+        let (scale, good) = (scaling[0].to_f64(), scaling[1].to_f64());
+        let norm = layers::sum_squares(read(&grads)).sqrt() / scale;
+        let clip = if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
+        let counts = norm.is_finite() && read(&loss)[0].to_f64().is_finite();
+        let to = write(to);
+        to[0] = T::from_f64(norm);
+        to[1] = T::from_f64(if counts { clip / scale } else { f64::NAN });
+        let most = f64::from(SCALING_MOST);
+        let (scale, good) = match norm.is_finite() {
+            false => ((0.5 * scale).max(most.recip()), 0.0),
+            true if good + 1.0 >= f64::from(SCALING_PATIENCE) => ((2.0 * scale).min(most), 0.0),
+            true => (scale, good + 1.0),
+        };
+        (scaling[0], scaling[1]) = (T::from_f64(scale), T::from_f64(good));
+    }
+    fn gather(&self, width: usize, from: View<'_, Vec<T>>, index: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
+        let from = read(&from);
+        for (to, row) in write(to).chunks_mut(width).zip(read(&index)) {
+            to.copy_from_slice(&from[row.to_f64() as usize * width..][..width]);
+        }
+    }
+    fn scatter(&self, width: usize, from: View<'_, Vec<T>>, index: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
+        let to = write(to);
+        for (from, row) in read(&from).chunks(width).zip(read(&index)) {
+            to[row.to_f64() as usize * width..][..width].copy_from_slice(from);
+        }
+    }
+    fn scale(&self, factor: View<'_, Vec<T>>, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
+        let factor = read(&factor)[0];
+        write(to).iter_mut().zip(read(&from)).for_each(|(to, &from)| *to = factor * from);
+    }
+    fn clamp(&self, low: f64, high: f64, x: ViewMut<'_, Vec<T>>) {
+        write(x).iter_mut().for_each(|x| *x = T::from_f64(x.to_f64().clamp(low, high)));
     }
 }
 
 impl Contrast for Cpu<f32> {
+    const AHEAD: u64 = 1;
+    type Recorded = ();
+
     fn contrast(
         &mut self,
         loss: &Loss,
         embeddings: Embeddings<'_, Vec<f32>>,
         [grad_u, grad_v]: [Write<ViewMut<'_, Vec<f32>>>; 2],
-    ) -> Result<Value, LossError> {
+        scalars: Scalars<'_, Vec<f32>>,
+    ) -> Result<(), LossError> {
+        let (mut loss, learned) = (*loss, scalars.logit_scale.is_some());
+        if let Some(scale) = scalars.logit_scale {
+            loss.tau = (-f64::from(read(&scale)[0])).exp();
+        }
+        if let (Objective::Sigmoid { bias }, Some(learned)) = (&mut loss.objective, scalars.bias) {
+            *bias = f64::from(read(&learned)[0]);
+        }
         let Embeddings { u, v, rows, dim, precision, moments } = embeddings;
         let (u, v) = (&u.buf[u.at], &v.buf[v.at]);
         let mut bf16 = std::mem::take(&mut self.stored_bf16);
@@ -317,9 +378,27 @@ impl Contrast for Cpu<f32> {
         });
         let batch = Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
         let gradients = Gradients { u: Some(slice(grad_u)), v: Some(slice(grad_v)), offset_v: None };
-        let value = self.loss(loss, &batch, gradients);
+        let value = self.loss(&loss, &batch, gradients);
         (self.stored_bf16, self.stored_f16) = (bf16, f16);
-        value
+        let value = value?;
+        let by_scale = if learned { -loss.tau * value.grad_tau } else { 0.0 };
+        let out = [value.loss, by_scale, value.grad_bias, loss.tau];
+        write(scalars.out).iter_mut().zip(out).for_each(|(to, x)| *to = x as f32);
+        Ok(())
+    }
+
+    fn is_narrow(&self) -> bool {
+        false
+    }
+    fn keep(&self, _: [usize; 2]) -> Option<[Vec<f32>; 2]> {
+        None
+    }
+    fn repeat(
+        &mut self,
+        (): &mut (),
+        work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
+    ) -> Result<(), LossError> {
+        work(self)
     }
 }
 

@@ -93,6 +93,12 @@ pub trait Card: Send + Sync + 'static {
     /// [`CudaError::Map`] when [`MapSpec::check`] finds a fault, [`CudaError::Driver`] when the driver does.
     fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError>;
 
+    /// Bytes that nobody has, of this program or another; 0 where the driver does not say.
+    fn free_bytes(&self) -> usize;
+
+    /// How many allocations have been given back: while this stands still, so do all addresses that a graph names.
+    fn given_back(&self) -> u64;
+
     /// Multiprocessors of the card.
     fn multiprocessors(&self) -> u32;
 
@@ -402,19 +408,18 @@ impl<T, C: Card> std::fmt::Debug for Buffer<T, C> {
 /// Scratch memory by name: what a slot has once held it holds again without a new allocation.
 ///
 /// A slot grows to the most that was asked of it and never shrinks. Growing moves it: an address is good until its slot
-/// is asked for more than it holds, which [`Self::growths`] shows. Content stays from one request to the next, until
+/// is asked for more than it holds. Content stays from one request to the next, until
 /// the slot moves.
 #[derive(Debug)]
 pub struct Arena<C: Card> {
     card: Arc<C>,
     slots: BTreeMap<&'static str, Buffer<u8, C>>,
-    growths: u64,
 }
 
 impl<C: Card> Arena<C> {
     /// No scratch yet.
     pub fn new(card: &Arc<C>) -> Self {
-        Self { card: Arc::clone(card), slots: BTreeMap::new(), growths: 0 }
+        Self { card: Arc::clone(card), slots: BTreeMap::new() }
     }
 
     /// The address of at least `len` numbers, for kernels to read and write; null when `len` is 0 and the slot new.
@@ -428,7 +433,6 @@ impl<C: Card> Arena<C> {
         if bytes > held {
             // The old memory goes first, so that the two never count together.
             self.slots.remove(slot);
-            self.growths += 1;
             let rounded = bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(bytes);
             self.slots.insert(slot, Buffer::new(&self.card, rounded)?);
         }
@@ -451,11 +455,6 @@ impl<C: Card> Arena<C> {
     /// Bytes held now, which is the most there ever were.
     pub fn bytes(&self) -> usize {
         self.slots.values().map(Buffer::bytes).sum()
-    }
-
-    /// How often a slot has grown: while this stands still, addresses do, and graphs that name them may be replayed.
-    pub fn growths(&self) -> u64 {
-        self.growths
     }
 }
 
@@ -480,6 +479,7 @@ mod tests {
         /// Address and bytes of what lives.
         live: BTreeMap<usize, usize>,
         allocations: usize,
+        given_back: u64,
     }
 
     #[derive(Default)]
@@ -555,7 +555,9 @@ mod tests {
         }
 
         unsafe fn free(&self, at: *mut u8) {
-            let bytes = self.memory.lock().unwrap().live.remove(&at.addr()).expect("given back twice, or never made");
+            let mut memory = self.memory.lock().unwrap();
+            let bytes = memory.live.remove(&at.addr()).expect("given back twice, or never made");
+            memory.given_back += 1;
             // SAFETY: made in `alloc` with this layout; the map had it, so it is given back for the first time.
             unsafe { dealloc(at, Self::layout(bytes)) }
         }
@@ -608,6 +610,14 @@ mod tests {
         fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
             spec.check()?;
             Ok(TensorMap([spec.base.addr() as u64; 16]))
+        }
+
+        fn free_bytes(&self) -> usize {
+            MEMORY - self.memory.lock().unwrap().live.values().sum::<usize>()
+        }
+
+        fn given_back(&self) -> u64 {
+            self.memory.lock().unwrap().given_back
         }
 
         fn multiprocessors(&self) -> u32 {
@@ -715,10 +725,10 @@ mod tests {
             let norms = arena.get::<[f32; 4]>("norms", rows).unwrap();
             let slots = arena.get::<u16>("slots", 3 * rows).unwrap();
             assert!(norms.addr().is_multiple_of(ALIGNMENT) && norms.addr() != slots.addr());
-            (norms.addr(), slots.addr(), arena.bytes(), arena.growths())
+            (norms.addr(), slots.addr(), arena.bytes(), card.given_back())
         };
         let first = step(100);
-        assert_eq!((first.2, first.3), (1792 + 768, 2));
+        assert_eq!((first.2, first.3), (1792 + 768, 0));
         assert_eq!(card.allocations(), 2);
         // The same again, and less.
         assert_eq!(step(100), first);
@@ -726,7 +736,7 @@ mod tests {
         assert_eq!(card.allocations(), 2);
         // More grows what must, and gives the old memory back.
         let grown = step(120);
-        assert_eq!((grown.2, grown.3), (2048 + 768, 3));
+        assert_eq!((grown.2, grown.3), (2048 + 768, 1));
         assert_eq!((card.allocations(), card.live()), (3, 2));
         assert_eq!(step(100), grown);
         assert_eq!(arena.get::<f32>("nothing", 0), Ok(null_mut()));

@@ -13,12 +13,17 @@
 //! Scratch is O((N + M) D) and one chunk; nothing is allocated when shapes repeat. Sums have one order: no result
 //! depends on which block came first.
 
+mod block;
+mod mmd;
+
+pub use block::{Block, Tallies};
+
 use super::CudaError;
 use super::card::{Arena, Buffer, Card, Dim, Element, MapSpec, Swizzle};
 use super::verbs::Verbs;
 use crate::device::Engine;
 use crate::objective::{
-    Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Precision, Storage, Value, Write,
+    Batch, Gradients, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Precision, Storage, Value, Write,
     pairing::Pairing,
 };
 use bytemuck::Pod;
@@ -47,6 +52,9 @@ struct Kernels {
     /// Without and with sums of G.
     softmax: [Kernel<abi::Pull>; 2],
     sigmoid: Kernel<abi::Pull>,
+    plain: Kernel<abi::Pull>,
+    factored: Kernel<abi::Pull>,
+    residual: Kernel<abi::Residual>,
     gv: Kernel<abi::Gemm>,
     gu: Kernel<abi::Gemm>,
     finish: Kernel<abi::Finish>,
@@ -57,6 +65,8 @@ struct Hopper {
     tally: [Kernel<abi::HopperTally>; 2],
     softmax: [Kernel<abi::HopperPull>; 2],
     sigmoid: Kernel<abi::HopperPull>,
+    plain: Kernel<abi::HopperPull>,
+    factored: Kernel<abi::HopperPull>,
     gv: Kernel<abi::HopperGemm>,
     gu: Kernel<abi::HopperGemm>,
 }
@@ -69,6 +79,9 @@ static BF16: Kernels = Kernels {
     tally: [e::TALLY_BF16, e::TALLY_ALL_BF16],
     softmax: [e::PULL_SOFTMAX_BF16, e::PULL_SOFTMAX_SUMS_BF16],
     sigmoid: e::PULL_SIGMOID_BF16,
+    plain: e::PULL_PLAIN_BF16,
+    factored: e::PULL_FACTORED_BF16,
+    residual: e::RESIDUAL_BF16,
     gv: e::GEMM_GV_BF16,
     gu: e::GEMM_GU_BF16,
     finish: e::FINISH_BF16,
@@ -76,6 +89,8 @@ static BF16: Kernels = Kernels {
         tally: [e::HOPPER_TALLY_BF16, e::HOPPER_TALLY_ALL_BF16],
         softmax: [e::HOPPER_PULL_SOFTMAX_BF16, e::HOPPER_PULL_SOFTMAX_SUMS_BF16],
         sigmoid: e::HOPPER_PULL_SIGMOID_BF16,
+        plain: e::HOPPER_PULL_PLAIN_BF16,
+        factored: e::HOPPER_PULL_FACTORED_BF16,
         gv: e::HOPPER_GEMM_GV_BF16,
         gu: e::HOPPER_GEMM_GU_BF16,
     },
@@ -89,6 +104,9 @@ static F16: Kernels = Kernels {
     tally: [e::TALLY_F16, e::TALLY_ALL_F16],
     softmax: [e::PULL_SOFTMAX_F16, e::PULL_SOFTMAX_SUMS_F16],
     sigmoid: e::PULL_SIGMOID_F16,
+    plain: e::PULL_PLAIN_F16,
+    factored: e::PULL_FACTORED_F16,
+    residual: e::RESIDUAL_F16,
     gv: e::GEMM_GV_F16,
     gu: e::GEMM_GU_F16,
     finish: e::FINISH_F16,
@@ -96,6 +114,8 @@ static F16: Kernels = Kernels {
         tally: [e::HOPPER_TALLY_F16, e::HOPPER_TALLY_ALL_F16],
         softmax: [e::HOPPER_PULL_SOFTMAX_F16, e::HOPPER_PULL_SOFTMAX_SUMS_F16],
         sigmoid: e::HOPPER_PULL_SIGMOID_F16,
+        plain: e::HOPPER_PULL_PLAIN_F16,
+        factored: e::HOPPER_PULL_FACTORED_F16,
         gv: e::HOPPER_GEMM_GV_F16,
         gu: e::HOPPER_GEMM_GU_F16,
     },
@@ -129,6 +149,65 @@ impl Embedding for half::f16 {
     const PRECISION: Option<Precision> = Some(Precision::F16);
 }
 
+/// What a loss is evaluated on, on the card.
+#[derive(Clone, Copy)]
+struct Inputs {
+    /// u and v.
+    rows: [Rows; 2],
+    /// What MMD compares, in f32.
+    features: Option<[Rows; 2]>,
+    /// Added to the logits of each column, or null.
+    offset: *const f32,
+}
+
+/// Which terms of the loss, beside the sums over its own pairs, a call counts.
+#[derive(Clone, Copy)]
+struct Share {
+    /// Those of its rows; those of its columns; with both, the constants.
+    rows: bool,
+    cols: bool,
+    /// Rows and columns of the whole, if that is more than the call's own.
+    whole: Option<[usize; 2]>,
+}
+
+impl Share {
+    const WHOLE: Share = Share { rows: true, cols: true, whole: None };
+}
+
+/// A part of G: softmaxes of rows and columns with their targets, or null, times a factor.
+#[derive(Clone, Copy)]
+struct Part {
+    norm_u: *const abi::Norm,
+    target_u: *const f32,
+    norm_v: *const abi::Norm,
+    target_v: *const f32,
+    factor: Option<Logits>,
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Part { norm_u: null(), target_u: null(), norm_v: null(), target_v: null(), factor: None }
+    }
+}
+
+/// What a chunk of G is multiplied with: halves `[rows, pitch]`.
+#[derive(Clone, Copy)]
+struct Carried {
+    at: *const u16,
+    dim: usize,
+    pitch: usize,
+}
+
+/// Laws of a chunk.
+#[derive(Clone, Copy)]
+enum Pulling {
+    Softmax,
+    SoftmaxSums,
+    Sigmoid,
+    Plain,
+    Factored,
+}
+
 /// Where gradients go on the card.
 #[derive(Clone, Copy, Debug)]
 pub enum Out {
@@ -138,6 +217,14 @@ pub enum Out {
     Set(*mut f32),
     /// Added to what is there.
     Add(*mut f32),
+}
+
+/// Learned scalars of a loss on the card, or null, and where its results go: see [`abi::Temper`], [`abi::Settle`].
+#[derive(Clone, Copy)]
+pub(super) struct Scalars {
+    pub logit_scale: *const f32,
+    pub bias: *const f32,
+    pub out: *mut f32,
 }
 
 /// The loss engine of one card: scratch, and what it remembers of the last batch.
@@ -218,6 +305,14 @@ mod scalar {
     pub const COUNT: usize = 7;
 }
 
+/// A batch of pairs whose embeddings and features are elsewhere.
+fn elsewhere(rows: [Rows; 2], features: Option<[Rows; 2]>) -> Batch<'static> {
+    let matrix = |r: Rows| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim };
+    let [u, v] = rows.map(matrix);
+    let moments = features.map(|f| f.map(matrix)).map(|[u, v]| Moments::Features { u, v });
+    Batch { u, v, pairs: Pairs::default(), offset_v: None, moments }
+}
+
 fn blocks(n: usize, of: usize) -> u32 {
     n.div_ceil(of) as u32
 }
@@ -251,7 +346,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Evaluates `loss` on embeddings that are on the card, `u` `[N, dim]` and `v` `[M, dim]`, pair i being row i of
-    /// both; gradients stay there.
+    /// both; gradients stay there. The MMD losses take `features` of each row of u and of v.
     ///
     /// # Errors
     /// As [`Engine::loss`] of this engine; [`LossError::Shape`] for buffers of other lengths.
@@ -260,34 +355,29 @@ impl<C: Card> Cuda<C> {
         loss: &Loss,
         [u, v]: [&Buffer<T, C>; 2],
         dim: usize,
+        features: Option<[&Buffer<f32, C>; 2]>,
         gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
     ) -> Result<Value, LossError> {
-        let shape = |what, found: usize, expected: String| LossError::Shape {
-            what,
-            found: format!("{found} elements"),
-            expected,
-        };
-        let mut rows = [Rows { at: null(), singles: T::PRECISION.is_none(), rows: 0, dim }; 2];
-        let mut out = [Out::None; 2];
-        let names = [("u", "gradient of u"), ("v", "gradient of v")];
-        for (((x, gradient), name), (rows, out)) in
-            [u, v].into_iter().zip(gradients).zip(names).zip(rows.iter_mut().zip(&mut out))
-        {
-            if dim == 0 || x.is_empty() || !x.len().is_multiple_of(dim) {
-                return Err(shape(name.0, x.len(), format!("rows of {dim} elements, at least one")));
-            }
-            (rows.at, rows.rows) = (x.ptr(..)?.cast(), x.len() / dim);
-            *out = match gradient {
-                Some(Write::Set(to) | Write::Add(to)) if to.len() != x.len() => {
-                    return Err(shape(name.1, to.len(), format!("{} elements", x.len())));
+        let (rows, out) = addresses([u, v], dim, gradients)?;
+        let features = match features {
+            Some(features) => {
+                let mut on_card = rows;
+                for ((x, what), rows) in features.into_iter().zip(["data of u", "data of v"]).zip(&mut on_card) {
+                    if x.is_empty() || !x.len().is_multiple_of(rows.rows) {
+                        return Err(wrong_len(
+                            what,
+                            x.len(),
+                            format!("as many numbers for each of {} rows", rows.rows),
+                        ));
+                    }
+                    (rows.at, rows.singles, rows.dim) = (x.ptr(..)?.cast(), true, x.len() / rows.rows);
                 }
-                Some(Write::Set(to)) => Out::Set(to.ptr_mut(..)?),
-                Some(Write::Add(to)) => Out::Add(to.ptr_mut(..)?),
-                None => Out::None,
-            };
-        }
+                Some(on_card)
+            }
+            None => None,
+        };
         // SAFETY: buffers of the lengths checked above; outputs are borrowed mutably.
-        unsafe { self.loss_at(loss, T::PRECISION.unwrap_or(self.precision), rows, out) }
+        unsafe { self.with_features_at(loss, T::PRECISION.unwrap_or(self.precision), rows, features, out) }
     }
 
     /// The same on raw addresses, for programs with memory of their own: on [`super::Driver::of_stream`]'s stream.
@@ -306,10 +396,29 @@ impl<C: Card> Cuda<C> {
         rows: [Rows; 2],
         out: [Out; 2],
     ) -> Result<Value, LossError> {
-        let [u, v] = rows.map(|r| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim });
-        let batch = Batch { u, v, pairs: Pairs::default(), offset_v: None, moments: None };
+        // SAFETY: the caller's promise.
+        unsafe { self.with_features_at(loss, precision, rows, None, out) }
+    }
+
+    /// The same with the f32 features that MMD compares.
+    ///
+    /// # Safety
+    /// As [`Self::loss_at`], of the features too.
+    ///
+    /// # Errors
+    /// As [`Engine::loss`] of this engine.
+    unsafe fn with_features_at(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        rows: [Rows; 2],
+        features: Option<[Rows; 2]>,
+        out: [Out; 2],
+    ) -> Result<Value, LossError> {
+        let batch = elsewhere(rows, features);
         batch.parameters(loss)?;
-        let value = self.evaluate(loss, precision, rows, null(), &batch, out, None)?;
+        let inputs = Inputs { rows, features, offset: null() };
+        let value = self.evaluate(loss, precision, inputs, &batch, out, None)?;
         if value.loss.is_finite() { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
     }
 
@@ -317,45 +426,97 @@ impl<C: Card> Cuda<C> {
     ///
     /// # Errors
     /// As [`Engine::loss`] of this engine.
-    #[allow(clippy::too_many_arguments, reason = "the public calls name them")]
-    pub(super) fn evaluate(
+    fn evaluate(
         &mut self,
         loss: &Loss,
         precision: Precision,
-        rows: [Rows; 2],
-        offset: *const f32,
+        inputs: Inputs,
         batch: &Batch<'_>,
         out: [Out; 2],
         out_offset: Option<Write<&mut [f32]>>,
     ) -> Result<Value, LossError> {
+        let with_columns = batch.offset_v.is_some() || out_offset.is_some();
+        let Given { call, gain, known } = self.give(loss, precision, inputs, batch, out, with_columns, null())?;
+        let mut value = self.value(&call, loss, gain, batch, out_offset, Share::WHOLE)?;
+        if let Some(known) = known {
+            value.loss = known;
+        }
+        Ok(value)
+    }
+
+    /// Gives the card all launches of a loss; its scalars are left in their slots, from which [`Self::value`] or
+    /// [`Self::settle`] makes what is kept. `live` is [`abi::Temper`]'s or null.
+    #[allow(clippy::too_many_arguments, reason = "the public calls name them")]
+    fn give(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        Inputs { rows, features, offset }: Inputs,
+        batch: &Batch<'_>,
+        out: [Out; 2],
+        with_columns: bool,
+        live: *const f32,
+    ) -> Result<Given, LossError> {
+        let form = Form::of(loss)?;
+        self.pairs(&batch.pairs, batch, matches!(form, Form::Sigmoid { .. }))?;
+        let mut call = self.call(loss, precision, rows, batch.pairs.ignore.is_some(), live)?;
+        self.prepare(&mut call, rows, offset)?;
+        let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
+        self.softmaxes(&mut call, scalars)?;
+
+        let (parts, bound, known) = match features {
+            Some(features) => {
+                let mmd::Pulled { parts, bound, loss } = self.residuals(&call, batch, features, scalars)?;
+                (parts, bound, loss)
+            }
+            None => (vec![call.part()], call.bound(&self.pairing), None),
+        };
+        let gain = self.gradients(&call, &parts, bound, out, with_columns)?;
+        Ok(Given { call, gain, known })
+    }
+
+    /// What the launches of a call share; ids and shares are in their slots.
+    fn call(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        rows: [Rows; 2],
+        ignore: bool,
+        live: *const f32,
+    ) -> Result<Call, LossError> {
         let kernels = match precision {
             Precision::Bf16 => &BF16,
             Precision::F16 => &F16,
             Precision::F32 => return Err(only_cpu("precision", "f32", "bf16 or f16 on cuda, or --device cpu")),
         };
-        let form = Form::of(loss)?;
-        let [n, m] = rows.map(|r| r.rows);
         let dim = rows[0].dim;
-        self.pairs(&batch.pairs, batch, matches!(form, Form::Sigmoid { .. }))?;
-        let mut call = Call {
+        Ok(Call {
             kernels,
-            tilt: loss.tilting.scale() / loss.tau,
+            tilt: loss.tilting.scale() / if live.is_null() { loss.tau } else { 1.0 },
             squared: loss.tilting.product() == Product::SquaredDistance,
             unit: loss.tilting.unit_rows(),
+            live,
             smoothing: loss.smoothing,
             dim,
             pitch: dim.next_multiple_of(8),
-            form,
-            u: self.side(&U, rows[0].rows, batch.pairs.ignore.is_some())?,
-            v: self.side(&V, rows[1].rows, batch.pairs.ignore.is_some())?,
-        };
-        self.prepare(&mut call, rows, offset)?;
-        let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
-        self.softmaxes(&mut call, scalars)?;
+            form: Form::of(loss)?,
+            u: self.side(&U, rows[0].rows, ignore)?,
+            v: self.side(&V, rows[1].rows, ignore)?,
+        })
+    }
 
-        // Gradients.
-        let with_sums =
-            call.squared || !offset.is_null() || out_offset.is_some() || matches!(form, Form::Sigmoid { .. });
+    /// What `parts` pull, of which G nowhere exceeds `bound`, and the sums that the loss is made of; the gain of G.
+    fn gradients(
+        &mut self,
+        call: &Call,
+        parts: &[Part],
+        bound: f64,
+        out: [Out; 2],
+        with_columns: bool,
+    ) -> Result<f64, CudaError> {
+        let (n, m, dim) = (call.u.rows, call.v.rows, call.dim);
+        let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
+        let with_sums = call.squared || with_columns || matches!(call.form, Form::Sigmoid { .. });
         let sums = if with_sums {
             let row: *mut f32 = self.arena.get("row sums", 4 * n)?;
             let col: *mut f32 = self.arena.get("column sums", m)?;
@@ -363,7 +524,7 @@ impl<C: Card> Cuda<C> {
         } else {
             None
         };
-        let gain = call.gain(&self.pairing);
+        let gain = gain(bound);
         let acc_u = match out[0] {
             Out::Set(at) => at,
             // Also without a gradient: <u, G V> is what d tau is made of.
@@ -374,18 +535,84 @@ impl<C: Card> Cuda<C> {
             Out::Add(_) => Some(self.arena.get(V.acc, m * dim)?),
             Out::None => None,
         };
-        self.pull(&call, gain, sums, acc_u, acc_v)?;
+        self.pull(call, parts, gain, sums, acc_u, acc_v)?;
         let along: *mut f64 = self.arena.get("along", n.div_ceil(8))?;
         let g_sums = call.squared.then_some(sums).flatten();
-        self.finish(&call, &call.u, gain, acc_u, out[0], g_sums.map(|(row, _)| (row.wrapping_add(1), 4)), along)?;
+        self.finish(call, &call.u, gain, acc_u, out[0], g_sums.map(|(row, _)| (row.wrapping_add(1), 4)), along)?;
         if let Some(acc) = acc_v {
-            self.finish(&call, &call.v, gain, acc, out[1], g_sums.map(|(_, col)| (col, 1)), null_mut())?;
+            self.finish(call, &call.v, gain, acc, out[1], g_sums.map(|(_, col)| (col, 1)), null_mut())?;
         }
         self.total(null(), along, n.div_ceil(8), 1, scalars.wrapping_add(scalar::ALONG))?;
         if let Some((row, _)) = sums {
             self.total(row, null(), n, 4, scalars.wrapping_add(scalar::SUMS))?;
         }
-        self.value(&call, loss, gain, batch, out_offset)
+        Ok(gain)
+    }
+
+    /// The loss of `rows` at scalars that the card alone knows, its results among them: nothing is waited for, but by MMD,
+    /// of whose `features` the host needs lengths.
+    ///
+    /// # Safety
+    /// As [`Self::loss_at`], of the features and of the scalars too.
+    ///
+    /// # Errors
+    /// As [`Engine::loss`] of this engine; numbers are not looked at.
+    pub(super) unsafe fn learn(
+        &mut self,
+        loss: &Loss,
+        precision: Precision,
+        rows: [Rows; 2],
+        features: Option<[Rows; 2]>,
+        out: [Out; 2],
+        scalars: Scalars,
+    ) -> Result<(), LossError> {
+        let batch = elsewhere(rows, features);
+        batch.parameters(loss)?;
+        let live: *mut f32 = self.arena.get("live", 2)?;
+        let bias = if let Objective::Sigmoid { bias } = loss.objective { bias as f32 } else { 0.0 };
+        let inverse_tau = (1.0 / loss.tau) as f32;
+        let Scalars { logit_scale, bias: learned_bias, out: results } = scalars;
+        let args = abi::Temper { logit_scale, bias: learned_bias, live, inverse_tau, fixed_bias: bias };
+        self.run(&e::TEMPER, [1, 1, 1], &args)?;
+        let inputs = Inputs { rows, features, offset: null() };
+        let given = self.give(loss, precision, inputs, &batch, out, false, live)?;
+        self.settle(&given, !logit_scale.is_null(), results)?;
+        Ok(())
+    }
+
+    /// As [`Self::value`], on the card.
+    fn settle(&mut self, Given { call, gain, known }: &Given, by_scale: bool, out: *mut f32) -> Result<(), CudaError> {
+        let (n, m) = (call.u.rows as f64, call.v.rows as f64);
+        let mut joint: *const [f32; 2] = null();
+        let (weights, constant) = match call.form {
+            Form::Conditional { lambda_u, lambda_v } => {
+                let (by_row, by_col) = (0.5 * lambda_v, 0.5 * lambda_u);
+                ([by_row, by_col, 0.0], -by_row * m.ln() - by_col * n.ln())
+            }
+            Form::Joint => {
+                joint = self.arena.get::<[f32; 2]>("joint", 1)?;
+                ([-1.0, 0.0, 0.0], -n.ln() - m.ln())
+            }
+            // A residual's loss has its lambda.
+            Form::Mmd { lambda_u, lambda_v } => {
+                ([lambda_v, lambda_u, 0.0].map(|lambda| f64::from(u8::from(lambda > 0.0))), 0.0)
+            }
+            Form::JointMmd => ([0.0; 3], known.expect("the host has its residual")),
+            Form::Sigmoid { .. } => ([0.0, 0.0, 1.0], 0.0),
+        };
+        let args = abi::Settle {
+            scalars: self.arena.get::<f64>("scalars", scalar::COUNT)?,
+            joint,
+            live: call.live,
+            out,
+            weights: weights.map(|w| w as f32),
+            constant: constant as f32,
+            along: if by_scale && !call.squared { (call.tilt / *gain) as f32 } else { 0.0 },
+            moment: if by_scale && call.squared { LN_2 as f32 } else { 0.0 },
+            bias: u32::from(matches!(call.form, Form::Sigmoid { .. })),
+            reserved: 0,
+        };
+        self.run(&e::SETTLE, [1, 1, 1], &args)
     }
 
     /// Reads the scalars back and puts the loss together.
@@ -396,8 +623,10 @@ impl<C: Card> Cuda<C> {
         gain: f64,
         batch: &Batch<'_>,
         out_offset: Option<Write<&mut [f32]>>,
+        share: Share,
     ) -> Result<Value, LossError> {
-        let (n, m) = (call.u.rows, call.v.rows);
+        let m = call.v.rows;
+        let [whole_n, whole_m] = share.whole.unwrap_or([call.u.rows, m]).map(|count| count as f64);
         let mut s = [0f64; scalar::COUNT];
         self.arena.download("scalars", &mut s)?;
         let mut col_sums = vec![];
@@ -421,16 +650,28 @@ impl<C: Card> Cuda<C> {
         let mut value = Value { loss: 0.0, grad_tau: -moment / loss.tau, grad_bias: 0.0 };
         match call.form {
             Form::Conditional { lambda_u, lambda_v } => {
-                let by = |lambda: f64, loss: f64, count: usize| {
-                    if lambda > 0.0 { 0.5 * lambda * (loss - (count as f64).ln()) } else { 0.0 }
+                let by = |lambda: f64, own: bool, loss: f64, count: f64| {
+                    let constant = if share.rows && share.cols { count.ln() } else { 0.0 };
+                    if lambda > 0.0 && own { 0.5 * lambda * (loss - constant) } else { 0.0 }
                 };
-                value.loss = by(lambda_v, s[scalar::ROW_LOSS], m) + by(lambda_u, s[scalar::COL_LOSS], n);
+                value.loss = by(lambda_v, share.rows, s[scalar::ROW_LOSS], whole_m)
+                    + by(lambda_u, share.cols, s[scalar::COL_LOSS], whole_n);
             }
             Form::Joint => {
                 let mut total = [0f32; 2];
                 self.arena.download("joint", &mut total)?;
-                value.loss = f64::from(total[1]).ln() - ((n as f64).ln() + (m as f64).ln()) - s[scalar::ROW_LOSS];
+                if share.rows && share.cols {
+                    value.loss = f64::from(total[1]).ln() - (whole_n.ln() + whole_m.ln());
+                }
+                if share.rows {
+                    value.loss -= s[scalar::ROW_LOSS];
+                }
             }
+            Form::Mmd { lambda_u, lambda_v } => {
+                let by = |lambda: f64, loss: f64| if lambda > 0.0 { loss } else { 0.0 };
+                value.loss = by(lambda_v, s[scalar::ROW_LOSS]) + by(lambda_u, s[scalar::COL_LOSS]);
+            }
+            Form::JointMmd => {}
             Form::Sigmoid { .. } => {
                 value.loss = s[scalar::SUMS];
                 value.grad_bias = s[scalar::SUMS + 1];
@@ -497,24 +738,7 @@ impl<C: Card> Cuda<C> {
         let mut shift = null_mut();
         if call.squared {
             // Centred rows: squared distances lose nothing to a common mean.
-            let parts = rows.map(|r| r.rows.div_ceil(1024));
-            let slots: *mut f32 = self.arena.get("sums of columns", (parts[0] + parts[1]) * dim)?;
-            let mut to = slots;
-            for (r, parts) in rows.into_iter().zip(parts) {
-                let args = abi::SumColumns {
-                    x: r.at,
-                    out: to,
-                    rows: r.rows as u32,
-                    dim: dim as u32,
-                    part: 1024,
-                    scale: 1.0 / (rows[0].rows + rows[1].rows) as f32,
-                };
-                let kernel = if r.singles { &e::SUM_COLUMNS_F32 } else { &call.kernels.sum_columns };
-                self.run(kernel, [blocks(dim, 32), parts as u32, 1], &args)?;
-                to = to.wrapping_add(parts * dim);
-            }
-            shift = self.arena.get("mean row", dim)?;
-            self.fold(slots, dim as u64, dim, parts[0] + parts[1], shift, false)?;
+            shift = self.mean_row(call, &rows, "mean row")?;
         }
         for (which, (r, slots)) in rows.into_iter().zip([&U, &V]).enumerate() {
             let offset = if which == 1 { offset } else { null() };
@@ -529,10 +753,13 @@ impl<C: Card> Cuda<C> {
                 out: halves,
                 inverse,
                 half_norm,
+                live: call.live,
                 rows: r.rows as u32,
                 dim: dim as u32,
                 pitch: pitch as u32,
                 norm_scale: if call.squared { (call.tilt * LOG2_E) as f32 } else { 0.0 },
+                scale: 1.0,
+                reserved: 0,
             };
             let kernel = if r.singles { &call.kernels.prepare_f32 } else { &call.kernels.prepare_half };
             self.run(kernel, [blocks(r.rows, 8), 1, 1], &args)?;
@@ -542,59 +769,117 @@ impl<C: Card> Cuda<C> {
         Ok(())
     }
 
+    /// The mean over all of `rows`.
+    fn mean_row(&mut self, call: &Call, rows: &[Rows], slot: &'static str) -> Result<*mut f32, CudaError> {
+        let (dim, parts) = (rows[0].dim, |r: &Rows| r.rows.div_ceil(1024));
+        let count = rows.iter().map(parts).sum();
+        let slots: *mut f32 = self.arena.get("sums of columns", count * dim)?;
+        let mut to = slots;
+        for r in rows {
+            let args = abi::SumColumns {
+                x: r.at,
+                out: to,
+                rows: r.rows as u32,
+                dim: dim as u32,
+                part: 1024,
+                scale: 1.0 / rows.iter().map(|r| r.rows).sum::<usize>() as f32,
+            };
+            let kernel = if r.singles { &e::SUM_COLUMNS_F32 } else { &call.kernels.sum_columns };
+            self.run(kernel, [blocks(dim, 32), parts(r) as u32, 1], &args)?;
+            to = to.wrapping_add(parts(r) * dim);
+        }
+        let mean = self.arena.get(slot, dim)?;
+        self.fold(slots, dim as u64, dim, count, mean, false)?;
+        Ok(mean)
+    }
+
     /// The softmaxes that the form wants, their targets, and the loss.
     fn softmaxes(&mut self, call: &mut Call, scalars: *mut f64) -> Result<(), CudaError> {
-        let (by_row, by_col, joint) = match call.form {
-            Form::Conditional { lambda_u, lambda_v } => (0.5 * lambda_v, 0.5 * lambda_u, false),
-            Form::Joint => (1.0, 0.0, true),
-            Form::Sigmoid { .. } => {
-                call.u.target = call.u.share;
-                return Ok(());
+        if matches!(call.form, Form::Sigmoid { .. }) {
+            call.u.target = call.u.share;
+        }
+        let (lambdas, joint) = call.form.softmaxes();
+        for (which, lambda) in lambdas.into_iter().enumerate() {
+            if lambda > 0.0 {
+                let row_all = self.tallied(call, which, joint)?;
+                self.softmax(call, which, lambda, joint, row_all, scalars)?;
             }
-        };
-        for (which, lambda) in [by_row, by_col].into_iter().enumerate() {
-            if lambda == 0.0 {
-                continue;
-            }
-            let (slots, this, other) = if which == 0 { (&U, call.u, call.v) } else { (&V, call.v, call.u) };
-            let n = this.rows;
-            let with_all = call.smoothing > 0.0;
-            let (tallies, all, count) = self.tally(call, &this, &other, with_all)?;
-            let row: *mut [f32; 4] = self.arena.get("tally", n)?;
-            let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
-            let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
-            let args = abi::Merge { tallies, all, row, row_all, block, n: n as u32, slots: count as u32 };
-            self.run(&e::MERGE, [blocks(n, 256), 1, 1], &args)?;
-            let mut total: *mut [f32; 2] = null_mut();
-            if joint {
-                total = self.arena.get("joint", 1)?;
-                let args = abi::Total { block, out: total, blocks: blocks(n, 256), reserved: 0 };
-                self.run(&e::TOTAL, [1, 1, 1], &args)?;
-            }
-            let norm: *mut abi::Norm = self.arena.get(slots.norm, n)?;
-            let target: *mut f32 = self.arena.get(slots.target, n)?;
-            let losses: *mut f64 = self.arena.get("losses of blocks", n.div_ceil(256))?;
-            let args = abi::Normalise {
-                row,
-                row_all,
-                positives: this.positives,
-                share: this.share,
-                joint: total,
-                norm,
-                target,
-                loss: losses,
-                n: n as u32,
-                opposite: other.rows as f32,
-                lambda: lambda as f32,
-                smoothing: call.smoothing as f32,
-            };
-            self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)?;
-            let at = [scalar::ROW_LOSS, scalar::COL_LOSS][which];
-            self.total(null(), losses, n.div_ceil(256), 1, scalars.wrapping_add(at))?;
-            let side = if which == 0 { &mut call.u } else { &mut call.v };
-            (side.norm, side.target) = (norm, target);
         }
         Ok(())
+    }
+
+    /// Tallies of the rows (`which` 0) or columns, one each, in the slot "tally"; with smoothing, sums over all logits; for
+    /// `joint` the log-sum-exp of all, in the slot "joint".
+    fn tallied(&mut self, call: &Call, which: usize, joint: bool) -> Result<*const [f32; 2], CudaError> {
+        let (this, other) = if which == 0 { (call.u, call.v) } else { (call.v, call.u) };
+        let n = this.rows;
+        let with_all = call.smoothing > 0.0;
+        let (tallies, all, count) = self.tally(call, &this, &other, with_all)?;
+        let row: *mut [f32; 4] = self.arena.get("tally", n)?;
+        let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
+        let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
+        let args = abi::Merge { tallies, all, row, row_all, block, n: n as u32, slots: count as u32 };
+        self.run(&e::MERGE, [blocks(n, 256), 1, 1], &args)?;
+        if joint {
+            let out = self.arena.get("joint", 1)?;
+            let args = abi::Total { block, out, blocks: blocks(n, 256), reserved: 0 };
+            self.run(&e::TOTAL, [1, 1, 1], &args)?;
+        }
+        Ok(row_all)
+    }
+
+    /// The softmax of what [`Self::tallied`] left, its targets and its part of the loss.
+    fn softmax(
+        &mut self,
+        call: &mut Call,
+        which: usize,
+        lambda: f64,
+        joint: bool,
+        row_all: *const [f32; 2],
+        scalars: *mut f64,
+    ) -> Result<(), CudaError> {
+        let (slots, this, other) = if which == 0 { (&U, call.u, call.v) } else { (&V, call.v, call.u) };
+        let n = this.rows;
+        let norm: *mut abi::Norm = self.arena.get(slots.norm, n)?;
+        let target: *mut f32 = self.arena.get(slots.target, n)?;
+        let this = Side { norm, target, ..this };
+        let joint: *mut [f32; 2] = if joint { self.arena.get("joint", 1)? } else { null_mut() };
+        let losses = self.normalise(&this, &other, joint, lambda, call.smoothing, row_all)?;
+        let at = [scalar::ROW_LOSS, scalar::COL_LOSS][which];
+        self.total(null(), losses, n.div_ceil(256), 1, scalars.wrapping_add(at))?;
+        let side = if which == 0 { &mut call.u } else { &mut call.v };
+        (side.norm, side.target) = (norm, target);
+        Ok(())
+    }
+
+    /// Merged tallies of `this` into its norms and targets; the loss of each block.
+    fn normalise(
+        &mut self,
+        this: &Side,
+        other: &Side,
+        joint: *const [f32; 2],
+        lambda: f64,
+        smoothing: f64,
+        row_all: *const [f32; 2],
+    ) -> Result<*mut f64, CudaError> {
+        let n = this.rows;
+        let loss: *mut f64 = self.arena.get("losses of blocks", n.div_ceil(256))?;
+        let args = abi::Normalise {
+            row: self.arena.get("tally", n)?,
+            row_all,
+            positives: this.positives,
+            share: this.share,
+            joint,
+            norm: this.norm.cast_mut(),
+            target: this.target.cast_mut(),
+            loss,
+            n: n as u32,
+            opposite: other.rows as f32,
+            lambda: lambda as f32,
+            smoothing: smoothing as f32,
+        };
+        self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)?;
+        Ok(loss)
     }
 
     /// Row tallies of `this` against `other`: slots, sums over all logits, and how many slots.
@@ -631,86 +916,130 @@ impl<C: Card> Cuda<C> {
         Ok((slots, all, count))
     }
 
-    /// `gain G V` and `gain G' U`, chunk by chunk.
+    /// `gain G V` and `gain G' U`, chunk by chunk; G is the sum of `parts`.
     fn pull(
         &mut self,
         call: &Call,
+        parts: &[Part],
         gain: f64,
         sums: Option<(*mut f32, *mut f32)>,
         acc_u: *mut f32,
         acc_v: Option<*mut f32>,
     ) -> Result<(), CudaError> {
         let (n, m, dim) = (call.u.rows, call.v.rows, call.dim);
-        let (tile, row_slots, col_slots) =
-            if self.hopper { (abi::HOPPER_COLS as usize, 1, 8) } else { (abi::TILE as usize, 2, 4) };
-        let (rows_most, cols_most) = (self.chunk.min(n), self.chunk.min(m));
-        let pitch = cols_most.next_multiple_of(8);
-        let g: *mut u16 = self.arena.get("g", rows_most * pitch)?;
-        let row_part_slots = row_slots * cols_most.div_ceil(tile);
-        let col_part_slots = col_slots * rows_most.div_ceil(128);
-        let (mut row_parts, mut col_parts): (*mut [f32; 4], *mut f32) = (null_mut(), null_mut());
-        if sums.is_some() {
-            row_parts = self.arena.get("row sums of tiles", row_part_slots * rows_most)?;
-            col_parts = self.arena.get("column sums of tiles", col_part_slots * cols_most)?;
-        }
+        let (tile, row_slots, col_slots) = self.slots();
+        let [carry_u, carry_v] = [call.u, call.v].map(|side| Carried { at: side.halves, dim, pitch: call.pitch });
         for row in (0..n).step_by(self.chunk) {
-            let rows = self.chunk.min(n - row);
             for col in (0..m).step_by(self.chunk) {
-                let cols = self.chunk.min(m - col);
-                let (bias, smoothing) = match call.form {
-                    Form::Sigmoid { bias } => ((bias * LOG2_E) as f32, call.smoothing as f32),
-                    _ => (0.0, 0.0),
-                };
-                let args = abi::Pull {
-                    logits: call.logits(&call.u, &call.v),
-                    norm_u: call.u.norm,
-                    target_u: call.u.target,
-                    norm_v: call.v.norm,
-                    target_v: call.v.target,
-                    g,
-                    row_sums: row_parts,
-                    col_sums: col_parts,
-                    row: row as u32,
-                    col: col as u32,
-                    rows: rows as u32,
-                    cols: cols as u32,
-                    pitch: pitch as u32,
-                    gain: gain as f32,
-                    bias,
-                    smoothing,
-                };
-                self.chunk_of_g(call, args, sums.is_some())?;
-                self.product(call, false, &args, call.v.halves, acc_u.wrapping_add(row * dim), col > 0)?;
-                if let Some(acc) = acc_v {
-                    self.product(call, true, &args, call.u.halves, acc.wrapping_add(col * dim), row > 0)?;
-                }
-                if let Some((row_sums, col_sums)) = sums {
-                    let count = row_slots * cols.div_ceil(tile);
-                    let to = row_sums.wrapping_add(4 * row);
-                    self.fold(row_parts.cast(), 4 * rows as u64, 4 * rows, count, to, col > 0)?;
-                    let count = col_slots * rows.div_ceil(128);
-                    self.fold(col_parts, cols as u64, cols, count, col_sums.wrapping_add(col), row > 0)?;
+                for (k, part) in parts.iter().enumerate() {
+                    let mut args = self.chunk_at(call, part, gain, [row, col])?;
+                    let (rows, cols) = (args.rows as usize, args.cols as usize);
+                    let (by_row, by_col) = (row_slots * cols.div_ceil(tile), col_slots * rows.div_ceil(128));
+                    // The factored law always sums.
+                    if sums.is_some() || part.factor.is_some() {
+                        args.row_sums = self.arena.get("row sums of tiles", by_row * rows)?;
+                        args.col_sums = self.arena.get("column sums of tiles", by_col * cols)?;
+                    }
+                    if let Some(logits) = part.factor {
+                        let g = self.arena.get("factor", rows * args.pitch as usize)?;
+                        let plain = abi::Pull { logits, g, gain: 1.0, ..args };
+                        self.chunk_of_g(call, Pulling::Plain, plain)?;
+                        args.factor = g;
+                    }
+                    let pulling = match (call.form, part.factor) {
+                        (_, Some(_)) => Pulling::Factored,
+                        (Form::Sigmoid { .. }, _) => Pulling::Sigmoid,
+                        _ if sums.is_some() => Pulling::SoftmaxSums,
+                        _ => Pulling::Softmax,
+                    };
+                    self.chunk_of_g(call, pulling, args)?;
+                    let (later_col, later_row) = (col > 0 || k > 0, row > 0 || k > 0);
+                    self.product(call, false, &args, carry_v, acc_u.wrapping_add(row * dim), later_col)?;
+                    if let Some(acc) = acc_v {
+                        self.product(call, true, &args, carry_u, acc.wrapping_add(col * dim), later_row)?;
+                    }
+                    if let Some((row_sums, col_sums)) = sums {
+                        let to = row_sums.wrapping_add(4 * row);
+                        self.fold(args.row_sums.cast(), 4 * rows as u64, 4 * rows, by_row, to, later_col)?;
+                        let to = col_sums.wrapping_add(col);
+                        self.fold(args.col_sums, cols as u64, cols, by_col, to, later_row)?;
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    fn chunk_of_g(&self, call: &Call, args: abi::Pull, with_sums: bool) -> Result<(), CudaError> {
-        let (rows, cols) = (args.rows as usize, args.cols as usize);
-        let sigmoid = matches!(call.form, Form::Sigmoid { .. });
+    /// Columns of a tile; slots of row sums a column tile, of column sums a row tile.
+    fn slots(&self) -> (usize, usize, usize) {
+        if self.hopper { (abi::HOPPER_COLS as usize, 1, 8) } else { (abi::TILE as usize, 2, 4) }
+    }
+
+    /// The chunk of `gain G` of `part` whose first pair is (`row`, `col`), without sums.
+    fn chunk_at(
+        &mut self,
+        call: &Call,
+        part: &Part,
+        gain: f64,
+        [row, col]: [usize; 2],
+    ) -> Result<abi::Pull, CudaError> {
+        let (n, m) = (call.u.rows, call.v.rows);
+        // One pitch for all chunks of a call.
+        let pitch = self.chunk.min(m).next_multiple_of(8);
+        let g: *mut u16 = self.arena.get("g", self.chunk.min(n) * pitch)?;
+        let (bias, smoothing) = match call.form {
+            Form::Sigmoid { .. } if !call.live.is_null() => (0.0, call.smoothing as f32),
+            Form::Sigmoid { bias } => ((bias * LOG2_E) as f32, call.smoothing as f32),
+            _ => (0.0, 0.0),
+        };
+        Ok(abi::Pull {
+            logits: call.logits(&call.u, &call.v),
+            norm_u: part.norm_u,
+            target_u: part.target_u,
+            norm_v: part.norm_v,
+            target_v: part.target_v,
+            factor: null(),
+            g,
+            row_sums: null_mut(),
+            col_sums: null_mut(),
+            row: row as u32,
+            col: col as u32,
+            rows: self.chunk.min(n - row) as u32,
+            cols: self.chunk.min(m - col) as u32,
+            pitch: pitch as u32,
+            gain: gain as f32,
+            bias,
+            smoothing,
+        })
+    }
+
+    fn chunk_of_g(&self, call: &Call, pulling: Pulling, args: abi::Pull) -> Result<(), CudaError> {
+        let (rows, cols, l) = (args.rows as usize, args.cols as usize, args.logits);
         if self.hopper {
+            let (depth, pitch) = (l.depth as usize, l.pitch as usize);
             let maps = [
-                self.map(call, call.u.halves, [call.u.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
-                self.map(call, call.v.halves, [call.v.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
+                self.map(call, l.u, [l.n as usize, depth], pitch, abi::HOPPER_ROWS)?,
+                self.map(call, l.v, [l.m as usize, depth], pitch, abi::HOPPER_COLS)?,
                 self.map(call, args.g, [rows, cols], args.pitch as usize, 64)?,
             ];
             let hopper = &call.kernels.hopper;
-            let kernel = if sigmoid { &hopper.sigmoid } else { &hopper.softmax[usize::from(with_sums)] };
+            let kernel = match pulling {
+                Pulling::Softmax => &hopper.softmax[0],
+                Pulling::SoftmaxSums => &hopper.softmax[1],
+                Pulling::Sigmoid => &hopper.sigmoid,
+                Pulling::Plain => &hopper.plain,
+                Pulling::Factored => &hopper.factored,
+            };
             let tiles = rows.div_ceil(abi::HOPPER_ROWS as usize) * cols.div_ceil(abi::HOPPER_COLS as usize);
             return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperPull { maps, pull: args });
         }
-        let kernel = if sigmoid { &call.kernels.sigmoid } else { &call.kernels.softmax[usize::from(with_sums)] };
+        let kernel = match pulling {
+            Pulling::Softmax => &call.kernels.softmax[0],
+            Pulling::SoftmaxSums => &call.kernels.softmax[1],
+            Pulling::Sigmoid => &call.kernels.sigmoid,
+            Pulling::Plain => &call.kernels.plain,
+            Pulling::Factored => &call.kernels.factored,
+        };
         self.run(kernel, [blocks(cols, abi::TILE as usize), blocks(rows, abi::TILE as usize), 1], &args)
     }
 
@@ -720,25 +1049,26 @@ impl<C: Card> Cuda<C> {
         call: &Call,
         transposed: bool,
         chunk: &abi::Pull,
-        other: *const u16,
+        other: Carried,
         out: *mut f32,
         add: bool,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (chunk.rows as usize, chunk.cols as usize);
         let (m, k, first) =
             if transposed { (cols, rows, chunk.row as usize) } else { (rows, cols, chunk.col as usize) };
-        let other = other.wrapping_add(first * call.pitch);
+        let Carried { at, dim, pitch } = other;
+        let at = at.wrapping_add(first * pitch);
         let gemm = abi::Gemm {
             a: chunk.g.cast_const().cast(),
-            b: other.cast(),
+            b: at.cast(),
             c: out,
             m: m as u32,
-            n: call.dim as u32,
+            n: dim as u32,
             k: k as u32,
             depth: k.next_multiple_of(8) as u32,
             pitch_a: chunk.pitch,
-            pitch_b: call.pitch as u32,
-            pitch_c: call.dim as u32,
+            pitch_b: pitch as u32,
+            pitch_c: dim as u32,
             add: u32::from(add),
             part: 0,
         };
@@ -746,14 +1076,14 @@ impl<C: Card> Cuda<C> {
             let tile = if transposed { 64 } else { abi::HOPPER_ROWS };
             let maps = [
                 self.map(call, chunk.g, [rows, cols], chunk.pitch as usize, tile)?,
-                self.map(call, other, [k, call.dim], call.pitch, 64)?,
+                self.map(call, at, [k, dim], pitch, 64)?,
             ];
             let kernel = if transposed { &call.kernels.hopper.gu } else { &call.kernels.hopper.gv };
-            let tiles = m.div_ceil(abi::HOPPER_ROWS as usize) * call.dim.div_ceil(abi::HOPPER_COLS as usize);
+            let tiles = m.div_ceil(abi::HOPPER_ROWS as usize) * dim.div_ceil(abi::HOPPER_COLS as usize);
             return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperGemm { maps, gemm });
         }
         let kernel = if transposed { &call.kernels.gu } else { &call.kernels.gv };
-        self.run(kernel, [blocks(call.dim, abi::TILE as usize), blocks(m, abi::TILE as usize), 1], &gemm)
+        self.run(kernel, [blocks(dim, abi::TILE as usize), blocks(m, abi::TILE as usize), 1], &gemm)
     }
 
     #[allow(clippy::too_many_arguments, reason = "one launch")]
@@ -781,6 +1111,7 @@ impl<C: Card> Cuda<C> {
             g_sums,
             out,
             along,
+            live: call.live,
             rows: side.rows as u32,
             dim: call.dim as u32,
             pitch: call.pitch as u32,
@@ -833,6 +1164,11 @@ impl<C: Card> Cuda<C> {
         Ok(Rows { at, singles, rows: matrix.rows, dim: matrix.dim })
     }
 
+    fn put_features(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
+        let at = self.put(slot, &mmd::singles(matrix))?;
+        Ok(Rows { at: at.cast_const().cast(), singles: true, rows: matrix.rows, dim: matrix.dim })
+    }
+
     fn put<T: Pod>(&mut self, slot: &'static str, data: &[T]) -> Result<*mut T, CudaError> {
         put(&self.card, &mut self.arena, slot, data)
     }
@@ -881,6 +1217,11 @@ impl<C: Card> Engine for Cuda<C> {
             Some(x) => self.put("offset of v", x)?.cast_const(),
             None => null(),
         };
+        let features = batch.moments.as_ref().map(mmd::features).transpose()?;
+        let features = match features {
+            Some([u, v]) => Some([self.put_features(u, "data of u")?, self.put_features(v, "data of v")?]),
+            None => None,
+        };
         let mut host = [gradients.u, gradients.v];
         let mut out = [Out::None; 2];
         for (which, (host, out)) in host.iter_mut().zip(&mut out).enumerate() {
@@ -891,7 +1232,8 @@ impl<C: Card> Engine for Cuda<C> {
                 None => Out::None,
             };
         }
-        let value = self.evaluate(loss, precision, [u, v], offset, batch, out, gradients.offset_v)?;
+        let inputs = Inputs { rows: [u, v], features, offset };
+        let value = self.evaluate(loss, precision, inputs, batch, out, gradients.offset_v)?;
         for (slot, host) in ["gradient of u", "gradient of v"].into_iter().zip(host) {
             if let Some(Write::Set(x) | Write::Add(x)) = host {
                 self.arena.download(slot, x)?;
@@ -912,21 +1254,42 @@ enum Form {
     Conditional { lambda_u: f64, lambda_v: f64 },
     Joint,
     Sigmoid { bias: f64 },
+    Mmd { lambda_u: f64, lambda_v: f64 },
+    JointMmd,
 }
 
 impl Form {
+    /// Weights of the row and the column softmaxes, and whether one softmax is over all pairs.
+    fn softmaxes(self) -> ([f64; 2], bool) {
+        match self {
+            Form::Conditional { lambda_u, lambda_v } => ([0.5 * lambda_v, 0.5 * lambda_u], false),
+            Form::Mmd { lambda_u, lambda_v } => ([lambda_v, lambda_u], false),
+            Form::Joint | Form::JointMmd => ([1.0, 0.0], true),
+            Form::Sigmoid { .. } => ([0.0; 2], false),
+        }
+    }
+
     fn of(loss: &Loss) -> Result<Self, LossError> {
         match loss.objective {
             Objective::Conditional { lambda_u, lambda_v } => Ok(Form::Conditional { lambda_u, lambda_v }),
             Objective::Joint => Ok(Form::Joint),
             Objective::Sigmoid { bias } => Ok(Form::Sigmoid { bias }),
-            _ => Err(only_cpu(
-                "objective",
-                "mmd, joint-mmd or the shuffled joint loss",
-                "one that cuda has, or --device cpu",
-            )),
+            Objective::Mmd { lambda_u, lambda_v } => Ok(Form::Mmd { lambda_u, lambda_v }),
+            Objective::JointMmd => Ok(Form::JointMmd),
+            Objective::JointShuffled { .. } => {
+                Err(only_cpu("objective", "the shuffled joint loss", "one that cuda has, or --device cpu"))
+            }
         }
     }
+}
+
+/// A loss whose launches the card has.
+struct Given {
+    call: Call,
+    /// What G was multiplied by.
+    gain: f64,
+    /// The loss, where the host knows it.
+    known: Option<f64>,
 }
 
 /// What the launches of one call share.
@@ -936,6 +1299,8 @@ struct Call {
     tilt: f64,
     squared: bool,
     unit: bool,
+    /// See [`abi::Temper`]; then `tilt` and the bias are those of tau = 1 and 0.
+    live: *const f32,
     smoothing: f64,
     dim: usize,
     pitch: usize,
@@ -957,6 +1322,7 @@ impl Call {
             id_v: cols.id,
             ignore_u: rows.ignore,
             ignore_v: cols.ignore,
+            live: self.live,
             n: rows.rows as u32,
             m: cols.rows as u32,
             depth: self.dim as u32,
@@ -966,21 +1332,69 @@ impl Call {
         }
     }
 
-    /// A power of two that brings G as close to the end of f16's range as its bound allows.
-    fn gain(&self, pairing: &Pairing) -> f64 {
+    /// The one part of G that all but MMD have.
+    fn part(&self) -> Part {
+        Part {
+            norm_u: self.u.norm,
+            target_u: self.u.target,
+            norm_v: self.v.norm,
+            target_v: self.v.target,
+            factor: None,
+        }
+    }
+
+    /// No element of G of this part is larger.
+    fn bound(&self, pairing: &Pairing) -> f64 {
         let largest = |share: &[f32]| f64::from(share.iter().copied().fold(0.0, f32::max));
         let (by_row, by_col) = (largest(&pairing.row_share), largest(&pairing.col_share));
-        let bound = match self.form {
+        match self.form {
             Form::Conditional { lambda_u, lambda_v } => 0.5 * (lambda_v * by_row + lambda_u * by_col),
             Form::Joint => 1.0 + by_row,
             Form::Sigmoid { .. } => by_row,
-        };
-        (32768.0 / bound.clamp(1e-30, 1e30)).log2().floor().exp2()
+            Form::Mmd { .. } | Form::JointMmd => unreachable!("its residuals bound it"),
+        }
     }
+}
+
+/// A power of two that brings G as close to the end of f16's range as its bound allows.
+fn gain(bound: f64) -> f64 {
+    (32768.0 / bound.clamp(1e-30, 1e30)).log2().floor().exp2()
 }
 
 fn only_cpu(what: &'static str, found: &str, expected: &'static str) -> LossError {
     LossError::Parameter { what, found: found.into(), expected: expected.into() }
+}
+
+fn wrong_len(what: &'static str, found: usize, expected: String) -> LossError {
+    LossError::Shape { what, found: format!("{found} elements"), expected }
+}
+
+/// Where embeddings on the card and their gradients are, if their lengths go together.
+fn addresses<T: Embedding, C: Card>(
+    [u, v]: [&Buffer<T, C>; 2],
+    dim: usize,
+    gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
+) -> Result<([Rows; 2], [Out; 2]), LossError> {
+    let mut rows = [Rows { at: null(), singles: T::PRECISION.is_none(), rows: 0, dim }; 2];
+    let mut out = [Out::None; 2];
+    let names = [("u", "gradient of u"), ("v", "gradient of v")];
+    for (((x, gradient), name), (rows, out)) in
+        [u, v].into_iter().zip(gradients).zip(names).zip(rows.iter_mut().zip(&mut out))
+    {
+        if dim == 0 || x.is_empty() || !x.len().is_multiple_of(dim) {
+            return Err(wrong_len(name.0, x.len(), format!("rows of {dim} elements, at least one")));
+        }
+        (rows.at, rows.rows) = (x.ptr(..)?.cast(), x.len() / dim);
+        *out = match gradient {
+            Some(Write::Set(to) | Write::Add(to)) if to.len() != x.len() => {
+                return Err(wrong_len(name.1, to.len(), format!("{} elements", x.len())));
+            }
+            Some(Write::Set(to)) => Out::Set(to.ptr_mut(..)?),
+            Some(Write::Add(to)) => Out::Add(to.ptr_mut(..)?),
+            None => Out::None,
+        };
+    }
+    Ok((rows, out))
 }
 
 /// Host numbers in a slot.

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::mem::ManuallyDrop;
 use std::ptr::{null, null_mut, without_provenance_mut};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Answers with a meaning here, as cuda.h numbers them.
@@ -253,6 +254,8 @@ struct Inner {
     capability: [u32; 2],
     multiprocessors: u32,
     kernels: Mutex<Loaded>,
+    /// Allocations given back.
+    given_back: AtomicU64,
     /// Held across each call that must not fall into a recording, and while one begins; memory given back during one.
     quiet: Mutex<Vec<sys::CUdeviceptr>>,
 }
@@ -378,8 +381,8 @@ impl Inner {
         stream: sys::CUstream,
         owned: Option<sys::CUdevice>,
     ) -> Self {
-        let (kernels, quiet) = Default::default();
-        Self { calls, context, stream, owned, capability: [0; 2], multiprocessors: 0, kernels, quiet }
+        let (kernels, given_back, quiet) = Default::default();
+        Self { calls, context, stream, owned, capability: [0; 2], multiprocessors: 0, kernels, given_back, quiet }
     }
 
     fn describe(&mut self, device: sys::CUdevice) -> Result<(), CudaError> {
@@ -605,17 +608,13 @@ impl Card for Driver {
         // SAFETY: writes one address.
         match unsafe { (calls.cuMemAlloc_v2)(&raw mut at, bytes) } {
             SUCCESS => Ok(without_provenance_mut(at as usize)),
-            OUT_OF_MEMORY => {
-                let (mut free, mut total) = (0, 0);
-                // SAFETY: writes two numbers; without them `free` stays 0.
-                let _ = unsafe { (calls.cuMemGetInfo_v2)(&raw mut free, &raw mut total) };
-                Err(CudaError::OutOfMemory { wanted: bytes, free })
-            }
+            OUT_OF_MEMORY => Err(CudaError::OutOfMemory { wanted: bytes, free: self.free_bytes() }),
             answer => Err(CudaError::Driver { call: "cuMemAlloc", code: calls.code(answer) }),
         }
     }
 
     unsafe fn free(&self, at: *mut u8) {
+        self.0.given_back.fetch_add(1, Ordering::Relaxed);
         let Ok(_current) = self.0.current() else { return };
         let mut freed = self.0.quiet.lock().unwrap_or_else(PoisonError::into_inner);
         if self.0.is_recording().unwrap_or(false) {
@@ -726,6 +725,19 @@ impl Card for Driver {
             )
         }?;
         Ok(TensorMap(map.opaque))
+    }
+
+    fn free_bytes(&self) -> usize {
+        let (mut free, mut total) = (0, 0);
+        if let Ok(_current) = self.0.current() {
+            // SAFETY: writes two numbers; without them `free` stays 0.
+            let _ = unsafe { (self.0.calls.cuMemGetInfo_v2)(&raw mut free, &raw mut total) };
+        }
+        free
+    }
+
+    fn given_back(&self) -> u64 {
+        self.0.given_back.load(Ordering::Relaxed)
     }
 
     fn multiprocessors(&self) -> u32 {

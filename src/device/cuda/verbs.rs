@@ -7,10 +7,10 @@ use super::CudaError;
 use super::card::{Arena, Buffer, Card};
 use super::contrast::{Cuda, Out, Rows};
 use crate::device::{
-    Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling, View,
-    ViewMut,
+    Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling,
+    Scalars, View, ViewMut,
 };
-use crate::objective::{Loss, LossError, Precision, Value, Write};
+use crate::objective::{Loss, LossError, Precision, Write};
 use kernels::abi::{self, Kernel};
 use kernels::entries as e;
 use std::ptr::{null, null_mut};
@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Blocks of a kernel whose threads take elements in turn.
 const BLOCKS: usize = 1024;
+/// Least summed dimension of a part of a product.
+const LEAST_DEPTH: usize = 512;
 /// Rows whose sum is one slot.
 const PART: usize = 1024;
 
@@ -41,6 +43,8 @@ impl<C: Card> Verbs<C> {
 struct Products {
     /// By whether A and B are stored transposed.
     gemm: [[Kernel<abi::Gemm>; 2]; 2],
+    /// With ReLU or nothing, and with GELU.
+    dense: [Kernel<abi::Dense>; 2],
     conv: Kernel<abi::Conv>,
     conv_data: Kernel<abi::Conv>,
     conv_weight: Kernel<abi::Conv>,
@@ -48,12 +52,14 @@ struct Products {
 
 static BF16: Products = Products {
     gemm: [[e::GEMM_NN_BF16, e::GEMM_NT_BF16], [e::GEMM_TN_BF16, e::GEMM_TT_BF16]],
+    dense: [e::DENSE_BF16, e::DENSE_GELU_BF16],
     conv: e::CONV_BF16,
     conv_data: e::CONV_DATA_BF16,
     conv_weight: e::CONV_WEIGHT_BF16,
 };
 static F16: Products = Products {
     gemm: [[e::GEMM_NN_F16, e::GEMM_NT_F16], [e::GEMM_TN_F16, e::GEMM_TT_F16]],
+    dense: [e::DENSE_F16, e::DENSE_GELU_F16],
     conv: e::CONV_F16,
     conv_data: e::CONV_DATA_F16,
     conv_weight: e::CONV_WEIGHT_F16,
@@ -168,15 +174,14 @@ impl<C: Card> Device for Cuda<C> {
     }
     fn finish(&self) -> Result<(), DeviceError> {
         self.attempt(|_| self.card.synchronise());
-        let failed = self.verbs.lock().unwrap_or_else(PoisonError::into_inner).failed.take();
-        failed.map_or(Ok(()), |e| Err(e.into()))
+        self.failure().map_err(DeviceError::from)
     }
 
     fn gemm(&self, shape: Gemm, a: View<'_, Buf<C>>, b: View<'_, Buf<C>>, c: Write<ViewMut<'_, Buf<C>>>) {
         self.attempt(|arena| {
             let Gemm { m, n, k, transpose_a, transpose_b } = shape;
             let (down, across) = (tiles(m), tiles(n));
-            let parts = self.parts(down * across, k, 512);
+            let parts = self.parts(down * across, k, LEAST_DEPTH);
             let depth = k.div_ceil(parts).next_multiple_of(32);
             let parts = k.div_ceil(depth).max(1);
             let (out, add) = target(c)?;
@@ -199,6 +204,55 @@ impl<C: Card> Device for Cuda<C> {
             self.run(kernel, [across as u32, down as u32, parts as u32], &args)?;
             if parts > 1 { self.sum_slots(slots, parts, m * n, (out, add)) } else { Ok(()) }
         });
+    }
+
+    /// In one launch where the sum is not cut into parts.
+    fn dense(
+        &self,
+        [rows, inputs, outputs]: [usize; 3],
+        activation: Activation,
+        x: View<'_, Buf<C>>,
+        weight: View<'_, Buf<C>>,
+        bias: Option<View<'_, Buf<C>>>,
+        pre: Option<ViewMut<'_, Buf<C>>>,
+        out: ViewMut<'_, Buf<C>>,
+    ) {
+        let whole = self.parts(tiles(rows) * tiles(outputs), inputs, LEAST_DEPTH) == 1;
+        if let Some(bias) = bias.as_ref().filter(|_| whole) {
+            return self.attempt(|_| {
+                let args = abi::Dense {
+                    gemm: abi::Gemm {
+                        a: as_many(&x, rows * inputs)?.cast(),
+                        b: as_many(&weight, outputs * inputs)?.cast(),
+                        c: as_many_mut(out, rows * outputs)?,
+                        m: count(rows)?,
+                        n: count(outputs)?,
+                        k: count(inputs)?,
+                        depth: inputs.next_multiple_of(8) as u32,
+                        pitch_a: count(inputs)?,
+                        pitch_b: count(inputs)?,
+                        pitch_c: count(outputs)?,
+                        add: 0,
+                        part: 0,
+                    },
+                    bias: as_many(bias, outputs)?,
+                    pre: pre.map_or(Ok(null_mut()), |pre| as_many_mut(pre, rows * outputs))?,
+                    activation: code(activation),
+                    reserved: 0,
+                };
+                let kernel = &self.products().dense[usize::from(activation == Activation::Gelu)];
+                self.run(kernel, [tiles(outputs) as u32, tiles(rows) as u32, 1], &args)
+            });
+        }
+        let shape = Gemm { m: rows, n: outputs, k: inputs, transpose_a: false, transpose_b: true };
+        let (mut to, active) = match pre {
+            Some(pre) => (pre, Some(out)),
+            None => (out, None),
+        };
+        self.gemm(shape, x, weight, Write::Set(to.again()));
+        if bias.is_some() || activation != Activation::None || active.is_some() {
+            self.bias_activation([rows, outputs, 1], activation, bias, to, active);
+        }
     }
 
     fn bias_activation(
@@ -229,11 +283,26 @@ impl<C: Card> Device for Cuda<C> {
         activation: Activation,
         saved: View<'_, Buf<C>>,
         d: ViewMut<'_, Buf<C>>,
-        d_bias: Option<Write<ViewMut<'_, Buf<C>>>>,
+        mut d_bias: Option<Write<ViewMut<'_, Buf<C>>>>,
     ) {
         self.attempt(|arena| {
             let len = rows * channels * pixels;
             let d = write(d)?;
+            if let Some(d_bias) = d_bias.take_if(|_| activation != Activation::None && pixels == 1) {
+                let parts = rows.div_ceil(PART);
+                let slots: *mut f32 = arena.get("parts", parts * channels)?;
+                let args = abi::MaskColumns {
+                    saved: read(&saved)?,
+                    d,
+                    out: slots,
+                    rows: count(rows)?,
+                    channels: count(channels)?,
+                    part: PART as u32,
+                    activation: code(activation),
+                };
+                self.run(&e::MASK_COLUMNS, [channels.div_ceil(32) as u32, parts as u32, 1], &args)?;
+                return self.sum_slots(slots, parts, channels, target(d_bias)?);
+            }
             if activation != Activation::None {
                 let args =
                     abi::ActivateBackward { saved: read(&saved)?, d, len: count(len)?, activation: code(activation) };
@@ -487,6 +556,8 @@ impl<C: Card> Device for Cuda<C> {
     fn adam(
         &self,
         step: &AdamStep,
+        now: View<'_, Buf<C>>,
+        factor: View<'_, Buf<C>>,
         grads: View<'_, Buf<C>>,
         params: ViewMut<'_, Buf<C>>,
         m: ViewMut<'_, Buf<C>>,
@@ -499,42 +570,109 @@ impl<C: Card> Device for Cuda<C> {
                 params: write(params)?,
                 m: write(m)?,
                 v: write(v)?,
+                now: as_many(&now, 3)?,
+                factor: as_many(&factor, 1)?,
                 len: count(len)?,
-                lr: step.lr as f32,
                 beta1: step.beta1 as f32,
                 beta2: step.beta2 as f32,
                 eps: step.eps as f32,
                 decay: step.decay as f32,
-                bias1: step.bias[0] as f32,
-                bias2: step.bias[1] as f32,
-                grad_scale: step.grad_scale as f32,
                 reserved: 0,
             };
             self.over(&e::ADAM, len, &args)
         });
     }
-    /// NaN after a failure.
-    fn sum_squares(&self, x: View<'_, Buf<C>>) -> f64 {
-        let mut sum = [f64::NAN];
+    fn judge(
+        &self,
+        limit: f64,
+        loss: View<'_, Buf<C>>,
+        grads: View<'_, Buf<C>>,
+        scaling: Option<ViewMut<'_, Buf<C>>>,
+        to: ViewMut<'_, Buf<C>>,
+    ) {
         self.attempt(|arena| {
-            let len = x.at.len();
-            if len == 0 {
-                sum = [0.0];
-                return Ok(());
-            }
-            let parts = len.div_ceil(256).min(BLOCKS);
-            let slots: *mut f64 = arena.get("squares", BLOCKS + 1)?;
-            let out = slots.wrapping_add(BLOCKS);
-            self.over(&e::SQUARES, len, &abi::Squares { x: read(&x)?, out: slots, len: count(len)?, reserved: 0 })?;
-            let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: 1 };
-            self.run(&e::TOTALS, [1, 1, 1], &args)?;
-            let mut all = vec![0f64; BLOCKS + 1];
-            arena.download("squares", &mut all)?;
-            sum = [all[BLOCKS]];
-            Ok(())
+            let len = grads.at.len();
+            let squares: *mut f64 = arena.get("squares", BLOCKS)?;
+            let args = abi::Squares { x: read(&grads)?, out: squares, len: count(len)?, reserved: 0 };
+            self.over(&e::SQUARES, len, &args)?;
+            let args = abi::Judge {
+                squares,
+                loss: as_many(&loss, 1)?,
+                scaling: scaling.map_or(Ok(null_mut()), |s| as_many_mut(s, 2))?,
+                out: as_many_mut(to, 2)?,
+                parts: len.div_ceil(256).min(BLOCKS) as u32,
+                limit: limit as f32,
+            };
+            self.run(&e::JUDGE, [1, 1, 1], &args)
         });
-        sum[0]
     }
+    fn gather(&self, width: usize, from: View<'_, Buf<C>>, index: View<'_, Buf<C>>, to: ViewMut<'_, Buf<C>>) {
+        self.attempt(|_| {
+            let (rows, chosen) = (from.at.len() / width.max(1), index.at.len());
+            let args = abi::Choose {
+                from: read(&from)?,
+                to: as_many_mut(to, chosen * width)?,
+                ..choose(&index, width, rows)?
+            };
+            self.over(&e::GATHER, chosen * width, &args)
+        });
+    }
+    fn scatter(&self, width: usize, from: View<'_, Buf<C>>, index: View<'_, Buf<C>>, to: ViewMut<'_, Buf<C>>) {
+        self.attempt(|_| {
+            let (rows, chosen) = (to.at.len() / width.max(1), index.at.len());
+            let args =
+                abi::Choose { from: as_many(&from, chosen * width)?, to: write(to)?, ..choose(&index, width, rows)? };
+            self.over(&e::SCATTER, chosen * width, &args)
+        });
+    }
+    fn scale(&self, factor: View<'_, Buf<C>>, from: View<'_, Buf<C>>, to: ViewMut<'_, Buf<C>>) {
+        self.attempt(|_| {
+            let len = from.at.len();
+            let args = abi::Scale {
+                from: read(&from)?,
+                to: as_many_mut(to, len)?,
+                factor: as_many(&factor, 1)?,
+                len: count(len)?,
+                reserved: 0,
+            };
+            self.over(&e::SCALE, len, &args)
+        });
+    }
+    fn clamp(&self, low: f64, high: f64, x: ViewMut<'_, Buf<C>>) {
+        self.attempt(|_| {
+            let len = x.at.len();
+            let args = abi::Clamp { x: write(x)?, len: count(len)?, low: low as f32, high: high as f32, reserved: 0 };
+            self.over(&e::CLAMP, len, &args)
+        });
+    }
+}
+
+/// The address of a view of at least `len` numbers.
+fn as_many<C: Card>(view: &View<'_, Buf<C>>, len: usize) -> Result<*const f32, CudaError> {
+    if view.at.len() < len {
+        return Err(CudaError::Length { part: view.at.len(), other: len });
+    }
+    read(view)
+}
+fn as_many_mut<C: Card>(view: ViewMut<'_, Buf<C>>, len: usize) -> Result<*mut f32, CudaError> {
+    if view.at.len() < len {
+        return Err(CudaError::Length { part: view.at.len(), other: len });
+    }
+    write(view)
+}
+
+fn choose<C: Card>(index: &View<'_, Buf<C>>, width: usize, rows: usize) -> Result<abi::Choose, CudaError> {
+    let chosen = index.at.len();
+    count(chosen * width)?;
+    Ok(abi::Choose {
+        from: null(),
+        to: null_mut(),
+        index: read(index)?,
+        count: count(chosen)?,
+        width: count(width)?,
+        rows: count(rows)?,
+        reserved: 0,
+    })
 }
 
 fn geometry(conv: &Conv) -> Result<abi::Geometry, CudaError> {
@@ -588,28 +726,118 @@ fn heads(attention: &Attention, rows: usize) -> [u32; 3] {
     [attention.time.div_ceil(8) as u32, attention.heads as u32, rows as u32]
 }
 
+/// A training step as a card remembers it.
+#[derive(Debug, Default)]
+pub enum Recorded<C: Card> {
+    /// Nothing yet.
+    #[default]
+    No,
+    /// The work was done once, by itself: kernels are loaded, scratch has grown.
+    Seen,
+    /// A graph of it, and [`Card::given_back`] when it was made.
+    Graph(C::Graph, u64),
+    /// It cannot be recorded.
+    Never,
+}
+
+impl<C: Card> Cuda<C> {
+    /// What a verb before could not say.
+    fn failure(&self) -> Result<(), CudaError> {
+        self.verbs.lock().unwrap_or_else(PoisonError::into_inner).failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Records `work` and runs it once; fails without having done anything where it cannot be recorded.
+    fn record(&mut self, work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>) -> Result<Recorded<C>, CudaError> {
+        let card = Arc::clone(&self.card);
+        let graph = card.capture(|| {
+            // A loss that refuses and a verb that fails end the recording alike; done plainly, it says why.
+            work(self).map_err(|_| CudaError::Recording { call: "a step" })?;
+            self.failure()
+        })?;
+        let recorded = Recorded::Graph(graph, card.given_back());
+        Ok(recorded)
+    }
+}
+
 impl<C: Card> Contrast for Cuda<C> {
+    const AHEAD: u64 = 64;
+    type Recorded = Recorded<C>;
+
     fn contrast(
         &mut self,
         loss: &Loss,
         embeddings: Embeddings<'_, Buf<C>>,
         gradients: [Write<ViewMut<'_, Buf<C>>>; 2],
-    ) -> Result<Value, LossError> {
-        // What a verb before could not say. Its work may still be under way: the loss waits for it in any case.
-        let failed = self.verbs.lock().unwrap_or_else(PoisonError::into_inner).failed.take();
-        if let Some(failed) = failed {
-            return Err(failed.into());
-        }
-        let Embeddings { u, v, rows, dim, precision, moments: _ } = embeddings;
-        let on_card =
-            |view: &View<'_, Buf<C>>| Ok::<_, CudaError>(Rows { at: read(view)?.cast(), singles: true, rows, dim });
-        let out = |to| {
-            let (at, add) = target(to)?;
-            Ok::<_, CudaError>(if add { Out::Add(at) } else { Out::Set(at) })
+        scalars: Scalars<'_, Buf<C>>,
+    ) -> Result<(), LossError> {
+        self.failure()?;
+        let Embeddings { u, v, rows, dim, precision, moments } = embeddings;
+        let on_card = |view: &View<'_, Buf<C>>, dim: usize| {
+            Ok::<_, CudaError>(Rows { at: as_many(view, rows * dim)?.cast(), singles: true, rows, dim })
+        };
+        let out = |to: Write<ViewMut<'_, Buf<C>>>| {
+            Ok::<_, CudaError>(match to {
+                Write::Set(view) => Out::Set(as_many_mut(view, rows * dim)?),
+                Write::Add(view) => Out::Add(as_many_mut(view, rows * dim)?),
+            })
         };
         let [grad_u, grad_v] = gradients;
-        let (rows, out) = ([on_card(&u)?, on_card(&v)?], [out(grad_u)?, out(grad_v)?]);
-        // SAFETY: parts of buffers that their views checked; outputs are borrowed mutably.
-        unsafe { self.loss_at(loss, precision, rows, out) }
+        let (rows, out) = ([on_card(&u, dim)?, on_card(&v, dim)?], [out(grad_u)?, out(grad_v)?]);
+        let features = match moments {
+            Some(f) => Some([on_card(&f.u, f.dims[0])?, on_card(&f.v, f.dims[1])?]),
+            None => None,
+        };
+        let one = |view: Option<View<'_, Buf<C>>>| view.map_or(Ok(null()), |v| as_many(&v, 1));
+        let scalars = super::contrast::Scalars {
+            logit_scale: one(scalars.logit_scale)?,
+            bias: one(scalars.bias)?,
+            out: as_many_mut(scalars.out, 4)?,
+        };
+        // SAFETY: parts of buffers of the lengths checked above; outputs are borrowed mutably.
+        unsafe { self.learn(loss, precision, rows, features, out, scalars) }
+    }
+
+    fn is_narrow(&self) -> bool {
+        self.precision == Precision::F16
+    }
+
+    fn keep(&self, lens: [usize; 2]) -> Option<[Buf<C>; 2]> {
+        let bytes = lens.iter().try_fold(0usize, |sum, len| len.checked_mul(4)?.checked_add(sum))?;
+        if bytes > self.card.free_bytes() / 2 {
+            return None;
+        }
+        let [u, v] = lens.map(|len| Buffer::zeroed(&self.card, len).ok());
+        Some([u?, v?])
+    }
+
+    fn repeat(
+        &mut self,
+        recorded: &mut Recorded<C>,
+        work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
+    ) -> Result<(), LossError> {
+        if let Recorded::Graph(_, given_back) = recorded
+            && *given_back != self.card.given_back()
+        {
+            *recorded = Recorded::Seen;
+        }
+        if let Recorded::Seen = recorded {
+            self.failure()?;
+            *recorded = self.record(work).unwrap_or_else(|_| {
+                // What failed then would have been told twice.
+                let _ = self.failure();
+                Recorded::Never
+            });
+        }
+        match recorded {
+            // SAFETY: this card made it, and of the memory it names nothing has been given back since; in it are
+            // launches, copies and fills that were right when it was made.
+            Recorded::Graph(graph, _) => unsafe { self.card.replay(graph) }.map_err(LossError::from),
+            Recorded::Never => work(self),
+            Recorded::No | Recorded::Seen => {
+                work(self)?;
+                *recorded = Recorded::Seen;
+                Ok(())
+            }
+        }
     }
 }
