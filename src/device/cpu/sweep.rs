@@ -28,8 +28,8 @@ pub struct Cut {
 }
 
 /// Multiply-adds and exponentials (as [`EXPONENTIAL`] each) of a matrix that one thread is through with before the
-/// others have woken up: embeddings of 5 numbers at N = 512, not of 128.
-const ALONE: usize = 1 << 24;
+/// others have woken up: embeddings of 5 numbers at N = 256, not of 64.
+const ALONE: usize = 1 << 22;
 const EXPONENTIAL: usize = 32;
 
 impl Cut {
