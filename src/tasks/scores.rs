@@ -26,9 +26,9 @@ pub enum Pairs {
 }
 
 /// Items made ready at a time.
-pub const ITEMS: usize = 2048;
-/// Queries of a task, about: a whole number of micro-kernels.
-pub const QUERIES: usize = 96;
+pub const ITEMS: usize = 4096;
+/// Queries of a task, about: a whole number of micro-kernels, and tasks enough that nobody waits long for the last.
+pub const QUERIES: usize = 48;
 
 /// What rounding can have done to the scores of a pass over all items.
 #[derive(Clone, Copy)]
@@ -82,7 +82,7 @@ impl<'a> Scorer<'a> {
         let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
         let isa = Isa::best();
         let mut slack = Slack { dim, longest: 0.0, lowest: 0.0 };
-        let (mut host, mut packed) = (vec![0f32; ITEMS.min(m) * dim], Vec::new());
+        let mut packed = vec![0f32; search::packed_len(ITEMS.min(m), dim)];
         let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![0f64; ITEMS]);
         for first_item in (0..m).step_by(ITEMS) {
             let cols = ITEMS.min(m - first_item);
@@ -90,28 +90,32 @@ impl<'a> Scorer<'a> {
             if queries.is_empty() {
                 break;
             }
-            // A few rows a time, on all cores.
-            const PART: usize = 64;
-            let parts = host[..cols * dim].par_chunks_mut(PART * dim).zip(offset.par_chunks_mut(PART));
-            parts.zip(sizes.par_chunks_mut(PART)).enumerate().for_each(|(part, ((to, offset), sizes))| {
-                self.items.read(first_item + part * PART, to);
-                for ((row, offset), size) in to.chunks_exact_mut(dim).zip(offset).zip(sizes) {
-                    self.shift(row);
-                    (*offset, *size) = prepare(self.tilting, row);
-                }
-            });
-            let (host, offset) = (&host[..cols * dim], &offset[..cols]);
-            slack.longest = sizes[..cols].iter().fold(slack.longest, |most, &size| most.max(size));
+            let (offset, sizes) = (&mut offset[..cols], &mut sizes[..cols]);
+            let parts = packed.par_chunks_mut(search::COLS * dim).zip(offset.par_chunks_mut(search::COLS));
+            parts.zip(sizes.par_chunks_mut(search::COLS)).enumerate().for_each_init(
+                Vec::new,
+                |rows: &mut Vec<f32>, (part, ((packed, offset), sizes))| {
+                    rows.resize(offset.len() * dim, 0.0);
+                    self.items.read(first_item + part * search::COLS, rows);
+                    for ((row, offset), size) in rows.chunks_exact_mut(dim).zip(offset).zip(sizes) {
+                        self.shift(row);
+                        (*offset, *size) = prepare(self.tilting, row);
+                    }
+                    search::pack_items(isa, rows, dim, packed);
+                },
+            );
+            let offset = &*offset;
+            slack.longest = sizes.iter().fold(slack.longest, |most, &size| most.max(size));
             slack.lowest = offset.iter().fold(slack.lowest, |least, &offset| least.min(offset));
-            search::pack_items(isa, host, dim, &mut packed);
             // As many tasks as keep a few cores busy to the end.
             let tasks = queries.len().div_ceil(QUERIES).next_multiple_of(4);
             let rows = queries.len().div_ceil(tasks).next_multiple_of(12);
-            states[queries.clone()].par_chunks_mut(rows).enumerate().for_each(|(task, states)| {
+            let tasks = states[queries.clone()].par_chunks_mut(rows).enumerate();
+            tasks.for_each_init(Default::default, |(own, tile): &mut (Vec<f32>, Vec<f32>), (task, states)| {
                 let start = queries.start + task * rows;
-                let (mut own, mut tile) = (vec![0f32; states.len() * dim], Vec::new());
-                self.read_queries(start..start + states.len(), &mut own);
-                search::each_row(isa, &own, dim, &packed, offset, &mut tile, |i, first, scores, most| {
+                own.resize(states.len() * dim, 0.0);
+                self.read_queries(start..start + states.len(), own);
+                search::each_row(isa, own, dim, &packed, offset, tile, |i, first, scores, most| {
                     f(Scores { query: start + i, first: first_item + first, scores, most }, &mut states[i]);
                 });
             });

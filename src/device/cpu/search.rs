@@ -1,21 +1,19 @@
 //! Inner products of queries with many items, a tile at a time: what exact search reduces.
 
-use super::simd::{Inner, Isa, LONG, Left, Op, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
+use super::simd::{self, Inner, Isa, LONG, Left, Op, Simd, Vector, WIDEST, pack_transposed, product};
 use kernels::law::Num;
-use rayon::prelude::*;
 
 /// Columns of a tile: with the queries it is multiplied with it fits the second-level cache.
-const COLS: usize = 192;
+pub const COLS: usize = 192;
 
-/// Packs `items` `[count, dim]` as the right operand of [`each_row`].
-pub fn pack_items(isa: Isa, items: &[f32], dim: usize, packed: &mut Vec<f32>) {
-    let len = packed_len(dim, items.len() / dim);
-    if packed.len() < len {
-        packed.resize(len, 0.0);
-    }
-    packed[..len].par_chunks_mut(COLS * dim).zip(items.par_chunks(COLS * dim)).for_each(|(out, items)| {
-        isa.run(Pack { items, dim, out });
-    });
+/// Numbers of `count` packed items.
+pub fn packed_len(count: usize, dim: usize) -> usize {
+    simd::packed_len(dim, count)
+}
+
+/// Packs `items` `[count, dim]` as the right operand of [`each_row`]: [`COLS`] items of many, or the last of them.
+pub fn pack_items(isa: Isa, items: &[f32], dim: usize, out: &mut [f32]) {
+    isa.run(Pack { items, dim, out });
 }
 
 struct Pack<'a> {
