@@ -423,15 +423,15 @@ def machine(args):
 
 
 def plot(result, path):
-    """Time and memory against N, a column for each d."""
+    """Time and memory against N, a column for each d of several N."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "peers", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "peers", "svg.fonttype": "none", "font.size": 9})
     import matplotlib.pyplot as plt
 
     cells = result["loss"]["cells"]
-    dims = sorted({c["d"] for c in cells})
+    dims = sorted({c["d"] for c in cells if sum(other["d"] == c["d"] for other in cells) > 1})
     figure, axes = plt.subplots(2, len(dims), figsize=(3.2 * len(dims), 5.6), squeeze=False, sharex=True, sharey="row")
     for column, d in enumerate(dims):
         own = sorted((c for c in cells if c["d"] == d), key=lambda c: c["n"])
@@ -443,7 +443,8 @@ def plot(result, path):
                 width = 2.2 if name.startswith("ours") else 1.0
                 style = "--" if name.endswith("bf16") else ":" if name.endswith("kept") else "-"
                 color = "k" if name.startswith("ours") else COLOURS[LOSSES.index(name) // 2]
-                ax.plot(*zip(*points), style, marker=".", label=name, linewidth=width, color=color)
+                label = name.replace("compile", "torch.compile").replace("jax", "JAX jit")
+                ax.plot(*zip(*points), style, marker=".", label=label, linewidth=width, color=color)
             ax.set_xscale("log", base=2), ax.set_yscale("log"), ax.grid(alpha=0.3)
             if row == 0:
                 ax.set_title(f"d = {d}")
