@@ -52,8 +52,6 @@ macro_rules! statement {
     )*};
 }
 statement! {
-    /// All threads of the block meet; what they wrote is seen by all.
-    sync = "bar.sync 0;";
     /// All lanes of the warp meet; what they wrote is seen by all of them.
     sync_warp = "bar.warp.sync -1;";
     /// Ends a group of this thread's `copy_async`.
@@ -78,6 +76,14 @@ statement! {
     registers_up<N> = "setmaxnreg.inc.sync.aligned.u32 {};";
     /// This warpgroup's registers a thread, down to N.
     registers_down<N> = "setmaxnreg.dec.sync.aligned.u32 {};";
+}
+
+/// All threads of the block meet; what they wrote is seen by all. The compiler's own instruction, which it knows not to
+/// copy into the arms of a branch: of inline assembly it does not, and a warp whose lanes meet at two copies never goes on.
+#[inline(always)]
+pub fn sync() {
+    // SAFETY: synchronises, touches no memory of its own.
+    unsafe { core::arch::nvptx::_syncthreads() };
 }
 
 /// `THREADS` threads meet at barrier `ID` (1 to 15).
