@@ -3,8 +3,9 @@
 use super::fused::{
     Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
 };
-use super::simd::Isa;
-use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Value, Write, pairing::Pairing};
+use super::operand::Element;
+use super::simd::{Isa, Pair};
+use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, pairing::Pairing};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
 
@@ -245,32 +246,63 @@ fn mean_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
 pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Value {
     scratch.threads.fit();
     scratch.pairing.prepare(batch);
-    match loss.objective {
-        Objective::Conditional { lambda_u, lambda_v } => {
-            softmax(isa, scratch, loss, batch, gradients, Form::Conditional { lambda_u, lambda_v })
-        }
-        Objective::Joint => softmax(isa, scratch, loss, batch, gradients, Form::Joint),
+    let form = match loss.objective {
+        Objective::Conditional { lambda_u, lambda_v } => Form::Softmax(Over::Each { lambda_u, lambda_v }),
+        Objective::Joint => Form::Softmax(Over::All),
+        Objective::Sigmoid { bias } => Form::Sigmoid { bias },
         Objective::JointShuffled { pairings, seed } => {
-            super::shuffled::evaluate(scratch, loss, batch, gradients, pairings, seed)
+            return super::shuffled::evaluate(scratch, loss, batch, gradients, pairings, seed);
         }
-        Objective::Sigmoid { bias } => sigmoid(isa, scratch, loss, batch, gradients, bias),
-        Objective::Mmd { .. } | Objective::JointMmd => super::mmd::evaluate(isa, scratch, loss, batch, gradients),
+        Objective::Mmd { .. } | Objective::JointMmd => {
+            return super::mmd::evaluate(isa, scratch, loss, batch, gradients);
+        }
+    };
+    let halves = matches!((batch.u.data, batch.v.data), (Storage::Bf16(_), Storage::Bf16(_)));
+    match isa.pairs() {
+        Some(isa) if halves && loss.tilting.product() == Product::Inner => {
+            form.evaluate::<Pair>(isa, scratch, loss, batch, gradients)
+        }
+        _ => form.evaluate::<f32>(isa, scratch, loss, batch, gradients),
     }
 }
 
+/// Objectives whose G follows from S pair by pair.
 #[derive(Clone, Copy)]
 enum Form {
-    Conditional { lambda_u: f64, lambda_v: f64 },
-    Joint,
+    Softmax(Over),
+    Sigmoid { bias: f64 },
 }
 
-fn softmax(
-    isa: Isa,
+/// What a softmax is over: each row and each column, or the whole matrix.
+#[derive(Clone, Copy)]
+enum Over {
+    Each { lambda_u: f64, lambda_v: f64 },
+    All,
+}
+
+impl Form {
+    fn evaluate<T: Element>(
+        self,
+        isa: T::Isa,
+        scratch: &mut Scratch,
+        loss: &Loss,
+        batch: &Batch<'_>,
+        gradients: Gradients<'_>,
+    ) -> Value {
+        match self {
+            Form::Softmax(over) => softmax::<T>(isa, scratch, loss, batch, gradients, over),
+            Form::Sigmoid { bias } => sigmoid::<T>(isa, scratch, loss, batch, gradients, bias),
+        }
+    }
+}
+
+fn softmax<T: Element>(
+    isa: T::Isa,
     scratch: &mut Scratch,
     loss: &Loss,
     batch: &Batch<'_>,
     gradients: Gradients<'_>,
-    form: Form,
+    over: Over,
 ) -> Value {
     let (n, m) = (batch.u.rows, batch.v.rows);
     let Scratch {
@@ -289,12 +321,12 @@ fn softmax(
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns(isa, &tilted.v, packed, threads);
-    let mut logits = tilted.logits(isa, batch, packed, threads);
+    pack_columns::<T>(isa, &tilted.v, packed, threads);
+    let mut logits = tilted.logits::<T>(isa, batch, packed, threads);
     let smoothing = loss.smoothing;
-    let want = match form {
-        Form::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
-        Form::Joint => Want { rows: true, cols: false },
+    let want = match over {
+        Over::Each { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
+        Over::All => Want { rows: true, cols: false },
     };
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
@@ -303,8 +335,8 @@ fn softmax(
     let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
     let value;
     let law;
-    match form {
-        Form::Conditional { lambda_u, lambda_v } => {
+    match over {
+        Over::Each { lambda_u, lambda_v } => {
             let by_row = if want.rows { row_side.mean_loss(smoothing) - (m as f64).ln() } else { 0.0 };
             let by_col = if want.cols { col_side.mean_loss(smoothing) - (n as f64).ln() } else { 0.0 };
             value = 0.5 * (lambda_v * by_row + lambda_u * by_col);
@@ -315,7 +347,7 @@ fn softmax(
                 cols: want.cols.then(|| col_norms.part(0..m)),
             };
         }
-        Form::Joint => {
+        Over::All => {
             let (max, sum) = row_side.total();
             value = f64::from(max) + sum.ln() - ((n as f64).ln() + (m as f64).ln()) - row_side.mean_target(smoothing);
             row_side.normalise_joint(max, sum, smoothing, row_norms);
@@ -335,8 +367,8 @@ fn softmax(
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
-fn sigmoid(
-    isa: Isa,
+fn sigmoid<T: Element>(
+    isa: T::Isa,
     scratch: &mut Scratch,
     loss: &Loss,
     batch: &Batch<'_>,
@@ -346,8 +378,8 @@ fn sigmoid(
     let Scratch { pairing, packed, shift, inverse_u, inverse_v, threads, .. } = scratch;
     pairing.share_all_rows(batch);
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns(isa, &tilted.v, packed, threads);
-    let logits = tilted.logits(isa, batch, packed, threads);
+    pack_columns::<T>(isa, &tilted.v, packed, threads);
+    let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
     let sums = pull_gradients(
         &tilted,
@@ -363,17 +395,19 @@ fn sigmoid(
 }
 
 impl<'a> Tilted<'a> {
-    pub(super) fn logits<'b>(
+    /// `packed` is what [`pack_columns`] made of v.
+    pub(super) fn logits<'b, T: Element>(
         &'b self,
-        isa: Isa,
+        isa: T::Isa,
         batch: &'b Batch<'a>,
         packed: &'b [f32],
         threads: &'b Threads,
-    ) -> Logits<'b> {
+    ) -> Logits<'b, T> {
         Logits {
             isa,
             u: self.u,
-            packed,
+            packed: bytemuck::cast_slice(packed),
+            inverse_v: self.v.inverse,
             m: batch.v.rows,
             product: self.product,
             scale: self.scale as f32,
@@ -396,9 +430,9 @@ pub(super) struct Sums {
 
 /// Pass 2 with every gradient wanted.
 #[allow(clippy::too_many_arguments)]
-pub(super) fn pull_gradients(
+pub(super) fn pull_gradients<T: Element>(
     tilted: &Tilted<'_>,
-    logits: &Logits<'_>,
+    logits: &Logits<'_, T>,
     law: &Law<'_>,
     gradients: Gradients<'_>,
     row_sums: &mut Vec<RowSums>,
@@ -427,9 +461,9 @@ pub(super) fn pull_gradients(
 }
 
 /// Takes accumulated gradients through the tilting, and sums the scalars.
-pub(super) fn conclude(
+pub(super) fn conclude<T: Element>(
     tilted: &Tilted<'_>,
-    logits: &Logits<'_>,
+    logits: &Logits<'_, T>,
     [out_u, out_v]: [Option<Accumulated<'_>>; 2],
     out_offset: Option<Write<&mut [f32]>>,
     row_sums: &[RowSums],

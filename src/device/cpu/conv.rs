@@ -15,7 +15,7 @@
 //! a shard and then over shards, in order: the same bits for any number of threads.
 
 use super::layers::{SHARDS, normal};
-use super::simd::{Isa, Lane, Op, Simd, Vector, WIDEST};
+use super::simd::{Isa, Lane, Op, Register, Simd, Vector, WIDEST};
 use crate::device::{Activation, Conv, ConvPool, Pool};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -104,7 +104,7 @@ impl<T: Lane> Op for Lanes<T> {
     type Out = usize;
     #[inline(always)]
     fn run<S: Simd>(self) -> usize {
-        <T::In<S> as Vector<T>>::LANES
+        <T::In<S> as Register<T>>::LANES
     }
 }
 
@@ -181,7 +181,7 @@ fn pack_inputs<T: Lane>(conv: &Conv, weight: &[T], packed: &mut [T]) {
 /// `to[i, l] = x[l, at + i]` for rows of `len` numbers; lanes without a sample are 0.
 #[inline(always)]
 fn enter<S: Simd, T: Lane>(x: &[T], len: usize, at: usize, to: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let n = to.len() / lanes;
     for l in 0..lanes {
         let to = to.chunks_exact_mut(lanes);
@@ -200,7 +200,7 @@ fn enter_images<S: Simd, T: Lane>(
     [above, beside]: [usize; 2],
     to: &mut [T],
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (high, wide) = (height + 2 * above, width + 2 * beside);
     if above + beside > 0 {
         to.fill(T::ZERO);
@@ -216,7 +216,7 @@ fn enter_images<S: Simd, T: Lane>(
 /// `to[l, at + i] = from[i, l]`, for the samples that there are.
 #[inline(always)]
 fn leave<S: Simd, T: Lane>(from: &[T], len: usize, to: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     for (l, to) in to.chunks_exact_mut(len).enumerate() {
         to.iter_mut().zip(from.chunks_exact(lanes)).for_each(|(to, from)| *to = from[l]);
     }
@@ -237,7 +237,7 @@ fn correlate_block<S: Simd, T: Lane, const R: usize>(
     first: usize,
     out: &mut [T],
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (weights, _) = packed[first * shape.conv.patch()..][..R * shape.conv.patch()].as_chunks::<R>();
     let start = std::array::from_fn(|r| bias.get(first + r).map_or(T::ZERO, |&b| b));
     let (image, row) = (shape.height * shape.width * lanes, shape.width * lanes);
@@ -267,22 +267,22 @@ fn correlate_pixels<S: Simd, T: Lane, const R: usize, const P: usize>(
     image: usize,
     out: &mut [T],
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let kernel = shape.conv.kernel;
-    let mut sums = [[<T::In<S> as Vector<T>>::broadcast(T::ZERO); P]; R];
+    let mut sums = [[<T::In<S> as Register<T>>::broadcast(T::ZERO); P]; R];
     for (sums, &start) in sums.iter_mut().zip(&start) {
-        *sums = [<T::In<S> as Vector<T>>::broadcast(start); P];
+        *sums = [<T::In<S> as Register<T>>::broadcast(start); P];
     }
     for (line, weights) in weights.chunks_exact(kernel).enumerate() {
         let (c, ky) = (line / kernel, line % kernel);
         let x = &x[(c * shape.high + ky) * shape.wide * lanes..][..(kernel + P - 1) * lanes];
         for (kx, weights) in weights.iter().enumerate() {
-            let mut pixels = [<T::In<S> as Vector<T>>::broadcast(T::ZERO); P];
+            let mut pixels = [<T::In<S> as Register<T>>::broadcast(T::ZERO); P];
             for (p, pixel) in pixels.iter_mut().enumerate() {
-                *pixel = <T::In<S> as Vector<T>>::load(&x[(kx + p) * lanes..][..lanes]);
+                *pixel = <T::In<S> as Register<T>>::load(&x[(kx + p) * lanes..][..lanes]);
             }
             for (sums, &w) in sums.iter_mut().zip(weights) {
-                let w = <T::In<S> as Vector<T>>::broadcast(w);
+                let w = <T::In<S> as Register<T>>::broadcast(w);
                 for (sum, &pixel) in sums.iter_mut().zip(&pixels) {
                     *sum = w.fma(pixel, *sum);
                 }
@@ -304,7 +304,7 @@ fn spread<S: Simd, T: Lane>(shape: &Shape, d: &[T], packed: &[T], dx: &mut [T]) 
 
 #[inline(always)]
 fn spread_block<S: Simd, T: Lane, const R: usize>(shape: &Shape, d: &[T], packed: &[T], first: usize, dx: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let Conv { height, width, outputs, kernel, padding, .. } = shape.conv;
     let all = outputs * kernel * kernel;
     let (weights, _) = packed[first * all..][..R * all].as_chunks::<R>();
@@ -341,10 +341,10 @@ fn spread_pixels<S: Simd, T: Lane, const R: usize, const P: usize>(
     image: usize,
     dx: &mut [T],
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let kernel = shape.conv.kernel;
     let (rows, columns) = (taps(y, 1, shape.height, kernel), taps(x, P, shape.width, kernel));
-    let mut sums = [[<T::In<S> as Vector<T>>::broadcast(T::ZERO); P]; R];
+    let mut sums = [[<T::In<S> as Register<T>>::broadcast(T::ZERO); P]; R];
     if !columns.is_empty() {
         for (weights, d) in weights.chunks_exact(kernel * kernel).zip(d.chunks_exact(shape.height * shape.row * lanes))
         {
@@ -354,12 +354,12 @@ fn spread_pixels<S: Simd, T: Lane, const R: usize, const P: usize>(
                 let from = (y - ky) * shape.row + x + PIXELS - columns.end;
                 let d = &d[from * lanes..][..(columns.len() + P - 1) * lanes];
                 for (weights, at) in weights.iter().zip((0..columns.len()).rev()) {
-                    let mut pixels = [<T::In<S> as Vector<T>>::broadcast(T::ZERO); P];
+                    let mut pixels = [<T::In<S> as Register<T>>::broadcast(T::ZERO); P];
                     for (p, pixel) in pixels.iter_mut().enumerate() {
-                        *pixel = <T::In<S> as Vector<T>>::load(&d[(at + p) * lanes..][..lanes]);
+                        *pixel = <T::In<S> as Register<T>>::load(&d[(at + p) * lanes..][..lanes]);
                     }
                     for (sums, &w) in sums.iter_mut().zip(weights) {
-                        let w = <T::In<S> as Vector<T>>::broadcast(w);
+                        let w = <T::In<S> as Register<T>>::broadcast(w);
                         for (sum, &pixel) in sums.iter_mut().zip(&pixels) {
                             *sum = w.fma(pixel, *sum);
                         }
@@ -383,7 +383,7 @@ fn weigh<S: Simd, T: Lane>(shape: &Shape, x: &[T], d: &[T], sums: &mut [T]) {
 
 #[inline(always)]
 fn weigh_block<S: Simd, T: Lane, const R: usize>(shape: &Shape, x: &[T], d: &[T], first: usize, sums: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (kernel, patch, image) = (shape.conv.kernel, shape.conv.patch(), shape.height * shape.row * lanes);
     let d = &d[first * image..][..R * image];
     let sums = &mut sums[first * patch..][..R * patch];
@@ -416,9 +416,9 @@ fn weigh_taps<S: Simd, T: Lane, const R: usize, const K: usize>(
     rows: Range<usize>,
     to: &mut [T],
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (image, row) = (shape.height * shape.row * lanes, shape.width * lanes);
-    let mut sums = [[<T::In<S> as Vector<T>>::broadcast(T::ZERO); K]; R];
+    let mut sums = [[<T::In<S> as Register<T>>::broadcast(T::ZERO); K]; R];
     for y in rows {
         let mut lines = [d; R];
         for (r, line) in lines.iter_mut().enumerate() {
@@ -430,12 +430,12 @@ fn weigh_taps<S: Simd, T: Lane, const R: usize, const K: usize>(
         }
         let mut at = 0;
         while at < row {
-            let mut pixels = [<T::In<S> as Vector<T>>::broadcast(T::ZERO); K];
+            let mut pixels = [<T::In<S> as Register<T>>::broadcast(T::ZERO); K];
             for (pixel, image) in pixels.iter_mut().zip(&images) {
-                *pixel = <T::In<S> as Vector<T>>::load(&image[at..][..lanes]);
+                *pixel = <T::In<S> as Register<T>>::load(&image[at..][..lanes]);
             }
             for (sums, line) in sums.iter_mut().zip(&lines) {
-                let d = <T::In<S> as Vector<T>>::load(&line[at..][..lanes]);
+                let d = <T::In<S> as Register<T>>::load(&line[at..][..lanes]);
                 for (sum, &pixel) in sums.iter_mut().zip(&pixels) {
                     *sum = d.fma(pixel, *sum);
                 }
@@ -461,13 +461,13 @@ fn total<T: Lane>(numbers: &[T]) -> T {
 /// `sums[o] += sum_p d[o, p]`, summed over lanes too; line by line, for the digits.
 #[inline(always)]
 fn sum_channels<S: Simd, T: Lane>(shape: &Shape, d: &[T], sums: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     for (d, to) in d.chunks_exact(shape.height * shape.row * lanes).zip(sums) {
-        let mut sum = <T::In<S> as Vector<T>>::broadcast(T::ZERO);
+        let mut sum = <T::In<S> as Register<T>>::broadcast(T::ZERO);
         for d in d.chunks_exact(shape.row * lanes) {
-            let mut line = <T::In<S> as Vector<T>>::broadcast(T::ZERO);
+            let mut line = <T::In<S> as Register<T>>::broadcast(T::ZERO);
             for d in d.chunks_exact(lanes) {
-                line = line.plus(<T::In<S> as Vector<T>>::load(d));
+                line = line.plus(<T::In<S> as Register<T>>::load(d));
             }
             sum = sum.plus(line);
         }
@@ -522,9 +522,9 @@ impl Act for Gelu {
 /// `out = pool(A(pre))`.
 #[inline(always)]
 fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
-    let (zero, share) = (<T::In<S> as Vector<T>>::broadcast(T::ZERO), share::<S, T>(size));
+    let (zero, share) = (<T::In<S> as Register<T>>::broadcast(T::ZERO), share::<S, T>(size));
     let row = p.width * lanes;
     let images = pre.chunks_exact(p.height * row).zip(out.chunks_exact_mut(p.out_height() * p.out_width() * lanes));
     for (pre, out) in images {
@@ -532,7 +532,7 @@ fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
             for (window, out) in out.chunks_exact_mut(lanes).enumerate() {
                 let active = |at: usize| {
                     let at = (at / size * p.width + window * size + at % size) * lanes;
-                    A::both::<T, T::In<S>>(<T::In<S> as Vector<T>>::load(&pre[at..])).0
+                    A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[at..])).0
                 };
                 let mut pooled = active(0);
                 for at in 1..size * size {
@@ -551,15 +551,15 @@ fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
 /// What each of a window's numbers counts in their mean.
 #[inline(always)]
 fn share<S: Simd, T: Lane>(size: usize) -> T::In<S> {
-    <T::In<S> as Vector<T>>::broadcast(T::from_f64(1.0 / (size * size) as f64))
+    <T::In<S> as Register<T>>::broadcast(T::from_f64(1.0 / (size * size) as f64))
 }
 
 /// `d = dL/d pre` from `d_out = dL/d out`, `out` as [`pool`] leaves it; every number of `d` is set.
 #[inline(always)]
 fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, pre: &[T], d_out: &[T], d: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In<S> as Register<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
-    let (zero, share) = (<T::In<S> as Vector<T>>::broadcast(T::ZERO), share::<S, T>(size));
+    let (zero, share) = (<T::In<S> as Register<T>>::broadcast(T::ZERO), share::<S, T>(size));
     let (row, d_row) = (p.width * lanes, shape.row * lanes);
     d.fill(T::ZERO);
     let d_out = d_out.chunks_exact(p.out_height() * p.out_width() * lanes);
@@ -569,7 +569,7 @@ fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, pre: &[T
             for (window, d_out) in d_out.chunks_exact(lanes).enumerate() {
                 let active = |at: usize| {
                     let at = (at / size * p.width + window * size + at % size) * lanes;
-                    A::both::<T, T::In<S>>(<T::In<S> as Vector<T>>::load(&pre[at..]))
+                    A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[at..]))
                 };
                 let mut most = zero;
                 if c.pool == Pool::Max {
@@ -579,7 +579,7 @@ fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, pre: &[T
                     }
                 }
                 // What is left to give: all of it until the first that is the largest has been met.
-                let mut left = <T::In<S> as Vector<T>>::load(d_out);
+                let mut left = <T::In<S> as Register<T>>::load(d_out);
                 for at in 0..size * size {
                     let (y, slope) = active(at);
                     let given = match c.pool {
@@ -623,7 +623,7 @@ impl<T: Lane> Op for Correlate<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Correlate { shape, x, packed, out, slot } = self;
-        let lanes = <T::In<S> as Vector<T>>::LANES;
+        let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, padding, .. } = shape.conv;
         let [xs, _, ys] = shape.split(lanes, slot);
         let (input, output) = (shape.conv.input_len(), shape.conv.output_len());
@@ -668,7 +668,7 @@ impl<T: Lane> Op for Spread<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Spread { shape, d_out, packed, dx, slot } = self;
-        let lanes = <T::In<S> as Vector<T>>::LANES;
+        let lanes = <T::In<S> as Register<T>>::LANES;
         let [_, d, dxs] = shape.split(lanes, slot);
         let (input, output) = (shape.conv.input_len(), shape.conv.output_len());
         let dxs = &mut dxs[..lanes * input];
@@ -728,7 +728,7 @@ impl<T: Lane> Op for Weigh<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Weigh { shape, x, d_out, sums, slot } = self;
-        let lanes = <T::In<S> as Vector<T>>::LANES;
+        let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, outputs, padding, .. } = shape.conv;
         let [xs, d, _] = shape.split(lanes, slot);
         let (input, output) = (shape.conv.input_len(), shape.conv.output_len());
@@ -784,7 +784,7 @@ impl<T: Lane> Op for Forward<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Forward { shape, c, x, packed, bias, kept, out, slot } = self;
-        let lanes = <T::In<S> as Vector<T>>::LANES;
+        let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, padding, .. } = shape.conv;
         let [xs, _, ys] = shape.split(lanes, slot);
         let (input, output, pooled) = (c.conv.input_len(), c.conv.output_len(), c.pooling().output_len());
@@ -865,7 +865,7 @@ impl<T: Lane> Op for Backward<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Backward { shape, c, x, packed, kept, d_out, mut dx, sums, slot } = self;
-        let lanes = <T::In<S> as Vector<T>>::LANES;
+        let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, padding, .. } = shape.conv;
         let [xs, d, rest] = shape.split(lanes, slot);
         let (input, output, pooled) = (c.conv.input_len(), c.conv.output_len(), c.pooling().output_len());

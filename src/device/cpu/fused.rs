@@ -18,9 +18,9 @@
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
+use super::operand::{Element, Operands};
 use super::simd::{
-    Inner, Isa, LONG, Left, Op, Right, SHORT, Simd, SquaredDistance, Vector, WIDEST, pack_part, pack_transposed,
-    packed_len, product, product_part,
+    Inner, LONG, Left, Pair, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
 };
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
@@ -31,9 +31,9 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Most rows of a tile: the tile and what is multiplied with it fit the second-level cache.
-const ROWS: usize = 192;
+pub const ROWS: usize = 192;
 /// Most columns of a tile.
-const COLS: usize = 192;
+pub const COLS: usize = 192;
 
 /// A logit that stands for no pair: its exponential is 0 under every law, and it is finite, so that
 /// a product with zero stays zero.
@@ -57,8 +57,13 @@ impl<'a> Side<'a> {
 
     /// Rows `range` as a side of their own.
     pub fn slice(&self, range: Range<usize>) -> Side<'a> {
-        let inverse = if self.inverse.is_empty() { self.inverse } else { &self.inverse[range.clone()] };
+        let inverse = self.inverse_of(range.clone());
         Side { rows: self.rows.slice(range), shift: self.shift, inverse }
+    }
+
+    /// 1/|row| of rows `range`, or nothing.
+    pub fn inverse_of(&self, range: Range<usize>) -> &'a [f32] {
+        if self.inverse.is_empty() { self.inverse } else { &self.inverse[range] }
     }
 
     /// Rows `range` as f32 into `out`, `[range, D]`.
@@ -84,37 +89,39 @@ impl<'a> Side<'a> {
 }
 
 /// Packs the transpose of all rows of `side` into `out`: the right operand of a product with its rows.
-pub fn pack_columns(isa: Isa, side: &Side<'_>, out: &mut Vec<f32>, threads: &Threads) {
-    let (rows, dim) = (side.rows.rows, side.rows.dim);
-    grow(out, packed_len(dim, rows));
+pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Vec<f32>, threads: &Threads) {
+    let (rows, depth) = (side.rows.rows, T::count(side.rows.dim));
     /// Rows of one task.
     const CHUNK: usize = 8 * COLS;
-    out[..packed_len(dim, rows)].par_chunks_mut(CHUNK * dim).enumerate().for_each(|(b, out)| {
+    let out: &mut [T] = elements(out, packed_len(depth, rows));
+    out.par_chunks_mut(CHUNK * depth).enumerate().for_each(|(b, out)| {
         let range = b * CHUNK..rows.min((b + 1) * CHUNK);
         threads.with(|ws| {
-            let natural = sized(&mut ws.natural, range.len() * dim);
-            side.read(range.clone(), natural);
-            isa.run(PackTransposed { natural, dim, n: range.len(), out });
+            let natural: &mut [T] = elements(&mut ws.natural, range.len() * depth);
+            T::read(side, range.clone(), natural);
+            T::run_pack(isa, PackTransposed { natural, depth, n: range.len(), out });
         });
     });
 }
 
-struct PackTransposed<'a> {
-    natural: &'a [f32],
-    dim: usize,
+pub struct PackTransposed<'a, T> {
+    natural: &'a [T],
+    depth: usize,
     n: usize,
-    out: &'a mut [f32],
+    out: &'a mut [T],
 }
 
-impl Op for PackTransposed<'_> {
-    type Out = ();
+impl<T> PackTransposed<'_, T> {
     #[inline(always)]
-    fn run<S: Simd>(self) {
-        pack_transposed::<S, f32>(self.natural, self.dim, self.dim, self.n, self.out);
+    pub fn pack<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        pack_transposed::<S, T>(self.natural, self.depth, self.depth, self.n, self.out);
     }
 }
 
-/// Buffers of one task at a time.
+/// Buffers of one task at a time. Those of operands hold either kind: a pair is as large as an f32.
 #[derive(Debug, Default)]
 pub struct Workspace {
     /// A row block of u, `[ROWS, D]`.
@@ -128,6 +135,8 @@ pub struct Workspace {
     spill: Vec<f32>,
     /// The tile of S, which becomes that of G.
     tile: Vec<f32>,
+    /// The tile of G as pairs along its rows and along its columns.
+    halves: [Vec<Pair>; 2],
     /// The tiles of a law's factors.
     by_row: Vec<f32>,
     by_col: Vec<f32>,
@@ -170,7 +179,8 @@ impl Threads {
             .iter()
             .map(|w| {
                 let w = w.lock().unwrap_or_else(PoisonError::into_inner);
-                4 * floats(&w).iter().sum::<usize>() + 24 * w.specials.capacity()
+                let halves: usize = w.halves.iter().map(Vec::capacity).sum();
+                4 * (floats(&w).iter().sum::<usize>() + halves) + 24 * w.specials.capacity()
             })
             .sum()
     }
@@ -183,18 +193,25 @@ pub fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     }
 }
 
-fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     grow(buffer, len);
     &mut buffer[..len]
 }
 
+/// `len` operands in a buffer.
+fn elements<T: Element>(buffer: &mut Vec<f32>, len: usize) -> &mut [T] {
+    bytemuck::cast_slice_mut(sized(buffer, len))
+}
+
 /// The logit matrix, never formed: `S = scale * product(u, v) + offset`.
 #[derive(Clone, Copy)]
-pub struct Logits<'a> {
-    pub isa: Isa,
+pub struct Logits<'a, T: Element = f32> {
+    pub isa: T::Isa,
     pub u: Side<'a>,
     /// v packed by [`pack_columns`].
-    pub packed: &'a [f32],
+    pub packed: &'a [T],
+    /// 1/|row| of v, or empty: for pairs, whose rows are packed as they are stored.
+    pub inverse_v: &'a [f32],
     /// Number of columns.
     pub m: usize,
     pub product: Product,
@@ -337,7 +354,7 @@ struct TallyPiece<'a> {
 }
 
 /// Blocks of about one length, at most `most`, that cover `range`, each a whole number of `unit`s.
-fn blocks(range: Range<usize>, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+pub fn blocks(range: Range<usize>, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     let length = range.len().div_ceil(range.len().div_ceil(most).max(1)).next_multiple_of(unit).max(unit);
     range.clone().step_by(length).map(move |start| start..range.end.min(start + length))
 }
@@ -352,7 +369,7 @@ fn col_blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> + Clone
     blocks(range, COLS, WIDEST)
 }
 
-impl Logits<'_> {
+impl<T: Element> Logits<'_, T> {
     fn cut(&self) -> Cut {
         Cut::new(self.u.rows.rows, self.m, self.u.rows.dim)
     }
@@ -368,7 +385,9 @@ impl Logits<'_> {
         sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {
             let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
             let keep = slot.as_deref_mut().map(|slot| &mut **slot);
-            self.threads.with(|ws| self.isa.run(TallyBlock { logits: self, row, col, want, logit_sums, keep, ws }));
+            self.threads.with(|ws| {
+                T::run_tally(self.isa, TallyBlock { logits: self, row, col, want, logit_sums, keep, ws });
+            });
         });
     }
 
@@ -393,7 +412,7 @@ impl Logits<'_> {
             let kept = self.kept.and_then(|kept| kept.get(turn));
             self.threads.with(|ws| {
                 let (carry_u, carry_v) = (&carry_u, &carry_v);
-                self.isa.run(PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws })
+                T::run_pull(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
             });
         });
     }
@@ -404,69 +423,29 @@ impl Logits<'_> {
         let (rows, cols) = (rows.start + i0..rows.end + i0, cols.start + j0..cols.end + j0);
         self.pairs.visit(rows, cols, |i, j, special| f(i - i0, j - j0, special));
     }
-
-    /// Rows of u as [`Logits::tile`] takes them: with the scale, if a product is linear in them.
-    fn read(&self, rows: &Range<usize>, u: &mut [f32]) {
-        self.u.read(rows.clone(), u);
-        if self.product == Product::Inner {
-            u.iter_mut().for_each(|x| *x *= self.scale);
-        }
-    }
-
-    /// The tile of S at `rows` x `cols`, rows [`stride`] apart. What surplus columns hold means nothing.
-    #[inline(always)]
-    fn tile<S: Simd>(&self, u: &[f32], s: &mut [f32], rows: usize, cols: &Range<usize>) {
-        let (dim, stride) = (self.u.rows.dim, stride(cols));
-        let left = Left { data: u, row: dim, col: 1, rows, depth: dim };
-        let packed = &self.packed[cols.start * dim..];
-        let scale = match self.product {
-            Product::Inner => {
-                product::<S, f32, Inner, SHORT>(left, packed, cols.len(), s, stride, false);
-                if self.offset.is_none() {
-                    return;
-                }
-                1.0
-            }
-            Product::SquaredDistance => {
-                product::<S, f32, SquaredDistance, SHORT>(left, packed, cols.len(), s, stride, false);
-                self.scale
-            }
-        };
-        let scale = S::F32::splat(scale);
-        let mut offset = [0.0; COLS];
-        if let Some(of) = self.offset {
-            offset[..cols.len()].copy_from_slice(&of[cols.clone()]);
-        }
-        let wide = wide::<S>(cols);
-        for row in s.chunks_exact_mut(stride).take(rows) {
-            for (s, offset) in lanes_mut::<S>(&mut row[..wide]).zip(lanes::<S>(&offset[..wide])) {
-                S::F32::load(s).mul_add(scale, S::F32::load(offset)).store(s);
-            }
-        }
-    }
 }
 
 /// How far apart the rows of a tile are: whole registers of any instruction set.
 #[inline(always)]
-fn stride(cols: &Range<usize>) -> usize {
+pub fn stride(cols: &Range<usize>) -> usize {
     cols.len().next_multiple_of(WIDEST)
 }
 
 /// Columns of a tile, rounded up to whole registers.
 #[inline(always)]
 fn wide<S: Simd>(cols: &Range<usize>) -> usize {
-    cols.len().next_multiple_of(<S::F32 as Vector<f32>>::LANES)
+    cols.len().next_multiple_of(<S::F32 as Register<f32>>::LANES)
 }
 
 /// `x` a register at a time.
 #[inline(always)]
 fn lanes<S: Simd>(x: &[f32]) -> std::slice::ChunksExact<'_, f32> {
-    x.chunks_exact(<S::F32 as Vector<f32>>::LANES)
+    x.chunks_exact(<S::F32 as Register<f32>>::LANES)
 }
 
 #[inline(always)]
 fn lanes_mut<S: Simd>(x: &mut [f32]) -> std::slice::ChunksExactMut<'_, f32> {
-    x.chunks_exact_mut(<S::F32 as Vector<f32>>::LANES)
+    x.chunks_exact_mut(<S::F32 as Register<f32>>::LANES)
 }
 
 /// All lanes folded by `f`, in order.
@@ -474,12 +453,12 @@ fn lanes_mut<S: Simd>(x: &mut [f32]) -> std::slice::ChunksExactMut<'_, f32> {
 fn fold<S: Simd>(x: S::F32, f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; WIDEST];
     x.store(&mut lanes);
-    let lanes = &lanes[..<S::F32 as Vector<f32>>::LANES];
+    let lanes = &lanes[..<S::F32 as Register<f32>>::LANES];
     lanes[1..].iter().fold(lanes[0], |a, &b| f(a, b))
 }
 
-struct TallyBlock<'a, 'p, 'w> {
-    logits: &'a Logits<'a>,
+pub struct TallyBlock<'a, 'p, 'w, T: Element> {
+    logits: &'a Logits<'a, T>,
     row: &'w mut TallyPiece<'p>,
     col: &'w mut TallyPiece<'p>,
     want: Want,
@@ -488,16 +467,18 @@ struct TallyBlock<'a, 'p, 'w> {
     ws: &'w mut Workspace,
 }
 
-impl Op for TallyBlock<'_, '_, '_> {
-    type Out = ();
+impl<T: Element> TallyBlock<'_, '_, '_, T> {
     #[inline(always)]
-    fn run<S: Simd>(self) {
+    pub fn tally<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
         let TallyBlock { logits, row, col, want, logit_sums, mut keep, ws } = self;
-        let dim = logits.u.rows.dim;
+        let depth = T::count(logits.u.rows.dim);
         grow(&mut ws.tile, ROWS * COLS);
         for rows in row_blocks(row.first..row.first + row.max.len()) {
-            let u = sized(&mut ws.u, rows.len() * dim);
-            logits.read(&rows, u);
+            let u = elements(&mut ws.u, rows.len() * depth);
+            T::read_left(logits, rows.clone(), u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
                 let stride = stride(&cols);
                 let s = match keep.take() {
@@ -508,7 +489,7 @@ impl Op for TallyBlock<'_, '_, '_> {
                     }
                     None => &mut ws.tile[..rows.len() * stride],
                 };
-                logits.tile::<S>(u, s, rows.len(), &cols);
+                T::tile(logits, u, s, &rows, &cols);
                 if logit_sums {
                     for (i, s) in rows.clone().zip(s.chunks_exact(stride)) {
                         for (j, &s) in cols.clone().zip(s) {
@@ -597,7 +578,7 @@ fn tally_cols<S: Simd>(s: &[f32], stride: usize, max: &mut [f32], sum: &mut [f32
     let w = max.len();
     old_max[..w].copy_from_slice(max);
     old_sum[..w].copy_from_slice(sum);
-    let lanes_count = <S::F32 as Vector<f32>>::LANES;
+    let lanes_count = <S::F32 as Register<f32>>::LANES;
     for (g, (old_max, old_sum)) in lanes_mut::<S>(&mut old_max).zip(lanes_mut::<S>(&mut old_sum)).enumerate() {
         let at = g * lanes_count;
         if at >= w {
@@ -783,8 +764,8 @@ struct PullCols<'a> {
     sums: Option<&'a mut [f32]>,
 }
 
-struct PullBlock<'a, 'r, 'c, 'w> {
-    logits: &'a Logits<'a>,
+pub struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
+    logits: &'a Logits<'a, T>,
     law: &'a Law<'a>,
     carry_u: &'a Side<'a>,
     carry_v: &'a Side<'a>,
@@ -794,24 +775,31 @@ struct PullBlock<'a, 'r, 'c, 'w> {
     ws: &'w mut Workspace,
 }
 
-impl Op for PullBlock<'_, '_, '_, '_> {
-    type Out = ();
+impl<T: Element> PullBlock<'_, '_, '_, '_, T> {
     #[inline(always)]
-    fn run<S: Simd>(self) {
+    pub fn pull<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
         let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, ws } = self;
-        let dim = logits.u.rows.dim;
+        let depth = T::count(logits.u.rows.dim);
         let (first_row, first_col) = (row.range.start, col.range.start);
+        let mut packed_v: &mut [T] = &mut [];
         if row.out.is_some() {
-            pack_rows::<S>(carry_v, col.range.clone(), &mut ws.natural, &mut ws.packed_v);
+            packed_v = elements(&mut ws.packed_v, packed_len(T::count(col.range.len()), carry_v.rows.dim));
+            T::pack_rows(carry_v, col.range.clone(), &mut ws.natural, packed_v);
         }
+        let mut packed_u: &mut [T] = &mut [];
         if col.out.is_some() {
-            pack_rows::<S>(carry_u, row.range.clone(), &mut ws.natural, &mut ws.packed_u);
+            packed_u = elements(&mut ws.packed_u, packed_len(T::count(row.range.len()), carry_u.rows.dim));
+            T::pack_rows(carry_u, row.range.clone(), &mut ws.natural, packed_u);
         }
         grow(&mut ws.tile, ROWS * COLS);
         for rows in row_blocks(row.range.clone()) {
             let at_rows = rows.start - first_row..rows.end - first_row;
+            let u = elements(&mut ws.u, rows.len() * depth);
             if kept.is_none() {
-                logits.read(&rows, sized(&mut ws.u, rows.len() * dim));
+                T::read_left(logits, rows.clone(), u);
             }
             for cols in col_blocks(col.range.clone()) {
                 let at_cols = cols.start - first_col..cols.end - first_col;
@@ -823,71 +811,33 @@ impl Op for PullBlock<'_, '_, '_, '_> {
                     from
                 });
                 if from.is_none() {
-                    logits.tile::<S>(&ws.u, tile, rows.len(), &cols);
+                    T::tile(logits, u, tile, &rows, &cols);
                 }
                 let sums = &mut row.sums[at_rows.clone()];
                 take_specials(logits, law, &rows, &cols, from.unwrap_or(&*tile), sums, &mut ws.specials);
                 let by_col = col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]);
                 let factors = law.factors::<S>(&rows, &cols, [&mut ws.by_row, &mut ws.by_col]);
                 law.apply::<S>([&rows, &cols], from, tile, factors, &ws.specials, sums, by_col);
-                let tile = &*tile;
+                let inverse = [(carry_u, &rows), (carry_v, &cols)].map(|(side, range)| side.inverse_of(range.clone()));
+                let [by_row, by_col] = T::lefts(tile, rows.len(), cols.len(), inverse, &mut ws.halves);
                 if let Some(out) = &mut row.out {
-                    let left = Left { data: tile, row: stride, col: 1, rows: rows.len(), depth: cols.len() };
-                    let right = Right { packed: &ws.packed_v, total: col.range.len(), first: at_cols.start };
-                    carry::<S>(
-                        left,
-                        right,
-                        &mut out[at_rows.start * carry_v.rows.dim..],
-                        carry_v.rows.dim,
-                        &mut ws.spill,
-                    );
+                    let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
+                    let out = &mut out[at_rows.start * carry_v.rows.dim..];
+                    T::carry(by_row, Right { packed: packed_v, total, first }, out, carry_v.rows.dim, &mut ws.spill);
                 }
                 if let Some(out) = &mut col.out {
-                    let left = Left { data: tile, row: 1, col: stride, rows: cols.len(), depth: rows.len() };
-                    let right = Right { packed: &ws.packed_u, total: row.range.len(), first: at_rows.start };
-                    carry::<S>(
-                        left,
-                        right,
-                        &mut out[at_cols.start * carry_u.rows.dim..],
-                        carry_u.rows.dim,
-                        &mut ws.spill,
-                    );
+                    let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
+                    let out = &mut out[at_cols.start * carry_u.rows.dim..];
+                    T::carry(by_col, Right { packed: packed_u, total, first }, out, carry_u.rows.dim, &mut ws.spill);
                 }
             }
         }
     }
 }
 
-/// Packs rows `range` of `side` as the right operand of a product with G.
-#[inline(always)]
-fn pack_rows<S: Simd>(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut Vec<f32>) {
-    let (dim, total) = (side.rows.dim, range.len());
-    let packed = sized(packed, packed_len(total, dim));
-    for rows in blocks(range.clone(), ROWS, 1) {
-        let natural = sized(natural, rows.len() * dim);
-        side.read(rows.clone(), natural);
-        pack_part::<S, f32>(natural, dim, dim, rows.start - range.start..rows.end - range.start, total, packed);
-    }
-}
-
-/// `out += left right`, `out` `[rows, dim]`.
-#[inline(always)]
-fn carry<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
-    if dim.is_multiple_of(<S::F32 as Vector<f32>>::LANES) {
-        product_part::<S, f32, Inner, LONG>(left, right, dim, out, dim, true);
-    } else {
-        let wide = dim.next_multiple_of(WIDEST);
-        let spill = sized(spill, left.rows * wide);
-        product_part::<S, f32, Inner, LONG>(left, right, dim, spill, wide, false);
-        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
-            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
-        }
-    }
-}
-
 /// Notes every special pair of the tile `s` with its logit and its G.
-fn take_specials(
-    logits: &Logits<'_>,
+fn take_specials<T: Element>(
+    logits: &Logits<'_, T>,
     law: &Law<'_>,
     rows: &Range<usize>,
     cols: &Range<usize>,
@@ -1137,7 +1087,7 @@ fn row_softmax<S: Simd>(part: &Part<'_>, i: usize, q: &[f32], row: &mut [f32]) {
 /// Adds a row of column softmaxes of the logits `s`, times their factor `q` less its mean.
 #[inline(always)]
 fn add_col_softmax<S: Simd>(factor: bool, columns: &Columns, q: &[f32], s: &[f32], row: &mut [f32]) {
-    let lanes_count = <S::F32 as Vector<f32>>::LANES;
+    let lanes_count = <S::F32 as Register<f32>>::LANES;
     for (n, (g, s)) in lanes_mut::<S>(row).zip(lanes::<S>(s)).enumerate() {
         let at = n * lanes_count;
         let norm = Softmax { max: S::F32::load(&columns.max[at..]), weight: S::F32::load(&columns.weight[at..]) };

@@ -142,8 +142,8 @@ pub fn evaluate(
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns(isa, &tilted.v, packed, threads);
-    let mut logits = tilted.logits(isa, batch, packed, threads);
+    pack_columns::<f32>(isa, &tilted.v, packed, threads);
+    let mut logits = tilted.logits::<f32>(isa, batch, packed, threads);
     let weights = match loss.objective {
         Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
         _ => Weights::Joint,
@@ -280,7 +280,7 @@ impl<'a> Features<'a> {
             let means = &mut self.residual_u[..m * f_u];
             pairing.target_means(batch, false, self.u, f_u, targets);
             value += residuals(means, targets, f_u, &pairing.col_share, lambda_u, self.mean_u);
-            pack_columns(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
+            pack_columns::<f32>(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
             law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
         }
         if lambda_v > 0.0 {
@@ -293,7 +293,7 @@ impl<'a> Features<'a> {
             let means = &mut self.residual_v[..n * f_v];
             pairing.target_means(batch, true, self.v, f_v, targets);
             value += residuals(means, targets, f_v, &pairing.row_share, lambda_v, self.mean_v);
-            pack_columns(isa, &carry_v, self.packed_v, threads);
+            pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
             law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
         }
         let [rows, cols] = law;
@@ -332,7 +332,7 @@ impl<'a> Features<'a> {
         let d: Vec<f32> = gap.iter().map(|&x| 2.0 * x).collect();
         let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
         gemm(isa, shape, self.u, &d, Write::Set(h), self.packed);
-        pack_columns(isa, &carry_v, self.packed_v, threads);
+        pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
         self.mean_v.clear();
         self.mean_v.resize(n, mean as f32);
         let factor = Factor { left: &self.residual_v[..n * f_v], right: self.packed_v, dim: f_v, mean: self.mean_v };
@@ -463,6 +463,7 @@ impl Gram {
             isa: context.isa,
             u: Side::plain(data),
             packed,
+            inverse_v: &[],
             m: cols,
             product: Product::SquaredDistance,
             scale: (-0.5 / (width * width)) as f32,
@@ -492,7 +493,7 @@ impl Gram {
         self.identity.resize(b * b, 0.0);
         (0..b).for_each(|i| self.identity[i * (b + 1)] = 1.0);
         let side = Side::plain(Matrix::f32(&self.identity, b));
-        pack_columns(context.isa, &side, &mut self.packed_identity, context.threads);
+        pack_columns::<f32>(context.isa, &side, &mut self.packed_identity, context.threads);
     }
 
     /// One side's conditional MMD: `data` is what the softmaxes' long side is made of.
@@ -514,7 +515,7 @@ impl Gram {
             Axis::Cols => (n, m, &pairing.col_share, &pairing.col_positives),
             Axis::Rows => (m, n, &pairing.row_share, &pairing.row_positives),
         };
-        pack_columns(isa, &Side::plain(data), &mut self.packed_data_u, threads);
+        pack_columns::<f32>(isa, &Side::plain(data), &mut self.packed_data_u, threads);
         let mut value = 0.0;
         for start in (0..short).step_by(PANEL) {
             let panel = start..short.min(start + PANEL);
@@ -582,7 +583,7 @@ impl Gram {
             let factor = match axis {
                 Axis::Cols => Factor { left: p, right: &self.packed_identity, dim: b, mean: &self.mean },
                 Axis::Rows => {
-                    pack_columns(isa, &Side::plain(Matrix::f32(p, b)), &mut self.packed, threads);
+                    pack_columns::<f32>(isa, &Side::plain(Matrix::f32(p, b)), &mut self.packed, threads);
                     Factor { left: &self.identity, right: &self.packed, dim: b, mean: &self.mean }
                 }
             };
@@ -602,8 +603,8 @@ impl Gram {
     ) -> f64 {
         let Context { isa, batch, pairing, logits, threads, .. } = *context;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
-        pack_columns(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
-        pack_columns(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
+        pack_columns::<f32>(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
+        pack_columns::<f32>(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
         let law = Law::Softmax { rows: Some(context.row_norms.part(0..n)), cols: None };
         let (mut value, mut mean) = (0.0, 0.0);
         for start in (0..m).step_by(PANEL) {

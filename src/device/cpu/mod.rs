@@ -8,6 +8,7 @@ mod gemm;
 mod layers;
 mod mmd;
 mod norm;
+mod operand;
 pub(crate) mod search;
 mod shuffled;
 mod simd;

@@ -1,6 +1,6 @@
 //! Inner products of queries with many items, a tile at a time: what exact search reduces.
 
-use super::simd::{self, Inner, Isa, LONG, Left, Op, Simd, Vector, WIDEST, pack_transposed, product};
+use super::simd::{self, Inner, Isa, LONG, Left, Op, Register, Simd, Vector, WIDEST, pack_transposed, product};
 use kernels::law::Num;
 
 /// Columns of a tile: with the queries it is multiplied with it fits the second-level cache.
@@ -63,7 +63,7 @@ impl<F: FnMut(usize, usize, &[f32], f32)> Op for EachRow<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let EachRow { queries, dim, packed, offset, tile, mut f } = self;
-        let lanes = <S::F32 as Vector<f32>>::LANES;
+        let lanes = <S::F32 as Register<f32>>::LANES;
         let none = S::F32::splat(f32::NEG_INFINITY);
         let rows = queries.len() / dim;
         for (at, offset) in offset.chunks(COLS).enumerate() {

@@ -9,6 +9,7 @@
 //! `target_feature` is never inlined into one without, and a call per vector would cost more than the work.
 
 use crate::device::Real;
+use half::bf16;
 use kernels::law::Num;
 use std::ops::Range;
 
@@ -16,17 +17,19 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa(Kind);
 
+/// `pairs`: with units that multiply pairs of bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     #[cfg(target_arch = "x86_64")]
-    Avx512,
+    Avx512 { pairs: bool },
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    Portable,
+    Portable { pairs: bool },
 }
 
 impl Isa {
-    /// All that this machine has, fastest first.
+    /// All that this machine has, fastest first; last one that any machine has and that is for tests: bf16 units made of
+    /// f32 ones.
     pub fn available() -> Vec<Isa> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -38,13 +41,16 @@ impl Isa {
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("avx2")
             {
-                found.push(Isa(Kind::Avx512));
+                if is_x86_feature_detected!("avx512bf16") {
+                    found.push(Isa(Kind::Avx512 { pairs: true }));
+                }
+                found.push(Isa(Kind::Avx512 { pairs: false }));
             }
             if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx2") {
                 found.push(Isa(Kind::Avx2));
             }
         }
-        found.push(Isa(Kind::Portable));
+        found.extend([false, true].map(|pairs| Isa(Kind::Portable { pairs })));
         found
     }
 
@@ -53,14 +59,17 @@ impl Isa {
         Isa::available()[0]
     }
 
-    /// For people: `avx512`, `avx2+fma`, `portable`.
+    /// For people: `avx512+bf16`, `avx512`, `avx2+fma`, `portable`, `portable+bf16`.
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => "avx512",
+            Kind::Avx512 { pairs: true } => "avx512+bf16",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 { pairs: false } => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => "avx2+fma",
-            Kind::Portable => "portable",
+            Kind::Portable { pairs: false } => "portable",
+            Kind::Portable { pairs: true } => "portable+bf16",
         }
     }
 
@@ -70,11 +79,45 @@ impl Isa {
         match self.0 {
             // SAFETY: `Isa::available` saw every feature that `avx512` enables.
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => unsafe { avx512(op) },
+            Kind::Avx512 { .. } => unsafe { avx512(op) },
             // SAFETY: `Isa::available` saw every feature that `avx2` enables.
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => unsafe { avx2(op) },
-            Kind::Portable => op.run::<Portable>(),
+            Kind::Portable { .. } => op.run::<Portable>(),
+        }
+    }
+
+    /// This instruction set as one with units that multiply pairs of bf16, if it has them.
+    pub fn pairs(self) -> Option<PairIsa> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 { pairs: true } => Some(PairIsa(PairKind::Avx512)),
+            Kind::Portable { pairs: true } => Some(PairIsa(PairKind::Portable)),
+            _ => None,
+        }
+    }
+}
+
+/// An instruction set this machine has, with units that multiply pairs of bf16.
+#[derive(Clone, Copy, Debug)]
+pub struct PairIsa(PairKind);
+
+#[derive(Clone, Copy, Debug)]
+enum PairKind {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    Portable,
+}
+
+impl PairIsa {
+    /// Runs `op`, compiled for this instruction set.
+    #[inline]
+    pub fn run<O: PairOp>(self, op: O) -> O::Out {
+        match self.0 {
+            // SAFETY: `Isa::available` saw every feature that `avx512_pairs` enables.
+            #[cfg(target_arch = "x86_64")]
+            PairKind::Avx512 => unsafe { avx512_pairs(op) },
+            PairKind::Portable => op.run::<Portable>(),
         }
     }
 }
@@ -85,10 +128,22 @@ pub trait Op {
     fn run<S: Simd>(self) -> Self::Out;
 }
 
+/// An [`Op`] that multiplies pairs of bf16.
+pub trait PairOp {
+    type Out;
+    fn run<S: Pairs>(self) -> Self::Out;
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")]
 fn avx512<O: Op>(op: O) -> O::Out {
     op.run::<Avx512>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma,avx2")]
+fn avx512_pairs<O: PairOp>(op: O) -> O::Out {
+    op.run::<Avx512Pairs>()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -97,14 +152,18 @@ fn avx2<O: Op>(op: O) -> O::Out {
     op.run::<Avx2>()
 }
 
-/// A register of `LANES` numbers.
-pub trait Vector<T>: Copy {
+/// A register of `LANES` operands.
+pub trait Register<T>: Copy {
     const LANES: usize;
     /// The first `LANES` of `from`.
     fn load(from: &[T]) -> Self;
+    fn broadcast(x: T) -> Self;
+}
+
+/// A register of numbers.
+pub trait Vector<T>: Register<T> {
     /// Over the first `LANES` of `to`.
     fn store(self, to: &mut [T]);
-    fn broadcast(x: T) -> Self;
     fn plus(self, b: Self) -> Self;
     fn minus(self, b: Self) -> Self;
     /// `self * b + c`.
@@ -124,7 +183,40 @@ pub trait Simd {
     type F64: Vector<f64>;
 
     /// `c[i, j] (+)= sum_k a[i, k] b[k, j]` for a panel `b`, see [`product`].
-    fn panel<T: Lane, P: Multiply, const V: usize>(tile: Tile<'_, T>, c: &mut [T], add: bool);
+    fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
+        tile: Tile<'_, T>,
+        c: &mut [P::Sum],
+        add: bool,
+        finish: F,
+    ) where
+        Self: Sized;
+}
+
+/// An instruction set with units that multiply pairs of bf16.
+pub trait Pairs: Simd {
+    /// As many pairs as [`Simd::F32`] has numbers.
+    type Pair: Register<Pair>;
+
+    /// `sum + a_0 b_0 + a_1 b_1`, lane by lane. Subnormal numbers may count as zeros.
+    fn dot(a: Self::Pair, b: Self::Pair, sum: Self::F32) -> Self::F32;
+    /// Both numbers of every lane, rounded to nearest even.
+    fn pair(low: Self::F32, high: Self::F32, to: &mut [Pair]);
+    /// The numbers of two registers in their order, rounded to nearest even.
+    fn halves(first: Self::F32, second: Self::F32, to: &mut [Pair]);
+}
+
+/// Two bf16, the first one in the lower half.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct Pair(u32);
+
+impl Pair {
+    pub fn new(low: bf16, high: bf16) -> Self {
+        Pair(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16)
+    }
+    fn numbers(self) -> [f32; 2] {
+        [f32::from_bits(self.0 << 16), f32::from_bits(self.0 & 0xffff_0000)]
+    }
 }
 
 /// Numbers that fill vector registers: f32 and f64.
@@ -141,9 +233,23 @@ impl Lane for f64 {
     type In<S: Simd> = S::F64;
 }
 
-/// How a pair of numbers enters a sum of products.
-pub trait Multiply {
-    fn step<T, V: Vector<T>>(a: V, b: V, sum: V) -> V;
+/// What the micro-kernel takes: f32, f64, or pairs of bf16.
+pub trait Operand<S>: Copy + Default {
+    type In: Register<Self>;
+}
+
+impl<S: Simd, T: Lane> Operand<S> for T {
+    type In = <T as Lane>::In<S>;
+}
+
+impl<S: Pairs> Operand<S> for Pair {
+    type In = S::Pair;
+}
+
+/// How two operands enter a sum of products.
+pub trait Multiply<S: Simd, T: Operand<S>> {
+    type Sum: Lane;
+    fn step(a: T::In, b: T::In, sum: <Self::Sum as Lane>::In<S>) -> <Self::Sum as Lane>::In<S>;
 }
 
 /// `kernels::law::Product::Inner`: `a b`.
@@ -151,18 +257,61 @@ pub struct Inner;
 /// `kernels::law::Product::SquaredDistance`: `(a - b)^2`. Twice the work of expanding the square, and none of its cancellation.
 pub struct SquaredDistance;
 
-impl Multiply for Inner {
+impl<S: Simd, T: Lane> Multiply<S, T> for Inner {
+    type Sum = T;
     #[inline(always)]
-    fn step<T, V: Vector<T>>(a: V, b: V, sum: V) -> V {
+    fn step(a: <T as Lane>::In<S>, b: <T as Lane>::In<S>, sum: <T as Lane>::In<S>) -> <T as Lane>::In<S> {
         a.fma(b, sum)
     }
 }
 
-impl Multiply for SquaredDistance {
+impl<S: Pairs> Multiply<S, Pair> for Inner {
+    type Sum = f32;
     #[inline(always)]
-    fn step<T, V: Vector<T>>(a: V, b: V, sum: V) -> V {
+    fn step(a: S::Pair, b: S::Pair, sum: S::F32) -> S::F32 {
+        S::dot(a, b, sum)
+    }
+}
+
+impl<S: Simd, T: Lane> Multiply<S, T> for SquaredDistance {
+    type Sum = T;
+    #[inline(always)]
+    fn step(a: <T as Lane>::In<S>, b: <T as Lane>::In<S>, sum: <T as Lane>::In<S>) -> <T as Lane>::In<S> {
         let d = a.minus(b);
         d.fma(d, sum)
+    }
+}
+
+/// What becomes of a product's sums before they are stored.
+pub trait Finish<T: Lane>: Copy {
+    /// `sum` of row `i`, columns `j` and after.
+    fn finish<S: Simd>(self, sum: T::In<S>, i: usize, j: usize) -> T::In<S>;
+}
+
+/// Nothing.
+#[derive(Clone, Copy)]
+pub struct AsIs;
+
+impl<T: Lane> Finish<T> for AsIs {
+    #[inline(always)]
+    fn finish<S: Simd>(self, sum: T::In<S>, _: usize, _: usize) -> T::In<S> {
+        sum
+    }
+}
+
+/// `sum rows[i] cols[j] + offset[j]`; `cols` and `offset` hold whole registers.
+#[derive(Clone, Copy)]
+pub struct Affine<'a> {
+    pub rows: &'a [f32],
+    pub cols: &'a [f32],
+    pub offset: &'a [f32],
+}
+
+impl Finish<f32> for Affine<'_> {
+    #[inline(always)]
+    fn finish<S: Simd>(self, sum: S::F32, i: usize, j: usize) -> S::F32 {
+        let scaled = S::F32::load(&self.cols[j..]).mul(S::F32::splat(self.rows[i]));
+        sum.fma(scaled, S::F32::load(&self.offset[j..]))
     }
 }
 
@@ -187,11 +336,12 @@ pub struct Right<'a, T> {
     pub first: usize,
 }
 
-/// A left operand against one packed panel `[depth, width]`, results `ldc` apart.
+/// A left operand against one packed panel `[depth, width]`, results `ldc` apart from column `first` on.
 pub struct Tile<'a, T> {
     a: Left<'a, T>,
     panel: &'a [T],
     ldc: usize,
+    first: usize,
 }
 
 /// Terms summed in a register before they are added to C. Encoders and gradients: a panel's part stays in the
@@ -203,33 +353,34 @@ pub const SHORT: usize = 64;
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
 /// `n` rounded up to whole registers in each row (the surplus columns receive products with zeros).
 #[inline(always)]
-pub fn product<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
+pub fn product<S: Simd, T: Operand<S>, P: Multiply<S, T>, const STEP: usize>(
     a: Left<'_, T>,
     packed: &[T],
     n: usize,
-    c: &mut [T],
+    c: &mut [P::Sum],
     ldc: usize,
     add: bool,
 ) {
-    product_part::<S, T, P, STEP>(a, Right { packed, total: a.depth, first: 0 }, n, c, ldc, add);
+    product_part::<S, T, P, AsIs, STEP>(a, Right { packed, total: a.depth, first: 0 }, n, c, ldc, add, AsIs);
 }
 
-/// [`product`] with some rows of a packed operand.
+/// [`product`] with some rows of a packed operand, and a finish.
 #[inline(always)]
-pub fn product_part<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
+pub fn product_part<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const STEP: usize>(
     a: Left<'_, T>,
     b: Right<'_, T>,
     n: usize,
-    c: &mut [T],
+    c: &mut [P::Sum],
     ldc: usize,
     add: bool,
+    finish: F,
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <T::In as Register<T>>::LANES;
     let width = 2 * lanes;
     if a.depth == 0 {
         if !add {
             for row in c.chunks_mut(ldc).take(a.rows) {
-                row[..n].fill(T::ZERO);
+                row[..n].fill(P::Sum::ZERO);
             }
         }
         return;
@@ -240,15 +391,18 @@ pub fn product_part<S: Simd, T: Lane, P: Multiply, const STEP: usize>(
         let depth = STEP.min(total - k0);
         let a = Left { data: &a.data[k0 * a.col..], depth, ..a };
         let add = add || k0 > 0;
+        let last = k0 + depth == total;
         let mut j = 0;
         while j < n {
             let w = if n - j > lanes { width } else { lanes };
             let start = j * b.total + (b.first + k0) * w;
-            let tile = Tile { a, panel: &b.packed[start..start + depth * w], ldc };
-            if w == width {
-                S::panel::<T, P, 2>(tile, &mut c[j..], add);
-            } else {
-                S::panel::<T, P, 1>(tile, &mut c[j..], add);
+            let tile = Tile { a, panel: &b.packed[start..start + depth * w], ldc, first: j };
+            let c = &mut c[j..];
+            match (w == width, last) {
+                (true, true) => S::panel::<T, P, F, 2>(tile, c, add, finish),
+                (true, false) => S::panel::<T, P, AsIs, 2>(tile, c, add, AsIs),
+                (false, true) => S::panel::<T, P, F, 1>(tile, c, add, finish),
+                (false, false) => S::panel::<T, P, AsIs, 1>(tile, c, add, AsIs),
             }
             j += w;
         }
@@ -270,7 +424,7 @@ pub fn pack<S: Simd, T: Lane>(b: &[T], ldb: usize, depth: usize, n: usize, out: 
 /// Packs row-major `b` (`n` columns, rows `ldb` apart) into rows `range` of panels of `total` rows.
 #[inline(always)]
 pub fn pack_part<S: Simd, T: Lane>(b: &[T], ldb: usize, n: usize, range: Range<usize>, total: usize, out: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+    let lanes = <<T as Lane>::In<S> as Register<T>>::LANES;
     let mut j = 0;
     while j < n {
         let w = if n - j > lanes { 2 * lanes } else { lanes };
@@ -281,7 +435,7 @@ pub fn pack_part<S: Simd, T: Lane>(b: &[T], ldb: usize, n: usize, range: Range<u
             if real == w {
                 // Registers: a copy of a length unknown here would be a call.
                 for (to, from) in to.chunks_exact_mut(lanes).zip(from.chunks_exact(lanes)) {
-                    <T::In<S> as Vector<T>>::load(from).store(to);
+                    <<T as Lane>::In<S> as Register<T>>::load(from).store(to);
                 }
             } else {
                 to[..real].copy_from_slice(from);
@@ -294,15 +448,15 @@ pub fn pack_part<S: Simd, T: Lane>(b: &[T], ldb: usize, n: usize, range: Range<u
 
 /// Packs the transpose of row-major `b` (`n` rows of `depth` numbers, `ldb` apart) into panels.
 #[inline(always)]
-pub fn pack_transposed<S: Simd, T: Lane>(b: &[T], ldb: usize, depth: usize, n: usize, out: &mut [T]) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
+pub fn pack_transposed<S: Simd, T: Operand<S>>(b: &[T], ldb: usize, depth: usize, n: usize, out: &mut [T]) {
+    let lanes = <T::In as Register<T>>::LANES;
     let mut j = 0;
     while j < n {
         let w = if n - j > lanes { 2 * lanes } else { lanes };
         let real = w.min(n - j);
         let panel = &mut out[j * depth..][..depth * w];
         if real < w {
-            panel.fill(T::ZERO);
+            panel.fill(T::default());
         }
         // A few columns of the panel at a time: their writes share cache lines.
         for k0 in (0..depth).step_by(16) {
@@ -313,6 +467,29 @@ pub fn pack_transposed<S: Simd, T: Lane>(b: &[T], ldb: usize, depth: usize, n: u
                     panel[k * w + jj] = x;
                 }
             }
+        }
+        j += w;
+    }
+}
+
+/// Packs row-major bf16 `b` (`n` columns, rows `ldb` apart) into rows `range` of panels of `total` rows of pairs: a pair is
+/// two rows' numbers, the last one's second a zero where there is no row.
+#[inline(always)]
+pub fn pack_pairs<S: Pairs>(b: &[bf16], ldb: usize, n: usize, range: Range<usize>, total: usize, out: &mut [Pair]) {
+    let lanes = <S::F32 as Register<f32>>::LANES;
+    let mut j = 0;
+    while j < n {
+        let w = if n - j > lanes { 2 * lanes } else { lanes };
+        let real = w.min(n - j);
+        let panel = &mut out[j * total..][range.start * w..range.end * w];
+        for (to, rows) in panel.chunks_exact_mut(w).zip(b.chunks(2 * ldb)) {
+            let low = &rows[j..j + real];
+            if let Some(high) = rows.get(ldb + j..ldb + j + real) {
+                to.iter_mut().zip(low.iter().zip(high)).for_each(|(to, (&low, &high))| *to = Pair::new(low, high));
+            } else {
+                to.iter_mut().zip(low).for_each(|(to, &low)| *to = Pair::new(low, bf16::ZERO));
+            }
+            to[real..].fill(Pair::default());
         }
         j += w;
     }
@@ -332,16 +509,16 @@ fn prefetch<T>(x: &T) {
 
 /// `R` rows of C against one panel of `V` registers: the inner loop of everything.
 #[inline(always)]
-fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
+fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: usize, const V: usize>(
     tile: &Tile<'_, T>,
     first: usize,
-    c: &mut [T],
+    c: &mut [P::Sum],
     add: bool,
+    finish: F,
 ) {
-    let lanes = <T::In<S> as Vector<T>>::LANES;
-    let Tile { a, panel, ldc } = tile;
-    let zero = <T::In<S> as Vector<T>>::broadcast(T::ZERO);
-    let mut sum = [[zero; V]; R];
+    let lanes = <T::In as Register<T>>::LANES;
+    let Tile { a, panel, ldc, first: column } = tile;
+    let mut sum = [[<SumOf<S, T, P> as Register<P::Sum>>::broadcast(P::Sum::ZERO); V]; R];
     let a0 = &a.data[first * a.row..];
     // The furthest element read below.
     assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
@@ -354,14 +531,14 @@ fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
     }
     for (k, from) in panel.chunks_exact(V * lanes).enumerate() {
         // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
-        let mut b = [zero; V];
+        let mut b = [T::In::broadcast(T::default()); V];
         for (b, from) in b.iter_mut().zip(from.chunks_exact(lanes)) {
-            *b = <T::In<S> as Vector<T>>::load(from);
+            *b = T::In::load(from);
         }
         for (r, sum) in sum.iter_mut().enumerate() {
             // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
             let x = unsafe { *a0.get_unchecked(r * a.row + k * a.col) };
-            let x = <T::In<S> as Vector<T>>::broadcast(x);
+            let x = T::In::broadcast(x);
             for (sum, &b) in sum.iter_mut().zip(&b) {
                 *sum = P::step(x, b, *sum);
             }
@@ -369,12 +546,15 @@ fn micro<S: Simd, T: Lane, P: Multiply, const R: usize, const V: usize>(
     }
     for (r, sum) in sum.iter().enumerate() {
         let row = &mut c[(first + r) * ldc..][..V * lanes];
-        for (&sum, to) in sum.iter().zip(row.chunks_exact_mut(lanes)) {
-            let sum = if add { <T::In<S> as Vector<T>>::load(to).plus(sum) } else { sum };
-            sum.store(to);
+        for (v, (&sum, to)) in sum.iter().zip(row.chunks_exact_mut(lanes)).enumerate() {
+            let sum = if add { <SumOf<S, T, P> as Register<P::Sum>>::load(to).plus(sum) } else { sum };
+            finish.finish::<S>(sum, first + r, column + v * lanes).store(to);
         }
     }
 }
+
+/// The register of a product's sums.
+type SumOf<S, T, P> = <<P as Multiply<S, T>>::Sum as Lane>::In<S>;
 
 macro_rules! simd {
     ($name:ident, $f32:ty, $f64:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
@@ -383,26 +563,31 @@ macro_rules! simd {
             type F32 = $f32;
             type F64 = $f64;
             #[inline(always)]
-            fn panel<T: Lane, P: Multiply, const V: usize>(tile: Tile<'_, T>, c: &mut [T], add: bool) {
+            fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
+                tile: Tile<'_, T>,
+                c: &mut [P::Sum],
+                add: bool,
+                finish: F,
+            ) {
                 let rows = tile.a.rows;
                 let mut i = 0;
                 // One register a row: twice the rows for as many independent sums.
                 while V == 1 && rows - i >= 2 * $most {
-                    micro::<Self, T, P, { 2 * $most }, V>(&tile, i, c, add);
+                    micro::<Self, T, P, F, { 2 * $most }, V>(&tile, i, c, add, finish);
                     i += 2 * $most;
                 }
                 // Two of the second height keep the multipliers busier than one of the first and a remainder.
                 let pair = 2 * $next;
                 while rows - i >= $most && (pair <= $most || rows - i != pair) {
-                    micro::<Self, T, P, $most, V>(&tile, i, c, add);
+                    micro::<Self, T, P, F, $most, V>(&tile, i, c, add, finish);
                     i += $most;
                 }
                 while rows - i >= $next {
-                    micro::<Self, T, P, $next, V>(&tile, i, c, add);
+                    micro::<Self, T, P, F, $next, V>(&tile, i, c, add, finish);
                     i += $next;
                 }
                 $(while rows - i >= $fewer {
-                    micro::<Self, T, P, $fewer, V>(&tile, i, c, add);
+                    micro::<Self, T, P, F, $fewer, V>(&tile, i, c, add, finish);
                     i += $fewer;
                 })*
             }
@@ -415,26 +600,72 @@ macro_rules! simd {
 #[cfg(target_arch = "x86_64")]
 simd!(Avx512, x86::Zmm, Pack<f64, 8>, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
+simd!(Avx512Pairs, x86::Zmm, Pack<f64, 8>, [12, 8, 4, 1]);
+#[cfg(target_arch = "x86_64")]
 simd!(Avx2, x86::Ymm, Pack<f64, 4>, [6, 4, 2, 1]);
 simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, [4, 2, 1]);
+
+#[cfg(target_arch = "x86_64")]
+impl Pairs for Avx512Pairs {
+    type Pair = x86::ZmmPairs;
+    #[inline(always)]
+    fn dot(a: x86::ZmmPairs, b: x86::ZmmPairs, sum: x86::Zmm) -> x86::Zmm {
+        a.dot(b, sum)
+    }
+    #[inline(always)]
+    fn pair(low: x86::Zmm, high: x86::Zmm, to: &mut [Pair]) {
+        low.pair(high).store(to);
+    }
+    #[inline(always)]
+    fn halves(first: x86::Zmm, second: x86::Zmm, to: &mut [Pair]) {
+        first.halves(second).store(to);
+    }
+}
+
+impl Pairs for Portable {
+    type Pair = Pack<Pair, 4>;
+    #[inline(always)]
+    fn dot(a: Pack<Pair, 4>, b: Pack<Pair, 4>, sum: Pack<f32, 4>) -> Pack<f32, 4> {
+        Pack(std::array::from_fn(|l| {
+            let ([a0, a1], [b0, b1]) = (a.0[l].numbers(), b.0[l].numbers());
+            sum.0[l] + a0 * b0 + a1 * b1
+        }))
+    }
+    #[inline(always)]
+    fn pair(low: Pack<f32, 4>, high: Pack<f32, 4>, to: &mut [Pair]) {
+        for (to, (&low, &high)) in to[..4].iter_mut().zip(low.0.iter().zip(&high.0)) {
+            *to = Pair::new(bf16::from_f32(low), bf16::from_f32(high));
+        }
+    }
+    #[inline(always)]
+    fn halves(first: Pack<f32, 4>, second: Pack<f32, 4>, to: &mut [Pair]) {
+        let numbers = first.0.chunks_exact(2).chain(second.0.chunks_exact(2));
+        for (to, pair) in to[..4].iter_mut().zip(numbers) {
+            *to = Pair::new(bf16::from_f32(pair[0]), bf16::from_f32(pair[1]));
+        }
+    }
+}
 
 /// A register as an array, left to the compiler: f64 everywhere, f32 where nothing better is known.
 #[derive(Clone, Copy)]
 struct Pack<T, const L: usize>([T; L]);
 
-impl<T: Real, const L: usize> Vector<T> for Pack<T, L> {
+impl<T: Copy, const L: usize> Register<T> for Pack<T, L> {
     const LANES: usize = L;
     #[inline(always)]
     fn load(from: &[T]) -> Self {
         Pack(std::array::from_fn(|l| from[l]))
     }
     #[inline(always)]
-    fn store(self, to: &mut [T]) {
-        to[..L].copy_from_slice(&self.0);
-    }
-    #[inline(always)]
     fn broadcast(x: T) -> Self {
         Pack([x; L])
+    }
+}
+
+impl<T: Real, const L: usize> Vector<T> for Pack<T, L> {
+    #[inline(always)]
+    fn store(self, to: &mut [T]) {
+        to[..L].copy_from_slice(&self.0);
     }
     #[inline(always)]
     fn plus(self, b: Self) -> Self {
@@ -512,7 +743,7 @@ impl<const L: usize> Num for Pack<f32, L> {
 mod x86 {
     //! Registers of the x86-64 extensions. Their values come only from code that `Isa::run` entered.
 
-    use super::{Num, Vector};
+    use super::{Num, Pair, Register, Vector};
     use std::arch::x86_64::*;
 
     macro_rules! register {
@@ -521,7 +752,7 @@ mod x86 {
             #[derive(Clone, Copy)]
             pub struct $name($raw);
 
-            impl Vector<f32> for $name {
+            impl Register<f32> for $name {
                 const LANES: usize = $lanes;
                 #[inline(always)]
                 fn load(from: &[f32]) -> Self {
@@ -530,15 +761,18 @@ mod x86 {
                     $name(unsafe { $load(from.as_ptr()) })
                 }
                 #[inline(always)]
+                fn broadcast(x: f32) -> Self {
+                    // SAFETY: CPU features as in the module's note.
+                    $name(unsafe { $set1(x) })
+                }
+            }
+
+            impl Vector<f32> for $name {
+                #[inline(always)]
                 fn store(self, to: &mut [f32]) {
                     let to = &mut to[..$lanes];
                     // SAFETY: the slice holds LANES numbers; unaligned stores are allowed; CPU features as in the module's note.
                     unsafe { $store(to.as_mut_ptr(), self.0) }
-                }
-                #[inline(always)]
-                fn broadcast(x: f32) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $set1(x) })
                 }
                 #[inline(always)]
                 fn plus(self, b: Self) -> Self {
@@ -676,6 +910,67 @@ mod x86 {
         unsafe fn where_raw<const CMP: i32>(y: __m512, a: __m512, b: __m512) -> __m512 {
             // SAFETY: the caller's.
             unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<CMP>(a, b), y) }
+        }
+    }
+
+    /// 16 pairs of bf16.
+    #[derive(Clone, Copy)]
+    pub struct ZmmPairs(__m512i);
+
+    impl Register<Pair> for ZmmPairs {
+        const LANES: usize = 16;
+        #[inline(always)]
+        fn load(from: &[Pair]) -> Self {
+            let from = &from[..16];
+            // SAFETY: the slice holds 64 bytes; unaligned loads are allowed; CPU features as in the module's note.
+            ZmmPairs(unsafe { _mm512_loadu_si512(from.as_ptr().cast()) })
+        }
+        #[inline(always)]
+        fn broadcast(x: Pair) -> Self {
+            // SAFETY: CPU features as in the module's note.
+            ZmmPairs(unsafe { _mm512_set1_epi32(x.0.cast_signed()) })
+        }
+    }
+
+    impl ZmmPairs {
+        /// `sum + a_0 b_0 + a_1 b_1`.
+        #[inline(always)]
+        pub fn dot(self, b: Self, sum: Zmm) -> Zmm {
+            // SAFETY: both types are 512 bits of which all values are valid; CPU features as in the module's note.
+            Zmm(unsafe { _mm512_dpbf16_ps(sum.0, std::mem::transmute(self.0), std::mem::transmute(b.0)) })
+        }
+        #[inline(always)]
+        pub fn store(self, to: &mut [Pair]) {
+            let to = &mut to[..16];
+            // SAFETY: the slice holds 64 bytes; unaligned stores are allowed; CPU features as in the module's note.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), self.0) }
+        }
+    }
+
+    impl Zmm {
+        /// 32 numbers in their order, as bf16.
+        #[inline(always)]
+        pub fn halves(self, second: Self) -> ZmmPairs {
+            // SAFETY: both types are 512 bits of which all values are valid; CPU features as in the module's note.
+            ZmmPairs(unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second.0, self.0)) })
+        }
+        /// A number of each register in every lane, as bf16.
+        #[inline(always)]
+        pub fn pair(self, high: Self) -> ZmmPairs {
+            /// Which of the 32 numbers of two registers come one after another.
+            const ORDER: [u16; 32] = {
+                let mut order = [0; 32];
+                let mut i = 0;
+                while i < 32 {
+                    order[i] = (i / 2 + 16 * (i % 2)) as u16;
+                    i += 1;
+                }
+                order
+            };
+            // SAFETY: `ORDER` holds 64 bytes; unaligned loads are allowed; CPU features as in the module's note.
+            ZmmPairs(unsafe {
+                _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), self.halves(high).0)
+            })
         }
     }
 

@@ -1,0 +1,340 @@
+//! What the fused passes multiply: f32, on any machine, or pairs of bf16, on units for them.
+//!
+//! | | f32 | pairs |
+//! | --- | --- | --- |
+//! | embeddings | read as the tilting wants them | as they are stored; 1/\|row\| multiplies logits and G instead |
+//! | logits, exponentials, sums | f32 | f32 |
+//! | G as an operand | the tile itself | rounded to bf16, once along rows and once along columns |
+
+use super::fused::{COLS, Logits, PackTransposed, PullBlock, ROWS, Side, TallyBlock, blocks, sized, stride};
+use super::simd::{
+    Affine, AsIs, Inner, Isa, LONG, Left, Multiply, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT,
+    Simd, SquaredDistance, WIDEST, pack_pairs, pack_part, product_part,
+};
+use crate::objective::Storage;
+use half::bf16;
+use kernels::law::{Num, Product};
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// Pairs summed in a register before they are added to C: a panel's part takes half of the first-level cache.
+const PAIRS: usize = 128;
+
+/// f32 or [`Pair`], and the instruction sets that multiply them.
+pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
+    type Isa: Copy + Debug + Send + Sync;
+
+    /// Elements that hold `n` numbers of a row.
+    fn count(n: usize) -> usize;
+    /// Rows `range` of a side as an operand of S, `[range, count(D)]`.
+    fn read(side: &Side<'_>, range: Range<usize>, out: &mut [Self]);
+    /// Rows `range` of u as [`Operands::tile`] takes them.
+    fn read_left(logits: &Logits<'_, Self>, range: Range<usize>, out: &mut [Self]);
+    fn run_pack(isa: Self::Isa, block: PackTransposed<'_, Self>);
+    fn run_tally(isa: Self::Isa, block: TallyBlock<'_, '_, '_, Self>);
+    fn run_pull(isa: Self::Isa, block: PullBlock<'_, '_, '_, '_, Self>);
+}
+
+/// An [`Element`] under an instruction set.
+pub trait Operands<S: Simd>: Element + Operand<S> {
+    /// The tile of S at `rows` x `cols`, rows [`stride`] apart, of rows of u. What surplus columns hold means nothing.
+    fn tile(logits: &Logits<'_, Self>, u: &[Self], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>);
+    /// Packs rows `range` of `side` as the right operand of a product with G.
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut [Self]);
+    /// The tile of G as the left operand of a product with v's rows, and its transpose with u's. `inverse` are those of
+    /// the tile's rows and columns; `halves` grow as needed.
+    fn lefts<'g>(
+        g: &'g [f32],
+        rows: usize,
+        cols: usize,
+        inverse: [&[f32]; 2],
+        halves: &'g mut [Vec<Pair>; 2],
+    ) -> [Left<'g, Self>; 2];
+    /// `out += left right`, `out` `[rows, dim]`.
+    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>);
+}
+
+impl Element for f32 {
+    type Isa = Isa;
+
+    fn count(n: usize) -> usize {
+        n
+    }
+    fn read(side: &Side<'_>, range: Range<usize>, out: &mut [f32]) {
+        side.read(range, out);
+    }
+    /// With the scale, if a product is linear in them.
+    fn read_left(logits: &Logits<'_, f32>, range: Range<usize>, out: &mut [f32]) {
+        logits.u.read(range, out);
+        if logits.product == Product::Inner {
+            out.iter_mut().for_each(|x| *x *= logits.scale);
+        }
+    }
+    fn run_pack(isa: Isa, block: PackTransposed<'_, f32>) {
+        isa.run(block);
+    }
+    fn run_tally(isa: Isa, block: TallyBlock<'_, '_, '_, f32>) {
+        isa.run(block);
+    }
+    fn run_pull(isa: Isa, block: PullBlock<'_, '_, '_, '_, f32>) {
+        isa.run(block);
+    }
+}
+
+impl Op for PackTransposed<'_, f32> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        self.pack::<S>();
+    }
+}
+
+impl Op for TallyBlock<'_, '_, '_, f32> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        self.tally::<S>();
+    }
+}
+
+impl Op for PullBlock<'_, '_, '_, '_, f32> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        self.pull::<S>();
+    }
+}
+
+impl<S: Simd> Operands<S> for f32 {
+    #[inline(always)]
+    fn tile(logits: &Logits<'_, f32>, u: &[f32], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
+        let dim = logits.u.rows.dim;
+        let left = Left { data: u, row: dim, col: 1, rows: rows.len(), depth: dim };
+        let right = Right { packed: &logits.packed[cols.start * dim..], total: dim, first: 0 };
+        let (n, ldc) = (cols.len(), stride(cols));
+        let mut factors = Factors::new(1.0);
+        if let Some(offset) = logits.offset {
+            factors.offset[..n].copy_from_slice(&offset[cols.clone()]);
+        }
+        match logits.product {
+            // Rows of u came with the scale.
+            Product::Inner if logits.offset.is_none() => {
+                product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, AsIs);
+            }
+            Product::Inner => {
+                product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
+            }
+            Product::SquaredDistance => {
+                factors.rows.fill(logits.scale);
+                product_part::<S, f32, SquaredDistance, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut [f32]) {
+        let (dim, total) = (side.rows.dim, range.len());
+        for rows in blocks(range.clone(), ROWS, 1) {
+            let natural = sized(natural, rows.len() * dim);
+            side.read(rows.clone(), natural);
+            pack_part::<S, f32>(natural, dim, dim, rows.start - range.start..rows.end - range.start, total, packed);
+        }
+    }
+
+    #[inline(always)]
+    fn lefts<'g>(
+        g: &'g [f32],
+        rows: usize,
+        cols: usize,
+        _: [&[f32]; 2],
+        _: &'g mut [Vec<Pair>; 2],
+    ) -> [Left<'g, f32>; 2] {
+        let stride = stride(&(0..cols));
+        [
+            Left { data: g, row: stride, col: 1, rows, depth: cols },
+            Left { data: g, row: 1, col: stride, rows: cols, depth: rows },
+        ]
+    }
+
+    #[inline(always)]
+    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
+        carry::<S, f32, LONG>(left, right, out, dim, spill);
+    }
+}
+
+impl Element for Pair {
+    type Isa = PairIsa;
+
+    fn count(n: usize) -> usize {
+        n.div_ceil(2)
+    }
+    fn read(side: &Side<'_>, range: Range<usize>, out: &mut [Pair]) {
+        let dim = side.rows.dim;
+        let rows = stored(side, range).chunks_exact(dim);
+        for (out, row) in out.chunks_exact_mut(Pair::count(dim)).zip(rows) {
+            let (pairs, last) = row.as_chunks();
+            out.iter_mut().zip(pairs).for_each(|(out, &[low, high])| *out = Pair::new(low, high));
+            if let &[last] = last {
+                out[dim / 2] = Pair::new(last, bf16::ZERO);
+            }
+        }
+    }
+    fn read_left(logits: &Logits<'_, Pair>, range: Range<usize>, out: &mut [Pair]) {
+        Pair::read(&logits.u, range, out);
+    }
+    fn run_pack(isa: PairIsa, block: PackTransposed<'_, Pair>) {
+        isa.run(block);
+    }
+    fn run_tally(isa: PairIsa, block: TallyBlock<'_, '_, '_, Pair>) {
+        isa.run(block);
+    }
+    fn run_pull(isa: PairIsa, block: PullBlock<'_, '_, '_, '_, Pair>) {
+        isa.run(block);
+    }
+}
+
+impl PairOp for PackTransposed<'_, Pair> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Pairs>(self) {
+        self.pack::<S>();
+    }
+}
+
+impl PairOp for TallyBlock<'_, '_, '_, Pair> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Pairs>(self) {
+        self.tally::<S>();
+    }
+}
+
+impl PairOp for PullBlock<'_, '_, '_, '_, Pair> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Pairs>(self) {
+        self.pull::<S>();
+    }
+}
+
+impl<S: Pairs> Operands<S> for Pair {
+    #[inline(always)]
+    fn tile(logits: &Logits<'_, Pair>, u: &[Pair], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
+        let depth = Pair::count(logits.u.rows.dim);
+        let left = Left { data: u, row: depth, col: 1, rows: rows.len(), depth };
+        let right = Right { packed: &logits.packed[cols.start * depth..], total: depth, first: 0 };
+        let mut factors = Factors::new(logits.scale);
+        if !logits.u.inverse.is_empty() {
+            factors.rows.iter_mut().zip(&logits.u.inverse[rows.clone()]).for_each(|(f, x)| *f *= x);
+            factors.cols[..cols.len()].copy_from_slice(&logits.inverse_v[cols.clone()]);
+        }
+        if let Some(offset) = logits.offset {
+            factors.offset[..cols.len()].copy_from_slice(&offset[cols.clone()]);
+        }
+        let finish = factors.finish();
+        product_part::<S, Pair, Inner, _, PAIRS>(left, right, cols.len(), s, stride(cols), false, finish);
+    }
+
+    #[inline(always)]
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, _: &mut Vec<f32>, packed: &mut [Pair]) {
+        let (dim, total) = (side.rows.dim, Pair::count(range.len()));
+        pack_pairs::<S>(stored(side, range), dim, dim, 0..total, total, packed);
+    }
+
+    #[inline(always)]
+    fn lefts<'g>(
+        g: &'g [f32],
+        rows: usize,
+        cols: usize,
+        [by_row, by_col]: [&[f32]; 2],
+        halves: &'g mut [Vec<Pair>; 2],
+    ) -> [Left<'g, Pair>; 2] {
+        let (stride, lanes) = (stride(&(0..cols)), <S::F32 as Register<f32>>::LANES);
+        let mut factors = Factors::new(1.0);
+        factors.rows.iter_mut().zip(by_row).for_each(|(f, &x)| *f = x);
+        factors.cols.iter_mut().zip(by_col).for_each(|(f, &x)| *f = x);
+        let [along_rows, along_cols] = halves;
+        for halves in [&mut *along_rows, &mut *along_cols] {
+            halves.resize(ROWS * COLS / 2, Pair::default());
+        }
+        for (i, row) in g.chunks_exact(stride).take(rows).enumerate() {
+            let to = along_rows[i * stride / 2..][..stride / 2].chunks_exact_mut(lanes);
+            let pairs = row.chunks_exact(2 * lanes).zip(factors.cols.chunks_exact(2 * lanes));
+            for (to, (g, factor)) in to.zip(pairs) {
+                let [first, second] = [0, lanes].map(|at| (&g[at..], &factor[at..]));
+                S::halves(scaled::<S>(first), scaled::<S>(second), to);
+            }
+        }
+        for (i, rows) in g.chunks(2 * stride).take(Pair::count(rows)).enumerate() {
+            let (low, high) = rows.split_at(stride);
+            let [first, second] = [2 * i, 2 * i + 1].map(|row| S::F32::splat(factors.rows[row]));
+            let to = along_cols[i * stride..][..stride].chunks_exact_mut(lanes);
+            for (at, to) in (0..stride).step_by(lanes).zip(to) {
+                let low = S::F32::load(&low[at..]).mul(first);
+                // Rows come in even numbers but for the last, whose partner is zeros.
+                let high = if high.is_empty() { S::F32::splat(0.0) } else { S::F32::load(&high[at..]).mul(second) };
+                S::pair(low, high, to);
+            }
+        }
+        [
+            Left { data: along_rows, row: stride / 2, col: 1, rows, depth: Pair::count(cols) },
+            Left { data: along_cols, row: 1, col: stride, rows: cols, depth: Pair::count(rows) },
+        ]
+    }
+
+    #[inline(always)]
+    fn carry(left: Left<'_, Pair>, right: Right<'_, Pair>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
+        carry::<S, Pair, PAIRS>(left, right, out, dim, spill);
+    }
+}
+
+/// A side's rows as they are stored.
+fn stored<'a>(side: &Side<'a>, range: Range<usize>) -> &'a [bf16] {
+    match side.rows.data {
+        Storage::Bf16(x) => &x[range.start * side.rows.dim..range.end * side.rows.dim],
+        Storage::F32(_) | Storage::F16(_) => unreachable!("pairs are multiplied where both sides are stored as bf16"),
+    }
+}
+
+/// What the numbers of a tile are multiplied by and what is added, padded to whole registers.
+struct Factors {
+    rows: [f32; ROWS],
+    cols: [f32; COLS],
+    offset: [f32; COLS],
+}
+
+impl Factors {
+    fn new(rows: f32) -> Self {
+        Factors { rows: [rows; ROWS], cols: [1.0; COLS], offset: [0.0; COLS] }
+    }
+    fn finish(&self) -> Affine<'_> {
+        Affine { rows: &self.rows, cols: &self.cols, offset: &self.offset }
+    }
+}
+
+#[inline(always)]
+fn scaled<S: Simd>((x, factor): (&[f32], &[f32])) -> S::F32 {
+    S::F32::load(x).mul(S::F32::load(factor))
+}
+
+#[inline(always)]
+fn carry<S: Simd, T: Operand<S>, const STEP: usize>(
+    left: Left<'_, T>,
+    right: Right<'_, T>,
+    out: &mut [f32],
+    dim: usize,
+    spill: &mut Vec<f32>,
+) where
+    Inner: Multiply<S, T, Sum = f32>,
+{
+    if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
+        product_part::<S, T, Inner, _, STEP>(left, right, dim, out, dim, true, AsIs);
+    } else {
+        let wide = dim.next_multiple_of(WIDEST);
+        let spill = sized(spill, left.rows * wide);
+        product_part::<S, T, Inner, _, STEP>(left, right, dim, spill, wide, false, AsIs);
+        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
+            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
+        }
+    }
+}
