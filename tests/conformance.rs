@@ -270,14 +270,7 @@ fn survives_extremes<E: Engine>(make: impl Fn() -> E) {
 }
 
 /// `rounding` of its entries is what a gradient may have lost by that of G.
-fn bounded_by_naive(
-    engine: &mut impl Engine,
-    case: &Case,
-    data: &Data,
-    batch: Batch<'_>,
-    rounding: f64,
-    what: &str,
-) {
+fn bounded_by_naive(engine: &mut impl Engine, case: &Case, data: &Data, batch: Batch<'_>, rounding: f64, what: &str) {
     let loss = case.loss();
     let want = reference::loss(&loss, &batch).unwrap();
     let (got, naive) = (evaluate(engine, &loss, &batch), naive_f32(case, data));
@@ -646,7 +639,8 @@ mod pairs {
                     let mut engine = Cpu::<f32>::with_isa(isa);
                     engine.set_workspace(bytes);
                     let got = pool.install(|| evaluate(&mut engine, &case.loss(), &batch));
-                    let first = first.get_or_insert_with(|| evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch));
+                    let first =
+                        first.get_or_insert_with(|| evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch));
                     assert!(same_bits(&first.u, &got.u) && same_bits(&first.v, &got.v), "{} {bytes}", isa.name());
                     assert_eq!(first.value, got.value, "{} {bytes}", isa.name());
                 }

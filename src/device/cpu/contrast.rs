@@ -1,7 +1,7 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
 use super::fused::{
-    Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
+    Buffer, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
 };
 use super::operand::Element;
 use super::simd::{Isa, Pair};
@@ -16,7 +16,7 @@ const CHUNK: usize = 1024;
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(super) pairing: Pairing,
-    pub(super) packed: Vec<f32>,
+    pub(super) packed: Buffer,
     pub(super) shift: Vec<f32>,
     pub(super) inverse_u: Vec<f32>,
     pub(super) inverse_v: Vec<f32>,
@@ -40,10 +40,10 @@ pub struct Scratch {
 impl Scratch {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats =
-            [&self.packed, &self.shift, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
+        let floats = [&self.shift, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + size_of::<RowSums>() * self.row_sums.capacity()
+            + self.packed.bytes()
             + self.pairing.bytes()
             + self.rows.bytes()
             + self.cols.bytes()

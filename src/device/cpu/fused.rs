@@ -19,9 +19,7 @@
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
 use super::operand::{Element, Operands};
-use super::simd::{
-    Inner, LONG, Left, Pair, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
-};
+use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
 use half::slice::HalfFloatSliceExt;
@@ -31,9 +29,12 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Most rows of a tile: the tile and what is multiplied with it fit the second-level cache.
-pub const ROWS: usize = 192;
+pub const ROWS: usize = 264;
 /// Most columns of a tile.
-pub const COLS: usize = 192;
+pub const COLS: usize = 256;
+
+/// Numbers of a tile.
+pub const TILE: usize = ROWS * COLS;
 
 /// A logit that stands for no pair: its exponential is 0 under every law, and it is finite, so that
 /// a product with zero stays zero.
@@ -89,15 +90,15 @@ impl<'a> Side<'a> {
 }
 
 /// Packs the transpose of all rows of `side` into `out`: the right operand of a product with its rows.
-pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Vec<f32>, threads: &Threads) {
+pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Buffer, threads: &Threads) {
     let (rows, depth) = (side.rows.rows, T::count(side.rows.dim));
     /// Rows of one task.
     const CHUNK: usize = 8 * COLS;
-    let out: &mut [T] = elements(out, packed_len(depth, rows));
+    let out: &mut [T] = out.elements(packed_len(depth, rows));
     out.par_chunks_mut(CHUNK * depth).enumerate().for_each(|(b, out)| {
         let range = b * CHUNK..rows.min((b + 1) * CHUNK);
         threads.with(|ws| {
-            let natural: &mut [T] = elements(&mut ws.natural, range.len() * depth);
+            let natural: &mut [T] = ws.natural.elements(range.len() * depth);
             T::read(side, range.clone(), natural);
             T::run_pack(isa, PackTransposed { natural, depth, n: range.len(), out });
         });
@@ -125,21 +126,18 @@ impl<T> PackTransposed<'_, T> {
 #[derive(Debug, Default)]
 pub struct Workspace {
     /// A row block of u, `[ROWS, D]`.
-    u: Vec<f32>,
+    u: Buffer,
     /// Rows on their way into a packed operand.
-    natural: Vec<f32>,
-    /// The right operands of the gradient products: a piece's rows of either side.
-    packed_u: Vec<f32>,
-    packed_v: Vec<f32>,
+    natural: Buffer,
     /// Results whose width is not a whole number of registers.
-    spill: Vec<f32>,
+    spill: Buffer,
     /// The tile of S, which becomes that of G.
-    tile: Vec<f32>,
+    tile: Buffer,
     /// The tile of G as pairs along its rows and along its columns.
-    halves: [Vec<Pair>; 2],
+    halves: [Buffer; 2],
     /// The tiles of a law's factors.
-    by_row: Vec<f32>,
-    by_col: Vec<f32>,
+    by_row: Buffer,
+    by_col: Buffer,
     /// Special pairs of the tile with their logit and their G, rows in order.
     specials: Vec<(usize, usize, f32, f32)>,
 }
@@ -147,42 +145,114 @@ pub struct Workspace {
 impl Workspace {
     /// Room for rows on their way through.
     pub fn rows(&mut self, len: usize) -> &mut [f32] {
-        sized(&mut self.natural, len)
+        self.natural.sized(len)
     }
 }
 
-/// One workspace a thread.
+/// One workspace a thread, and what they share.
 #[derive(Debug, Default)]
-pub struct Threads(Vec<Mutex<Workspace>>);
+pub struct Threads {
+    each: Vec<Mutex<Workspace>>,
+    /// The right operands of the gradient products: rows of u and of v, packed piece by piece.
+    carried: Mutex<[Buffer; 2]>,
+}
 
 impl Threads {
     /// Makes room for every thread of the current pool.
     pub fn fit(&mut self) {
         let threads = rayon::current_num_threads();
-        if self.0.len() < threads {
-            self.0.resize_with(threads, Mutex::default);
+        if self.each.len() < threads {
+            self.each.resize_with(threads, Mutex::default);
         }
     }
 
     /// Runs `f` on this thread's workspace.
     pub fn with<R>(&self, f: impl FnOnce(&mut Workspace) -> R) -> R {
-        let index = rayon::current_thread_index().unwrap_or(0) % self.0.len();
-        f(&mut self.0[index].lock().unwrap_or_else(PoisonError::into_inner))
+        let index = rayon::current_thread_index().unwrap_or(0) % self.each.len();
+        f(&mut self.each[index].lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = |w: &Workspace| {
-            [&w.u, &w.natural, &w.packed_u, &w.packed_v, &w.spill, &w.tile, &w.by_row, &w.by_col].map(Vec::capacity)
+        let buffers = |w: &Workspace| [&w.u, &w.natural, &w.spill, &w.tile, &w.by_row, &w.by_col].map(Buffer::bytes);
+        let each = |w: &Mutex<Workspace>| {
+            let w = w.lock().unwrap_or_else(PoisonError::into_inner);
+            let halves = w.halves.iter().map(Buffer::bytes);
+            buffers(&w).into_iter().chain(halves).sum::<usize>() + 24 * w.specials.capacity()
         };
-        self.0
-            .iter()
-            .map(|w| {
-                let w = w.lock().unwrap_or_else(PoisonError::into_inner);
-                let halves: usize = w.halves.iter().map(Vec::capacity).sum();
-                4 * (floats(&w).iter().sum::<usize>() + halves) + 24 * w.specials.capacity()
-            })
-            .sum()
+        let carried = self.carried.lock().unwrap_or_else(PoisonError::into_inner);
+        self.each.iter().map(each).sum::<usize>() + carried.iter().map(Buffer::bytes).sum::<usize>()
+    }
+}
+
+/// Packs all rows of `side` as the right operands of products with G, `length` rows a piece; nothing if not `wanted`.
+fn pack_pieces<'b, T: Element>(
+    isa: T::Isa,
+    side: &Side<'_>,
+    length: usize,
+    wanted: bool,
+    out: &'b mut Buffer,
+    threads: &Threads,
+) -> impl Iterator<Item = &'b [T]> {
+    let (rows, each) = (side.rows.rows, packed_len(T::count(length), side.rows.dim));
+    let out: &mut [T] = out.elements(if wanted { rows.div_ceil(length) * each } else { 0 });
+    out.par_chunks_mut(each).enumerate().for_each(|(piece, out)| {
+        let range = piece * length..rows.min((piece + 1) * length);
+        threads.with(|ws| T::run_pack_rows(isa, PackRows { side, range, natural: &mut ws.natural, out }));
+    });
+    out.chunks(each)
+}
+
+/// Rows of a side on their way into a right operand of a product with G.
+pub struct PackRows<'a, T> {
+    side: &'a Side<'a>,
+    range: Range<usize>,
+    natural: &'a mut Buffer,
+    out: &'a mut [T],
+}
+
+impl<T> PackRows<'_, T> {
+    #[inline(always)]
+    pub fn pack<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        let len = packed_len(T::count(self.range.len()), self.side.rows.dim);
+        T::pack_rows(self.side, self.range, self.natural, &mut self.out[..len]);
+    }
+}
+
+/// A cache line of numbers.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Numbers that begin with a cache line, so that no register of theirs crosses one.
+#[derive(Debug, Default)]
+pub struct Buffer(Vec<Line>);
+
+impl Buffer {
+    /// The first `len` of at least as many.
+    pub fn sized(&mut self, len: usize) -> &mut [f32] {
+        grow(&mut self.0, len.div_ceil(16));
+        &mut bytemuck::cast_slice_mut(&mut self.0)[..len]
+    }
+
+    /// As [`Buffer::sized`], of either kind of operand: a pair is as large as an f32.
+    pub fn elements<T: Element>(&mut self, len: usize) -> &mut [T] {
+        bytemuck::cast_slice_mut(self.sized(len))
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        64 * self.0.capacity()
+    }
+}
+
+impl std::ops::Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
     }
 }
 
@@ -191,16 +261,6 @@ pub fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, T::default());
     }
-}
-
-pub fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    grow(buffer, len);
-    &mut buffer[..len]
-}
-
-/// `len` operands in a buffer.
-fn elements<T: Element>(buffer: &mut Vec<f32>, len: usize) -> &mut [T] {
-    bytemuck::cast_slice_mut(sized(buffer, len))
 }
 
 /// The logit matrix, never formed: `S = scale * product(u, v) + offset`.
@@ -236,7 +296,7 @@ pub const SPREAD: f64 = 40.0;
 #[derive(Debug, Default)]
 pub struct Kept {
     /// One slot a task, one row after another in each tile.
-    data: Vec<f32>,
+    data: Buffer,
     /// Numbers of a slot.
     slot: usize,
     turns: usize,
@@ -248,7 +308,7 @@ impl Kept {
         let tasks = n.div_ceil(cut.rows).max(m.div_ceil(cut.cols)).pow(2);
         self.slot = cut.rows * cut.cols;
         self.turns = (budget / (4 * self.slot)).min(tasks);
-        grow(&mut self.data, self.turns * self.slot);
+        self.data.sized(self.turns * self.slot);
     }
 
     /// The logits of a task, if they were kept.
@@ -258,7 +318,7 @@ impl Kept {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        4 * self.data.capacity()
+        self.data.bytes()
     }
 }
 
@@ -381,7 +441,8 @@ impl<T: Element> Logits<'_, T> {
         cols.clear(self.m, self.anchor);
         let cut = self.cut();
         kept.fit(cut, self.u.rows.rows, self.m, budget);
-        let slots = kept.data.chunks_mut(kept.slot).take(kept.turns).map(Mutex::new).collect::<Vec<_>>();
+        let slots =
+            kept.data.sized(kept.turns * kept.slot).chunks_mut(kept.slot.max(1)).map(Mutex::new).collect::<Vec<_>>();
         sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {
             let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
             let keep = slot.as_deref_mut().map(|slot| &mut **slot);
@@ -401,13 +462,22 @@ impl<T: Element> Logits<'_, T> {
         let mut out_rows = Pieces::new(out_rows, cut.rows * carry_v.rows.dim);
         let mut out_cols = Pieces::new(out_cols, cut.cols * carry_u.rows.dim);
         let mut col_sums = Pieces::new(col_sums, cut.cols);
+        let mut carried = self.threads.carried.lock().unwrap_or_else(PoisonError::into_inner);
+        let [packed_u, packed_v] = &mut *carried;
+        let mut packed_u = pack_pieces::<T>(self.isa, &carry_u, cut.rows, out_cols.0.is_some(), packed_u, self.threads);
+        let mut packed_v = pack_pieces::<T>(self.isa, &carry_v, cut.cols, out_rows.0.is_some(), packed_v, self.threads);
         let rows = Cut::pieces(n, cut.rows).zip(row_sums.chunks_mut(cut.rows)).map(|(range, sums)| PullRows {
             range,
             out: out_rows.next(),
+            packed: packed_u.next().unwrap_or(&[]),
             sums,
         });
-        let cols =
-            Cut::pieces(m, cut.cols).map(|range| PullCols { range, out: out_cols.next(), sums: col_sums.next() });
+        let cols = Cut::pieces(m, cut.cols).map(|range| PullCols {
+            range,
+            out: out_cols.next(),
+            packed: packed_v.next().unwrap_or(&[]),
+            sums: col_sums.next(),
+        });
         sweep(rows, cols, |turn, row, col| {
             let kept = self.kept.and_then(|kept| kept.get(turn));
             self.threads.with(|ws| {
@@ -475,9 +545,9 @@ impl<T: Element> TallyBlock<'_, '_, '_, T> {
     {
         let TallyBlock { logits, row, col, want, logit_sums, mut keep, ws } = self;
         let depth = T::count(logits.u.rows.dim);
-        grow(&mut ws.tile, ROWS * COLS);
+        ws.tile.sized(TILE);
         for rows in row_blocks(row.first..row.first + row.max.len()) {
-            let u = elements(&mut ws.u, rows.len() * depth);
+            let u = ws.u.elements(rows.len() * depth);
             T::read_left(logits, rows.clone(), u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
                 let stride = stride(&cols);
@@ -487,7 +557,7 @@ impl<T: Element> TallyBlock<'_, '_, '_, T> {
                         keep = Some(rest);
                         tile
                     }
-                    None => &mut ws.tile[..rows.len() * stride],
+                    None => ws.tile.sized(rows.len() * stride),
                 };
                 T::tile(logits, u, s, &rows, &cols);
                 if logit_sums {
@@ -752,15 +822,19 @@ impl<'a> Pieces<'a> {
     }
 }
 
-struct PullRows<'a> {
+struct PullRows<'a, T> {
     range: Range<usize>,
     out: Option<&'a mut [f32]>,
+    /// The piece's rows of `carry_u`.
+    packed: &'a [T],
     sums: &'a mut [RowSums],
 }
 
-struct PullCols<'a> {
+struct PullCols<'a, T> {
     range: Range<usize>,
     out: Option<&'a mut [f32]>,
+    /// The piece's rows of `carry_v`.
+    packed: &'a [T],
     sums: Option<&'a mut [f32]>,
 }
 
@@ -769,8 +843,8 @@ pub struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
     law: &'a Law<'a>,
     carry_u: &'a Side<'a>,
     carry_v: &'a Side<'a>,
-    row: &'w mut PullRows<'r>,
-    col: &'w mut PullCols<'c>,
+    row: &'w mut PullRows<'r, T>,
+    col: &'w mut PullCols<'c, T>,
     kept: Option<&'w [f32]>,
     ws: &'w mut Workspace,
 }
@@ -784,27 +858,17 @@ impl<T: Element> PullBlock<'_, '_, '_, '_, T> {
         let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, ws } = self;
         let depth = T::count(logits.u.rows.dim);
         let (first_row, first_col) = (row.range.start, col.range.start);
-        let mut packed_v: &mut [T] = &mut [];
-        if row.out.is_some() {
-            packed_v = elements(&mut ws.packed_v, packed_len(T::count(col.range.len()), carry_v.rows.dim));
-            T::pack_rows(carry_v, col.range.clone(), &mut ws.natural, packed_v);
-        }
-        let mut packed_u: &mut [T] = &mut [];
-        if col.out.is_some() {
-            packed_u = elements(&mut ws.packed_u, packed_len(T::count(row.range.len()), carry_u.rows.dim));
-            T::pack_rows(carry_u, row.range.clone(), &mut ws.natural, packed_u);
-        }
-        grow(&mut ws.tile, ROWS * COLS);
+        ws.tile.sized(TILE);
         for rows in row_blocks(row.range.clone()) {
             let at_rows = rows.start - first_row..rows.end - first_row;
-            let u = elements(&mut ws.u, rows.len() * depth);
+            let u = ws.u.elements(rows.len() * depth);
             if kept.is_none() {
                 T::read_left(logits, rows.clone(), u);
             }
             for cols in col_blocks(col.range.clone()) {
                 let at_cols = cols.start - first_col..cols.end - first_col;
                 let stride = stride(&cols);
-                let tile = &mut ws.tile[..rows.len() * stride];
+                let tile = ws.tile.sized(rows.len() * stride);
                 let from = kept.map(|slot| {
                     let (from, rest) = slot.split_at(tile.len());
                     kept = Some(rest);
@@ -823,12 +887,12 @@ impl<T: Element> PullBlock<'_, '_, '_, '_, T> {
                 if let Some(out) = &mut row.out {
                     let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
                     let out = &mut out[at_rows.start * carry_v.rows.dim..];
-                    T::carry(by_row, Right { packed: packed_v, total, first }, out, carry_v.rows.dim, &mut ws.spill);
+                    T::carry(by_row, Right { packed: col.packed, total, first }, out, carry_v.rows.dim, &mut ws.spill);
                 }
                 if let Some(out) = &mut col.out {
                     let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
                     let out = &mut out[at_cols.start * carry_u.rows.dim..];
-                    T::carry(by_col, Right { packed: packed_u, total, first }, out, carry_u.rows.dim, &mut ws.spill);
+                    T::carry(by_col, Right { packed: row.packed, total, first }, out, carry_u.rows.dim, &mut ws.spill);
                 }
             }
         }
@@ -903,13 +967,13 @@ impl Law<'_> {
         &self,
         rows: &Range<usize>,
         cols: &Range<usize>,
-        buffers: [&'q mut Vec<f32>; 2],
+        buffers: [&'q mut Buffer; 2],
     ) -> [&'q [f32]; 2] {
         let mut tiles = [&[][..]; 2];
         if let Law::Softmax { rows: by_row, cols: by_col } = self {
             for ((part, buffer), tile) in [by_row, by_col].into_iter().zip(buffers).zip(&mut tiles) {
                 if let Some(Part { factor: Some(factor), .. }) = part {
-                    let buffer = sized(buffer, ROWS * COLS);
+                    let buffer = buffer.sized(TILE);
                     factor.tile::<S>(rows, cols, buffer);
                     *tile = buffer;
                 }

@@ -13,7 +13,7 @@
 //! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
 
 use super::contrast::{Accumulated, Counted, Sums, Tilted, conclude, pull_gradients};
-use super::fused::{Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, Want, grow, pack_columns};
+use super::fused::{Buffer, Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, Want, grow, pack_columns};
 use super::gemm::gemm;
 use super::simd::Isa;
 use crate::device::Gemm;
@@ -42,8 +42,8 @@ pub struct Scratch {
     mean_u: Vec<f32>,
     mean_v: Vec<f32>,
     /// Right operands of factors, packed.
-    packed_u: Vec<f32>,
-    packed_v: Vec<f32>,
+    packed_u: Buffer,
+    packed_v: Buffer,
     /// Packed operand of small products.
     packed: Vec<f32>,
     gram: Gram,
@@ -53,15 +53,15 @@ pub struct Scratch {
 #[derive(Debug, Default)]
 struct Gram {
     identity: Vec<f32>,
-    packed_identity: Vec<f32>,
-    packed_data_u: Vec<f32>,
-    packed_data_v: Vec<f32>,
+    packed_identity: Buffer,
+    packed_data_u: Buffer,
+    packed_data_v: Buffer,
     ones: Norms,
     p: Vec<f32>,
     x: Vec<f32>,
     y: Vec<f32>,
     mean: Vec<f32>,
-    packed: Vec<f32>,
+    packed: Buffer,
     all_u: Vec<f32>,
     all_v: Vec<f32>,
     part: Partial,
@@ -88,25 +88,22 @@ impl Scratch {
             &self.targets,
             &self.mean_u,
             &self.mean_v,
-            &self.packed_u,
-            &self.packed_v,
             &self.packed,
             &g.identity,
-            &g.packed_identity,
-            &g.packed_data_u,
-            &g.packed_data_v,
             &g.p,
             &g.x,
             &g.y,
             &g.mean,
-            &g.packed,
             &g.part.u,
             &g.part.v,
             &g.part.cols,
             &g.all_u,
             &g.all_v,
         ];
+        let packed =
+            [&self.packed_u, &self.packed_v, &g.packed_identity, &g.packed_data_u, &g.packed_data_v, &g.packed];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
+            + packed.map(Buffer::bytes).iter().sum::<usize>()
             + g.ones.bytes()
             + size_of::<RowSums>() * g.part.sums.capacity()
     }
@@ -231,8 +228,8 @@ struct Features<'a> {
     targets: &'a mut Vec<f32>,
     mean_u: &'a mut Vec<f32>,
     mean_v: &'a mut Vec<f32>,
-    packed_u: &'a mut Vec<f32>,
-    packed_v: &'a mut Vec<f32>,
+    packed_u: &'a mut Buffer,
+    packed_v: &'a mut Buffer,
     packed: &'a mut Vec<f32>,
 }
 

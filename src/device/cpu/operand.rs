@@ -6,7 +6,9 @@
 //! | logits, exponentials, sums | f32 | f32 |
 //! | G as an operand | the tile itself | rounded to bf16, once along rows and once along columns |
 
-use super::fused::{COLS, Logits, PackTransposed, PullBlock, ROWS, Side, TallyBlock, blocks, sized, stride};
+use super::fused::{
+    Buffer, COLS, Logits, PackRows, PackTransposed, PullBlock, ROWS, Side, TILE, TallyBlock, blocks, stride,
+};
 use super::simd::{
     Affine, AsIs, Inner, Isa, LONG, Left, Multiply, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT,
     Simd, SquaredDistance, WIDEST, pack_pairs, pack_part, product_part,
@@ -31,6 +33,7 @@ pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
     /// Rows `range` of u as [`Operands::tile`] takes them.
     fn read_left(logits: &Logits<'_, Self>, range: Range<usize>, out: &mut [Self]);
     fn run_pack(isa: Self::Isa, block: PackTransposed<'_, Self>);
+    fn run_pack_rows(isa: Self::Isa, block: PackRows<'_, Self>);
     fn run_tally(isa: Self::Isa, block: TallyBlock<'_, '_, '_, Self>);
     fn run_pull(isa: Self::Isa, block: PullBlock<'_, '_, '_, '_, Self>);
 }
@@ -40,7 +43,7 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
     /// The tile of S at `rows` x `cols`, rows [`stride`] apart, of rows of u. What surplus columns hold means nothing.
     fn tile(logits: &Logits<'_, Self>, u: &[Self], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>);
     /// Packs rows `range` of `side` as the right operand of a product with G.
-    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut [Self]);
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Buffer, packed: &mut [Self]);
     /// The tile of G as the left operand of a product with v's rows, and its transpose with u's. `inverse` are those of
     /// the tile's rows and columns; `halves` grow as needed.
     fn lefts<'g>(
@@ -48,10 +51,10 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
         rows: usize,
         cols: usize,
         inverse: [&[f32]; 2],
-        halves: &'g mut [Vec<Pair>; 2],
+        halves: &'g mut [Buffer; 2],
     ) -> [Left<'g, Self>; 2];
     /// `out += left right`, `out` `[rows, dim]`.
-    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>);
+    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Buffer);
 }
 
 impl Element for f32 {
@@ -73,6 +76,9 @@ impl Element for f32 {
     fn run_pack(isa: Isa, block: PackTransposed<'_, f32>) {
         isa.run(block);
     }
+    fn run_pack_rows(isa: Isa, block: PackRows<'_, f32>) {
+        isa.run(block);
+    }
     fn run_tally(isa: Isa, block: TallyBlock<'_, '_, '_, f32>) {
         isa.run(block);
     }
@@ -82,6 +88,14 @@ impl Element for f32 {
 }
 
 impl Op for PackTransposed<'_, f32> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        self.pack::<S>();
+    }
+}
+
+impl Op for PackRows<'_, f32> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
@@ -132,23 +146,17 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Vec<f32>, packed: &mut [f32]) {
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Buffer, packed: &mut [f32]) {
         let (dim, total) = (side.rows.dim, range.len());
         for rows in blocks(range.clone(), ROWS, 1) {
-            let natural = sized(natural, rows.len() * dim);
+            let natural = natural.sized(rows.len() * dim);
             side.read(rows.clone(), natural);
             pack_part::<S, f32>(natural, dim, dim, rows.start - range.start..rows.end - range.start, total, packed);
         }
     }
 
     #[inline(always)]
-    fn lefts<'g>(
-        g: &'g [f32],
-        rows: usize,
-        cols: usize,
-        _: [&[f32]; 2],
-        _: &'g mut [Vec<Pair>; 2],
-    ) -> [Left<'g, f32>; 2] {
+    fn lefts<'g>(g: &'g [f32], rows: usize, cols: usize, _: [&[f32]; 2], _: &'g mut [Buffer; 2]) -> [Left<'g, f32>; 2] {
         let stride = stride(&(0..cols));
         [
             Left { data: g, row: stride, col: 1, rows, depth: cols },
@@ -157,7 +165,7 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
+    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
         carry::<S, f32, LONG>(left, right, out, dim, spill);
     }
 }
@@ -185,6 +193,9 @@ impl Element for Pair {
     fn run_pack(isa: PairIsa, block: PackTransposed<'_, Pair>) {
         isa.run(block);
     }
+    fn run_pack_rows(isa: PairIsa, block: PackRows<'_, Pair>) {
+        isa.run(block);
+    }
     fn run_tally(isa: PairIsa, block: TallyBlock<'_, '_, '_, Pair>) {
         isa.run(block);
     }
@@ -194,6 +205,14 @@ impl Element for Pair {
 }
 
 impl PairOp for PackTransposed<'_, Pair> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Pairs>(self) {
+        self.pack::<S>();
+    }
+}
+
+impl PairOp for PackRows<'_, Pair> {
     type Out = ();
     #[inline(always)]
     fn run<S: Pairs>(self) {
@@ -236,7 +255,7 @@ impl<S: Pairs> Operands<S> for Pair {
     }
 
     #[inline(always)]
-    fn pack_rows(side: &Side<'_>, range: Range<usize>, _: &mut Vec<f32>, packed: &mut [Pair]) {
+    fn pack_rows(side: &Side<'_>, range: Range<usize>, _: &mut Buffer, packed: &mut [Pair]) {
         let (dim, total) = (side.rows.dim, Pair::count(range.len()));
         pack_pairs::<S>(stored(side, range), dim, dim, 0..total, total, packed);
     }
@@ -247,18 +266,16 @@ impl<S: Pairs> Operands<S> for Pair {
         rows: usize,
         cols: usize,
         [by_row, by_col]: [&[f32]; 2],
-        halves: &'g mut [Vec<Pair>; 2],
+        halves: &'g mut [Buffer; 2],
     ) -> [Left<'g, Pair>; 2] {
         let (stride, lanes) = (stride(&(0..cols)), <S::F32 as Register<f32>>::LANES);
+        let wide = cols.next_multiple_of(2 * lanes);
         let mut factors = Factors::new(1.0);
         factors.rows.iter_mut().zip(by_row).for_each(|(f, &x)| *f = x);
         factors.cols.iter_mut().zip(by_col).for_each(|(f, &x)| *f = x);
-        let [along_rows, along_cols] = halves;
-        for halves in [&mut *along_rows, &mut *along_cols] {
-            halves.resize(ROWS * COLS / 2, Pair::default());
-        }
+        let [along_rows, along_cols]: [&mut [Pair]; 2] = halves.each_mut().map(|buffer| buffer.elements(TILE / 2));
         for (i, row) in g.chunks_exact(stride).take(rows).enumerate() {
-            let to = along_rows[i * stride / 2..][..stride / 2].chunks_exact_mut(lanes);
+            let to = along_rows[i * stride / 2..][..wide / 2].chunks_exact_mut(lanes);
             let pairs = row.chunks_exact(2 * lanes).zip(factors.cols.chunks_exact(2 * lanes));
             for (to, (g, factor)) in to.zip(pairs) {
                 let [first, second] = [0, lanes].map(|at| (&g[at..], &factor[at..]));
@@ -268,8 +285,8 @@ impl<S: Pairs> Operands<S> for Pair {
         for (i, rows) in g.chunks(2 * stride).take(Pair::count(rows)).enumerate() {
             let (low, high) = rows.split_at(stride);
             let [first, second] = [2 * i, 2 * i + 1].map(|row| S::F32::splat(factors.rows[row]));
-            let to = along_cols[i * stride..][..stride].chunks_exact_mut(lanes);
-            for (at, to) in (0..stride).step_by(lanes).zip(to) {
+            let to = along_cols[i * stride..][..wide].chunks_exact_mut(lanes);
+            for (at, to) in (0..wide).step_by(lanes).zip(to) {
                 let low = S::F32::load(&low[at..]).mul(first);
                 // Rows come in even numbers but for the last, whose partner is zeros.
                 let high = if high.is_empty() { S::F32::splat(0.0) } else { S::F32::load(&high[at..]).mul(second) };
@@ -283,7 +300,7 @@ impl<S: Pairs> Operands<S> for Pair {
     }
 
     #[inline(always)]
-    fn carry(left: Left<'_, Pair>, right: Right<'_, Pair>, out: &mut [f32], dim: usize, spill: &mut Vec<f32>) {
+    fn carry(left: Left<'_, Pair>, right: Right<'_, Pair>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
         carry::<S, Pair, PAIRS>(left, right, out, dim, spill);
     }
 }
@@ -323,7 +340,7 @@ fn carry<S: Simd, T: Operand<S>, const STEP: usize>(
     right: Right<'_, T>,
     out: &mut [f32],
     dim: usize,
-    spill: &mut Vec<f32>,
+    spill: &mut Buffer,
 ) where
     Inner: Multiply<S, T, Sum = f32>,
 {
@@ -331,7 +348,7 @@ fn carry<S: Simd, T: Operand<S>, const STEP: usize>(
         product_part::<S, T, Inner, _, STEP>(left, right, dim, out, dim, true, AsIs);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
-        let spill = sized(spill, left.rows * wide);
+        let spill = spill.sized(left.rows * wide);
         product_part::<S, T, Inner, _, STEP>(left, right, dim, spill, wide, false, AsIs);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);

@@ -21,10 +21,14 @@ pub struct Isa(Kind);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     #[cfg(target_arch = "x86_64")]
-    Avx512 { pairs: bool },
+    Avx512 {
+        pairs: bool,
+    },
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    Portable { pairs: bool },
+    Portable {
+        pairs: bool,
+    },
 }
 
 impl Isa {
@@ -284,8 +288,8 @@ impl<S: Simd, T: Lane> Multiply<S, T> for SquaredDistance {
 
 /// What becomes of a product's sums before they are stored.
 pub trait Finish<T: Lane>: Copy {
-    /// `sum` of row `i`, columns `j` and after.
-    fn finish<S: Simd>(self, sum: T::In<S>, i: usize, j: usize) -> T::In<S>;
+    /// `R` rows from row `i` on, `V` registers from column `j` on.
+    fn finish<S: Simd, const R: usize, const V: usize>(self, sums: &mut [[T::In<S>; V]; R], i: usize, j: usize);
 }
 
 /// Nothing.
@@ -294,9 +298,7 @@ pub struct AsIs;
 
 impl<T: Lane> Finish<T> for AsIs {
     #[inline(always)]
-    fn finish<S: Simd>(self, sum: T::In<S>, _: usize, _: usize) -> T::In<S> {
-        sum
-    }
+    fn finish<S: Simd, const R: usize, const V: usize>(self, _: &mut [[T::In<S>; V]; R], _: usize, _: usize) {}
 }
 
 /// `sum rows[i] cols[j] + offset[j]`; `cols` and `offset` hold whole registers.
@@ -309,9 +311,18 @@ pub struct Affine<'a> {
 
 impl Finish<f32> for Affine<'_> {
     #[inline(always)]
-    fn finish<S: Simd>(self, sum: S::F32, i: usize, j: usize) -> S::F32 {
-        let scaled = S::F32::load(&self.cols[j..]).mul(S::F32::splat(self.rows[i]));
-        sum.fma(scaled, S::F32::load(&self.offset[j..]))
+    fn finish<S: Simd, const R: usize, const V: usize>(self, sums: &mut [[S::F32; V]; R], i: usize, j: usize) {
+        let lanes = <S::F32 as Register<f32>>::LANES;
+        let mut by_col = [[S::F32::splat(0.0); 2]; V];
+        for (v, by_col) in by_col.iter_mut().enumerate() {
+            *by_col = [S::F32::load(&self.cols[j + v * lanes..]), S::F32::load(&self.offset[j + v * lanes..])];
+        }
+        for (sums, &row) in sums.iter_mut().zip(&self.rows[i..i + R]) {
+            let row = S::F32::splat(row);
+            for (sum, [col, offset]) in sums.iter_mut().zip(by_col) {
+                *sum = sum.fma(col.mul(row), offset);
+            }
+        }
     }
 }
 
@@ -544,11 +555,19 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
             }
         }
     }
+    if add {
+        for (r, sum) in sum.iter_mut().enumerate() {
+            let row = &c[(first + r) * ldc..][..V * lanes];
+            for (sum, from) in sum.iter_mut().zip(row.chunks_exact(lanes)) {
+                *sum = <SumOf<S, T, P> as Register<P::Sum>>::load(from).plus(*sum);
+            }
+        }
+    }
+    finish.finish::<S, R, V>(&mut sum, first, *column);
     for (r, sum) in sum.iter().enumerate() {
         let row = &mut c[(first + r) * ldc..][..V * lanes];
-        for (v, (&sum, to)) in sum.iter().zip(row.chunks_exact_mut(lanes)).enumerate() {
-            let sum = if add { <SumOf<S, T, P> as Register<P::Sum>>::load(to).plus(sum) } else { sum };
-            finish.finish::<S>(sum, first + r, column + v * lanes).store(to);
+        for (sum, to) in sum.iter().zip(row.chunks_exact_mut(lanes)) {
+            sum.store(to);
         }
     }
 }
