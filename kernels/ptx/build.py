@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rebuilds the GPU kernels' PTX from kernels/src, assembles it, and gates what the assembler made of it.
+"""Rebuilds the GPU kernels' PTX from kernels/src, assembles it, and gates what compiler and assembler made of it.
 
     python3 kernels/ptx/build.py            rebuild kernels/ptx/*.ptx and the table of figures
     python3 kernels/ptx/build.py --check    rebuild elsewhere; fail where it differs from what is committed
@@ -9,6 +9,8 @@ Assembler: ptxas and nvdisasm on the PATH, or of the PyPI packages nvidia-cuda-n
 """
 import argparse, hashlib, os, re, shutil, site, subprocess, sys, tempfile
 from pathlib import Path
+
+import convergence
 
 HERE = Path(__file__).resolve().parent
 CRATE = HERE.parent
@@ -109,6 +111,13 @@ def tool(name):
     return found
 
 
+def all_come(ptx):
+    """Fails where lanes that meet may not all come."""
+    found = [f"{kernel}: {instruction}  after {branch}" for kernel, instruction, branch in convergence.split(ptx)]
+    if found:
+        fail("threads that must meet may have gone different ways:\n  " + "\n  ".join(found))
+
+
 def figures(name, ptx, processors, product):
     """One line a kernel and processor: registers, shared bytes, barriers, tensor core instructions. Fails on spills."""
     bad, rows = [], []
@@ -146,6 +155,7 @@ def main():
     for name, processor, processors, product in MODULES:
         if only in (None, name):
             made[f"{name}.ptx"] = compile_module(name, processor)
+            all_come(made[f"{name}.ptx"])
             tables.append(figures(name, made[f"{name}.ptx"], processors, product))
     print("\n".join(tables))
     if only is None:

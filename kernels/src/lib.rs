@@ -15,7 +15,7 @@
 //!
 //! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
 #![cfg_attr(not(feature = "shim"), no_std)]
-#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, abi_unadjusted, asm_experimental_arch, link_llvm_intrinsics))]
 
 pub mod abi;
 pub mod entries;

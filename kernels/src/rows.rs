@@ -140,11 +140,11 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
 /// The sum over the block's warps of what their lanes hold alike, to `out[block]`.
 #[inline(always)]
 unsafe fn sum_of_warps(x: f32, out: *mut f64) {
-    let base = shared_base();
+    let (base, own) = (shared_base(), warp() * 4);
     // SAFETY: 32 bytes of shared memory, written once; the slot is this block's.
     unsafe {
         if lane() == 0 {
-            store_shared(base + warp() * 4, x);
+            store_shared(base + own, x);
         }
         sync();
         if thread() == 0 {
