@@ -63,7 +63,8 @@ def compile_module(name, processor):
         CARGO_TARGET_DIR=str(target), CARGO_PROFILE_RELEASE_LTO="fat", CARGO_PROFILE_RELEASE_PANIC="abort",
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS="1", CARGO_PROFILE_RELEASE_DEBUG="false",
     )
-    flags = ["--emit=asm", "-C", f"target-cpu={processor}", "-C", "linker=/bin/true", "-A", "warnings"]
+    # rustc's own jump threading copies whatever lies between two branches on the same number, barriers among it.
+    flags = ["--emit=asm", "-C", f"target-cpu={processor}", "-C", "linker=/bin/true", "-A", "warnings", "-Z", "mir-enable-passes=-JumpThreading"]
     flags += [f for u in UNROLL for f in ("-C", f"llvm-args={u}")]
     flags += ["--cfg", "hopper"] if name == "hopper" else []
     out = target / "nvptx64-nvidia-cuda" / "release" / "deps"

@@ -20,8 +20,8 @@ WARP = re.compile(r"(bar\.warp|bar|barrier|shfl|vote|elect|match|redux|mma|wgmma
 # Without a result.
 EFFECT = re.compile(r"(st|red|bar|barrier|fence|membar|cp|bra|ret|exit|trap|call|stmatrix|setmaxnreg|mbarrier\.(init|arrive|inval))\b"
                     r"|wgmma\.(fence|commit|wait)")
-# Its result is another in every lane, whatever it was given.
-OWN = re.compile(r"(mma|ldmatrix|wgmma|elect|match|atom|mbarrier|activemask)\b")
+# Its result is another in every lane, whatever it was given; memory that may be a lane's own among it.
+OWN = re.compile(r"(mma|ldmatrix|wgmma|elect|match|atom|mbarrier|activemask)\b|ld\.(?!global|shared|param|const)")
 REGISTER = re.compile(r"%[a-z_]+\d*(?:\.[xyz])?(?:@\d+)?")
 THREAD = re.compile(r"%(tid|laneid|warpid|lanemask|clock|globaltimer)")
 
@@ -40,8 +40,8 @@ class Instruction:
 
 
 def blocks_of(body):
-    """Basic blocks of instructions, and the blocks each may go on to. The last is the end of the kernel, from where a
-    trap does not count as a way: no lane goes on after one."""
+    """Basic blocks of instructions, and the blocks each may go on to. The last is the end of the kernel; a trap is no way
+    there, as no lane goes on after one."""
     blocks, names, scopes, count = [[]], {}, [], 0
     for piece in re.sub(r"//.*", "", body).split(";"):
         piece = " ".join(piece.split())
@@ -203,12 +203,8 @@ def split(ptx):
     return found
 
 
-def sample(body, name="k"):
-    return split(f".visible .entry {name}()\n{{\n{body}\n\tret;\n}}\n")
-
-
 def seen(body):
-    return bool(sample(body))
+    return split(f".visible .entry k()\n{{\n{body}\n\tret;\n}}\n")
 
 
 # What it must see, and what it must not, each as small as it can be.
@@ -246,4 +242,4 @@ for good in [
     "$L_1: { .reg .pred p; mbarrier.try_wait.parity.b64 p, [%r1], %r2; selp.u32 %r3, 1, 0, p; } setp.eq.b32 %p1, %r3, 0; @%p1 bra $L_1; wgmma.fence.sync.aligned;",
     LANE + f"@%p1 bra $L_1; bra.uni $L_2; $L_1: trap; $L_2: {SHUFFLE}",
 ]:
-    assert not seen(good), f"the check of convergence sees what is not there: {sample(good)}"
+    assert not seen(good), f"the check of convergence sees what is not there: {seen(good)}"

@@ -12,6 +12,7 @@
 //! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
+//! | `search` | ranks and best matches |
 //!
 //! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
 #![cfg_attr(not(feature = "shim"), no_std)]
@@ -37,6 +38,7 @@ device! {
     mod layers;
     mod optim;
     mod rows;
+    mod search;
     mod simt;
     mod tile;
 }

@@ -18,8 +18,6 @@ unsafe extern "unadjusted" {
     fn barrier_count(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
     fn shfl_bfly_f32(lanes: u32, x: f32, mask: u32, clamp: u32) -> f32;
-    #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
-    fn shfl_bfly_u32(lanes: u32, x: u32, mask: u32, clamp: u32) -> u32;
     #[link_name = "llvm.nvvm.shfl.sync.idx.i32"]
     fn shfl_idx_u32(lanes: u32, x: u32, from: u32, clamp: u32) -> u32;
     #[link_name = "llvm.nvvm.vote.ballot.sync"]
@@ -127,8 +125,6 @@ together! {
     sync_warp() = bar_warp_sync(ALL);
     /// `x` of the lane that differs in the bits of `mask`.
     shuffle_xor(x: f32, mask: u32) -> f32 = shfl_bfly_f32(ALL, x, mask, 31);
-    /// `x` of the lane that differs in the bits of `mask`, as an integer.
-    shuffle_xor_u32(x: u32, mask: u32) -> u32 = shfl_bfly_u32(ALL, x, mask, 31);
     /// `x` of lane 0.
     uniform(x: u32) -> u32 = shfl_idx_u32(ALL, x, 0, 31);
     /// A bit a lane: whose `x` is true.

@@ -990,11 +990,7 @@ pub mod words {
 
     #[track_caller]
     pub fn shuffle_xor(x: f32, mask: u32) -> f32 {
-        f32::from_bits(shuffle_xor_u32(x.to_bits(), mask))
-    }
-    #[track_caller]
-    pub fn shuffle_xor_u32(x: u32, mask: u32) -> u32 {
-        exchange([x; 8])[(lane() ^ mask) as usize][0]
+        f32::from_bits(exchange([x.to_bits(); 8])[(lane() ^ mask) as usize][0])
     }
     #[track_caller]
     pub fn uniform(x: u32) -> u32 {
