@@ -82,6 +82,13 @@ check loss-1048576-512 loss 1048576 512
 for objective in mmd joint-mmd; do
     check "loss-$objective" mmd $objective
 done
+: >"$results/retrieve.jsonl"
+retrieve() { # K
+    "$here/contrastive" bench retrieve --device "cuda:$ordinal" --n 16384 --m 1000000 --d 512 --k "$1" --json >>"$results/retrieve.jsonl"
+}
+for k in 10 100; do
+    check "retrieve-$k" retrieve $k
+done
 
 if CUDA_VISIBLE_DEVICES=$ordinal python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     check peers env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/peers.py" "$results/loss.jsonl" \
@@ -109,7 +116,7 @@ peers = os.path.join(folder, "peers.json")
 date = datetime.date.today().isoformat()
 found = {
     "card": card, "date": date, "commit": commit, "checks": lines("checks.jsonl"), "loss": lines("loss.jsonl"),
-    "mmd": lines("mmd.jsonl"),
+    "mmd": lines("mmd.jsonl"), "retrieve": lines("retrieve.jsonl"),
     "lenet_samples_per_s": [line["samples_per_s"] for line in lines("lenet/metrics.jsonl")],
     "peers": json.load(open(peers)) if os.path.exists(peers) else None,
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rebuilds the GPU kernels' PTX from kernels/src, assembles it, and gates what the assembler made of it.
+"""Rebuilds the GPU kernels' PTX from kernels/src, assembles it, and gates what compiler and assembler made of it.
 
     python3 kernels/ptx/build.py            rebuild kernels/ptx/*.ptx and the table of figures
     python3 kernels/ptx/build.py --check    rebuild elsewhere; fail where it differs from what is committed
@@ -9,6 +9,8 @@ Assembler: ptxas and nvdisasm on the PATH, or of the PyPI packages nvidia-cuda-n
 """
 import argparse, hashlib, os, re, shutil, site, subprocess, sys, tempfile
 from pathlib import Path
+
+import convergence
 
 HERE = Path(__file__).resolve().parent
 CRATE = HERE.parent
@@ -61,7 +63,8 @@ def compile_module(name, processor):
         CARGO_TARGET_DIR=str(target), CARGO_PROFILE_RELEASE_LTO="fat", CARGO_PROFILE_RELEASE_PANIC="abort",
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS="1", CARGO_PROFILE_RELEASE_DEBUG="false",
     )
-    flags = ["--emit=asm", "-C", f"target-cpu={processor}", "-C", "linker=/bin/true", "-A", "warnings"]
+    # rustc's own jump threading copies whatever lies between two branches on the same number, barriers among it.
+    flags = ["--emit=asm", "-C", f"target-cpu={processor}", "-C", "linker=/bin/true", "-A", "warnings", "-Z", "mir-enable-passes=-JumpThreading"]
     flags += [f for u in UNROLL for f in ("-C", f"llvm-args={u}")]
     flags += ["--cfg", "hopper"] if name == "hopper" else []
     out = target / "nvptx64-nvidia-cuda" / "release" / "deps"
@@ -109,6 +112,13 @@ def tool(name):
     return found
 
 
+def all_come(ptx):
+    """Fails where lanes that meet may not all come."""
+    found = [f"{kernel}: {instruction}  after {branch}" for kernel, instruction, branch in convergence.split(ptx)]
+    if found:
+        fail("threads that must meet may have gone different ways:\n  " + "\n  ".join(found))
+
+
 def figures(name, ptx, processors, product):
     """One line a kernel and processor: registers, shared bytes, barriers, tensor core instructions. Fails on spills."""
     bad, rows = [], []
@@ -146,6 +156,7 @@ def main():
     for name, processor, processors, product in MODULES:
         if only in (None, name):
             made[f"{name}.ptx"] = compile_module(name, processor)
+            all_come(made[f"{name}.ptx"])
             tables.append(figures(name, made[f"{name}.ptx"], processors, product))
     print("\n".join(tables))
     if only is None:

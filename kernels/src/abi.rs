@@ -226,7 +226,7 @@ pub struct Prepare {
     pub shift: *const f32,
     /// In nats, added to the logits of the row, `[rows]`, or null.
     pub offset: *const f32,
-    /// Halves `[rows, pitch]`, zeros behind `dim`.
+    /// Halves `[rows, pitch]`; behind `dim` one number more, then zeros.
     pub out: *mut u16,
     /// `[rows]`: 1/|x|, 0 for a row of norm below the normal numbers; null leaves rows as long as they are.
     pub inverse: *mut f32,
@@ -244,8 +244,8 @@ pub struct Prepare {
     pub norm_scale: f32,
     /// Factor on rows that are left as long as they are.
     pub scale: f32,
-    /// Nothing; to a multiple of 8 bytes.
-    pub reserved: u32,
+    /// That number: 0, or a 1, which makes of a product a column with the sums of the other factor's rows.
+    pub behind: f32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Prepare {}
@@ -256,10 +256,14 @@ unsafe impl Args for Prepare {}
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Residual {
-    /// `weight residual / scale`, f32 `[rows, dim]`.
+    /// Sums of features, each `weight (P - T) / scale` times as halves have it, f32 `[rows, dim + 1]`; behind them the sum of
+    /// what they were multiplied by.
     pub acc: *const f32,
     /// Mean features of each row's positives, as they came, f32 `[rows, dim]`; not read where `share` is 0.
     pub target: *const f32,
+    /// The same of features as products take them: rounded, in their units, from `shift`. Null where each row has one
+    /// positive: then `target` is rounded here. Not read where `share` is 0.
+    pub rounded: *const f32,
     /// `[dim]`.
     pub shift: *const f32,
     /// Each row's share of the loss, `[rows]`.
@@ -888,6 +892,68 @@ pub struct Settle {
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Settle {}
+
+/// Shared memory of a block that reduces scores: a tile of them, columns apart.
+pub const SEARCH_SHARED: u32 = TILE * (TILE + 4) * 4;
+
+/// Rows of f32 as halves that a product over `3 pitch` multiplies as if they had 22 bits; see `search.rs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    /// `[rows, dim]`.
+    pub x: *const f32,
+    /// `[rows, 3 pitch]`, zeros behind `dim` in each third.
+    pub out: *mut u16,
+    /// What a row's halves count, a power of two: `[rows]`.
+    pub unit: *mut f32,
+    /// Rows.
+    pub rows: u32,
+    /// Numbers of a row.
+    pub dim: u32,
+    /// A multiple of 8.
+    pub pitch: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Split {}
+
+/// Queries against items: the score of a pair is the product of their rows, in their units, plus the item's offset.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Search {
+    /// `[n, depth]`, made by [`Split`].
+    pub queries: *const u16,
+    /// `[m, depth]`, likewise.
+    pub items: *const u16,
+    /// Of queries, `[n]`.
+    pub query_unit: *const f32,
+    /// Of items, `[m]`.
+    pub item_unit: *const f32,
+    /// `[m]`.
+    pub offset: *const f32,
+    /// Each query's score against its own item, `[n]`.
+    pub own: *mut f32,
+    /// How many items come before a query's own, `[2 splits, n]`.
+    pub ranks: *mut u32,
+    /// Keys of the best items, `[2 splits + 1, keep, n]`, the last of all splits: a score's bits, in the order of scores, above
+    /// the complement of the item; 0 is none.
+    pub heaps: *mut u64,
+    /// Queries.
+    pub n: u32,
+    /// Items.
+    pub m: u32,
+    /// Halves of a row, a multiple of 8.
+    pub depth: u32,
+    /// Item tiles of a split; for `merge`, heaps of a query.
+    pub tiles: u32,
+    /// Items kept of a query, at least 1.
+    pub keep: u32,
+    /// Query i's own item is `first + i`.
+    pub first: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Search {}
 
 /// Sums of squares.
 #[repr(C)]

@@ -7,7 +7,7 @@ use crate::hopper;
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::{contrast, conv, gemm, layers, optim, rows};
+use crate::{contrast, conv, gemm, layers, optim, rows, search};
 
 /// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
@@ -224,6 +224,18 @@ entries! {
         temper / TEMPER (abi::Temper), threads 32, blocks 1, shared 0, optim::temper;
         /// A loss's scalars on their way out.
         settle / SETTLE (abi::Settle), threads 32, blocks 1, shared 0, optim::settle;
+        /// Queries in two halves a number.
+        split_queries / SPLIT_QUERIES (abi::Split), threads 256, blocks 1, shared 0, search::split::<false>;
+        /// Items in two halves a number.
+        split_items / SPLIT_ITEMS (abi::Split), threads 256, blocks 1, shared 0, search::split::<true>;
+        /// Scores of queries against their own items.
+        search_own / SEARCH_OWN (abi::Search), threads 256, blocks 1, shared abi::SEARCH_SHARED, search::own;
+        /// How many items come before a query's own.
+        search_rank / SEARCH_RANK (abi::Search), threads 256, blocks 1, shared abi::SEARCH_SHARED, search::rank;
+        /// The best items of each query.
+        search_nearest / SEARCH_NEAREST (abi::Search), threads 256, blocks 1, shared abi::SEARCH_SHARED, search::nearest;
+        /// The best of several.
+        search_merge / SEARCH_MERGE (abi::Search), threads 256, blocks 1, shared 0, search::merge;
         /// One number everywhere.
         fill / FILL (abi::Fill), threads 256, blocks 1, shared 0, optim::fill;
     }

@@ -6,33 +6,41 @@
 use crate::abi::{Dense, Gemm, TILE};
 use crate::layers::activation;
 use crate::simt::*;
-use crate::tile::{Along, ByK, ByTile, Halves, Operand, Place, Singles, product};
+use crate::tile::{Acc, Along, ByK, ByTile, Halves, Operand, Place, Singles, product};
 use core::marker::PhantomData;
+
+/// Hands over the elements of the tile at (`row`, `col`) that C has: where, in which column, their sum.
+#[inline(always)]
+fn each(g: &Gemm, acc: &Acc, row: u32, col: u32, take: impl Fn(usize, u32, f32)) {
+    let place = Place::of_lane();
+    let mut f = 0;
+    while f < 16 {
+        let mut e = 0;
+        while e < 4 {
+            let (i, j) = (row + place.row_of(f, e), col + place.col_of(f, e));
+            if i < g.m && j < g.n {
+                take(i as usize * g.pitch_c as usize + j as usize, j, acc[f][e]);
+            }
+            e += 1;
+        }
+        f += 1;
+    }
+}
 
 /// C from the product of `a` and `b` over this block's part of k.
 #[inline(always)]
 unsafe fn gemm<T: Half, A: Operand, B: Operand>(g: &Gemm, a: A, b: B, depth: u32) {
     let (row, col) = (block_y() * TILE, block_x() * TILE);
-    let place = Place::of_lane();
     let out = g.c.wrapping_add(block_z() as usize * g.part as usize);
-    // SAFETY: the launch contract; every block has its own tile of its own copy.
-    unsafe {
-        let acc = product::<T, _, _>(a, b, row, col, depth);
-        let mut f = 0;
-        while f < 16 {
-            let mut e = 0;
-            while e < 4 {
-                let (i, j) = (row + place.row_of(f, e), col + place.col_of(f, e));
-                if i < g.m && j < g.n {
-                    let at = out.wrapping_add(i as usize * g.pitch_c as usize + j as usize);
-                    let old = if g.add != 0 { load(at) } else { 0.0 };
-                    store(at, old + acc[f][e]);
-                }
-                e += 1;
-            }
-            f += 1;
+    // SAFETY: the caller's promise.
+    let acc = unsafe { product::<T, _, _>(a, b, row, col, depth) };
+    each(g, &acc, row, col, |at, _, sum| {
+        // SAFETY: the launch contract; every block has its own tile of its own copy.
+        unsafe {
+            let old = if g.add != 0 { load(out.wrapping_add(at)) } else { 0.0 };
+            store(out.wrapping_add(at), old + sum);
         }
-    }
+    });
 }
 
 /// A dense layer of f32, `[m, k]` and `[n, k]`: bias and activation on the tile while it is in registers.
@@ -43,31 +51,21 @@ unsafe fn gemm<T: Half, A: Operand, B: Operand>(g: &Gemm, a: A, b: B, depth: u32
 pub unsafe fn dense<T: Half, const GELU: bool>(a: &Dense) {
     let g = &a.gemm;
     let (row, col) = (block_y() * TILE, block_x() * TILE);
-    let place = Place::of_lane();
     let singles = |at: *const (), pitch: u32| Singles { at: at.cast::<f32>(), pitch, to: PhantomData::<T> };
     let left = ByK { source: singles(g.a, g.pitch_a), count: g.m, depth: g.k };
     let right = ByK { source: singles(g.b, g.pitch_b), count: g.n, depth: g.k };
-    // SAFETY: the launch contract; every block has its own tile.
-    unsafe {
-        let acc = product::<T, _, _>(left, right, row, col, g.k);
-        let mut f = 0;
-        while f < 16 {
-            let mut e = 0;
-            while e < 4 {
-                let (i, j) = (row + place.row_of(f, e), col + place.col_of(f, e));
-                if i < g.m && j < g.n {
-                    let at = i as usize * g.pitch_c as usize + j as usize;
-                    let x = acc[f][e] + load(a.bias.wrapping_add(j as usize));
-                    if !a.pre.is_null() {
-                        store(a.pre.wrapping_add(at), x);
-                    }
-                    store(g.c.wrapping_add(at), activation(if GELU { 2 } else { a.activation & 1 }, x));
-                }
-                e += 1;
+    // SAFETY: the caller's promise.
+    let acc = unsafe { product::<T, _, _>(left, right, row, col, g.k) };
+    each(g, &acc, row, col, |at, j, sum| {
+        // SAFETY: the launch contract; every block has its own tile.
+        unsafe {
+            let x = sum + load(a.bias.wrapping_add(j as usize));
+            if !a.pre.is_null() {
+                store(a.pre.wrapping_add(at), x);
             }
-            f += 1;
+            store(g.c.wrapping_add(at), activation(if GELU { 2 } else { a.activation & 1 }, x));
         }
-    }
+    });
 }
 
 /// An operand's first element of this block's part of k, and how many k there are.

@@ -316,7 +316,8 @@ unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64,
             registers_up::<CONSUMER>();
             let mut ring = Ring::new(base, bars, 0);
             let mut acc = accumulator::<128>();
-            let staging = staging + (warp() >> 2) * 4 * BLOCK;
+            let group = warp() >> 2;
+            let staging = staging + group * 4 * BLOCK;
             let (mut t, mut turn) = (block_x(), 0);
             while t < down * across {
                 let (in_row, in_col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
@@ -341,7 +342,7 @@ unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64,
                 if stores {
                     let mut q = 0;
                     while q < 4 {
-                        tma_store(staging + q * BLOCK, map_g, in_col + q * 64, in_row + (warp() >> 2) * 64);
+                        tma_store(staging + q * BLOCK, map_g, in_col + q * 64, in_row + group * 64);
                         q += 1;
                     }
                     bulk_commit();

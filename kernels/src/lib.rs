@@ -12,10 +12,11 @@
 //! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
+//! | `search` | ranks and best matches |
 //!
 //! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
 #![cfg_attr(not(feature = "shim"), no_std)]
-#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, abi_unadjusted, asm_experimental_arch, link_llvm_intrinsics))]
 
 pub mod abi;
 pub mod entries;
@@ -37,6 +38,7 @@ device! {
     mod layers;
     mod optim;
     mod rows;
+    mod search;
     mod simt;
     mod tile;
 }

@@ -9,7 +9,7 @@ use crate::law;
 use crate::simt::*;
 
 /// Rows of a block where a warp takes one.
-const WARPS: u32 = 8;
+pub(crate) const WARPS: u32 = 8;
 
 /// A row's element as f32.
 #[inline(always)]
@@ -25,7 +25,7 @@ unsafe fn read<T: Half, const HALVES: bool>(x: *const (), at: usize) -> f32 {
 }
 
 #[inline(always)]
-fn bits<T: Half>(x: f32) -> u16 {
+pub(crate) fn bits<T: Half>(x: f32) -> u16 {
     T::pack(x, 0.0) as u16
 }
 
@@ -73,7 +73,13 @@ pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
         let mut sum = 0f32;
         let mut k = lane();
         while k < a.pitch {
-            let x = if k < a.dim { (read::<T, HALVES>(a.x, from + k as usize) - shift(k)) * scale } else { 0.0 };
+            let x = if k < a.dim {
+                (read::<T, HALVES>(a.x, from + k as usize) - shift(k)) * scale
+            } else if k == a.dim {
+                a.behind
+            } else {
+                0.0
+            };
             let rounded = bits::<T>(x);
             store(a.out.wrapping_add(row as usize * a.pitch as usize + k as usize), rounded);
             let x = T::unpack(u32::from(rounded))[0];
@@ -140,11 +146,11 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
 /// The sum over the block's warps of what their lanes hold alike, to `out[block]`.
 #[inline(always)]
 unsafe fn sum_of_warps(x: f32, out: *mut f64) {
-    let base = shared_base();
+    let (base, own) = (shared_base(), warp() * 4);
     // SAFETY: 32 bytes of shared memory, written once; the slot is this block's.
     unsafe {
         if lane() == 0 {
-            store_shared(base + warp() * 4, x);
+            store_shared(base + own, x);
         }
         sync();
         if thread() == 0 {
@@ -174,9 +180,21 @@ pub unsafe fn residual<T: Half>(a: &Residual) {
             let weight = a.lambda * load(a.share.wrapping_add(i));
             let counts = weight > 0.0;
             let inverse_weight = if counts { a.scale / weight } else { 0.0 };
-            // The residual without its weight: numbers of the size of features.
-            let r = |k: u32| load(a.acc.wrapping_add(at + k as usize)) * inverse_weight;
             let t = |k: u32| if counts { load(a.target.wrapping_add(at + k as usize)) } else { 0.0 };
+            // The target of what the tile saw of features: near it a mean is little else.
+            let seen = |k: u32| {
+                if counts && !a.rounded.is_null() {
+                    load(a.rounded.wrapping_add(at + k as usize))
+                } else {
+                    T::unpack(u32::from(bits::<T>((t(k) - load(a.shift.wrapping_add(k as usize))) * a.unit)))[0]
+                }
+            };
+            // The residual without its weight: numbers of the size of features. What features were multiplied by adds up to
+            // nothing, but for its rounding, of which the target's own, near -1, has the most: counted from the target, the
+            // sum does not see that one.
+            let sums = a.acc.wrapping_add(at + i);
+            let total = load(sums.wrapping_add(a.dim as usize));
+            let r = |k: u32| (load(sums.wrapping_add(k as usize)) - total * seen(k)) * inverse_weight;
             let (mut square, mut target) = (0f32, 0f32);
             let mut k = lane();
             while k < a.dim {
@@ -193,8 +211,7 @@ pub unsafe fn residual<T: Half>(a: &Residual) {
                 let mut rounded = 0;
                 if k < a.dim {
                     rounded = bits::<T>(r(k) * inverse);
-                    let mean = r(k) + a.unit * (t(k) - load(a.shift.wrapping_add(k as usize)));
-                    along = fma(T::unpack(u32::from(rounded))[0], mean, along);
+                    along = fma(T::unpack(u32::from(rounded))[0], r(k) + seen(k), along);
                 }
                 store(a.out.wrapping_add(i * a.pitch as usize + k as usize), rounded);
                 k += 32;

@@ -424,14 +424,14 @@ fn residuals_are_those_of_f64() {
     for (t, kernel) in [(Type::Bf16, e::RESIDUAL_BF16), (Type::F16, e::RESIDUAL_F16)] {
         for (rows, dim) in [(1, 1), (9, 33), (40, 70)] {
             let mut rng = Rng(rows as u64);
-            let (acc, target, shift) = (rng.vec(rows * dim, 3.0), rng.vec(rows * dim, 2.0), rng.vec(dim, 1.0));
+            let (acc, target, shift) = (rng.vec(rows * (dim + 1), 3.0), rng.vec(rows * dim, 2.0), rng.vec(dim, 1.0));
             let mut share: Vec<f32> = rng.vec(rows, 0.1).iter().map(|x| x.abs() + 0.01).collect();
             let norm: Vec<[f32; 4]> = (0..rows).map(|_| [rng.unit(), 1.0 + rng.unit(), 0.5, 0.0]).collect();
             let mut acc = acc;
             if rows > 1 {
                 // A row that is out of the loss, and one whose mean is its target.
                 share[1] = 0.0;
-                acc[2 * dim..3 * dim].fill(0.0);
+                acc[2 * (dim + 1)..3 * (dim + 1)].fill(0.0);
             }
             let pitch = dim.next_multiple_of(8);
             let (scale, unit, lambda) = (0.125f32, 0.5f32, 1.5f32);
@@ -439,9 +439,19 @@ fn residuals_are_those_of_f64() {
             let norms = Array::of(&norm);
             let (out, offset) = (Array::<u16>::poison(rows * pitch), Array::<f32>::poison(rows));
             let loss = Array::<f64>::poison(rows.div_ceil(8));
+            // Means of several rounded features, or what one is rounded to.
+            let several = rows == 9;
+            let rounded: Vec<f64> = if several {
+                rng.vec(rows * dim, 2.0).into_iter().map(f64::from).collect()
+            } else {
+                let from_shift: Vec<f32> = (0..rows * dim).map(|k| (target[k] - shift[k % dim]) * unit).collect();
+                halves(t, &from_shift, dim, dim).1
+            };
+            let means = Array::of(&rounded.iter().map(|&x| x as f32).collect::<Vec<_>>());
             let args = Residual {
                 acc: a.ptr(),
                 target: tg.ptr(),
+                rounded: if several { means.ptr() } else { null() },
                 shift: sh.ptr(),
                 share: w.ptr(),
                 norm: norms.ptr_mut(),
@@ -461,10 +471,9 @@ fn residuals_are_those_of_f64() {
                 let weight = f64::from(lambda) * f64::from(share[i]);
                 let f = |x: f32| f64::from(x);
                 let row = i * dim..(i + 1) * dim;
-                let r: Vec<f64> = acc[row.clone()]
-                    .iter()
-                    .map(|&x| if weight > 0.0 { f(x) * f(scale) / weight } else { 0.0 })
-                    .collect();
+                let (sums, added) = acc[i * (dim + 1)..][..dim + 1].split_at(dim);
+                let from_target = sums.iter().zip(&rounded[row.clone()]).map(|(&x, t)| f(x) - f(added[0]) * t);
+                let r: Vec<f64> = from_target.map(|x| if weight > 0.0 { x * f(scale) / weight } else { 0.0 }).collect();
                 let length = r.iter().map(|r| r * r).sum::<f64>().sqrt();
                 let got: Vec<f64> = out[i * pitch..(i + 1) * pitch].iter().map(|&x| t.value(x)).collect();
                 assert!(got[dim..].iter().all(|x| *x == 0.0), "{rows} x {dim}: padding");
@@ -473,10 +482,7 @@ fn residuals_are_those_of_f64() {
                     assert!((got - if length > 0.0 { r / length } else { 0.0 }).abs() < bound, "row {i}");
                 }
                 // The offset is of the unit row as it was rounded.
-                let mean = (0..dim).map(|k| {
-                    let t = if weight > 0.0 { f(target[i * dim + k]) } else { 0.0 };
-                    got[k] * (r[k] + f(unit) * (t - f(shift[k])))
-                });
+                let mean = (0..dim).map(|k| got[k] * (r[k] + rounded[i * dim + k]));
                 assert!((f(offset[i]) + mean.sum::<f64>()).abs() < 1e-4 * length.max(1.0), "offset {i}");
                 let plain = f(norm[i][1]) * length / f(unit).powi(2);
                 assert!((f(norms[i][1]) - plain).abs() <= 1e-5 * plain, "weight {i}");

@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use kernels::abi::{
-    Args, Gemm, HopperGemm, HopperPull, HopperTally, Kernel, Logits, Merge, Pull, Residual, Tally, TensorMap,
+    Args, Gemm, HopperGemm, HopperPull, HopperTally, Kernel, Logits, Merge, Pull, Residual, Search, Tally, TensorMap,
 };
 use kernels::entries as e;
 use kernels::simt::shim::{self, Call, MapSpec, Omission};
@@ -130,12 +130,13 @@ fn every_barrier_is_needed_and_missed() {
     missed.extend(unnoticed(&e::HOPPER_PULL_FACTORED_BF16, [1, 1, 1], &hopper, &refill, &bits));
 
     let (acc, target, share) =
-        (Array::of(&rng.vec(9 * 20, 1.0)), Array::of(&rng.vec(9 * 20, 1.0)), Array::of(&[0.25f32; 9]));
+        (Array::of(&rng.vec(9 * 21, 1.0)), Array::of(&rng.vec(9 * 20, 1.0)), Array::of(&[0.25f32; 9]));
     let (out, offset, loss) = (Array::<u16>::poison(9 * 24), Array::<f32>::poison(9), Array::<f64>::poison(2));
     let scratch = Array::of(&[[1f32; 4]; 9]);
     let residual = Residual {
         acc: acc.ptr(),
         target: target.ptr(),
+        rounded: null(),
         shift: target.ptr(),
         share: share.ptr(),
         norm: scratch.ptr_mut(),
@@ -156,6 +157,28 @@ fn every_barrier_is_needed_and_missed() {
     };
     let found = || [words(&out), words(&offset), words(&loss)].concat();
     missed.extend(unnoticed(&e::RESIDUAL_BF16, [2, 1, 1], &residual, &again, &found));
+
+    let (queries, _) = halves(Type::F16, &rng.vec(ROWS * DEPTH, 1.0), DEPTH, DEPTH);
+    let (items, _) = halves(Type::F16, &rng.vec(COLS * DEPTH, 1.0), DEPTH, DEPTH);
+    let (ones, zeros) = (Array::of(&[1f32; COLS]), Array::of(&[0f32; COLS]));
+    let (own, ranks) = (Array::of(&rng.vec(ROWS, 10.0)), Array::<u32>::poison(2 * ROWS));
+    let search = Search {
+        queries: queries.ptr(),
+        items: items.ptr(),
+        query_unit: ones.ptr(),
+        item_unit: ones.ptr(),
+        offset: zeros.ptr(),
+        own: own.ptr_mut(),
+        ranks: ranks.ptr_mut(),
+        heaps: std::ptr::null_mut(),
+        n: ROWS as u32,
+        m: COLS as u32,
+        depth: DEPTH as u32,
+        tiles: 4,
+        keep: 0,
+        first: 0,
+    };
+    missed.extend(unnoticed(&e::SEARCH_RANK, [1, 2, 1], &search, &|| ranks.refill(), &|| words(&ranks)));
 
     let (chunk, _) = halves(Type::Bf16, &rng.vec(ROWS * COLS, 1.0), COLS, COLS);
     let c = Array::<f32>::poison(COLS * DEPTH);
@@ -217,6 +240,7 @@ const HARMLESS: [(&str, &[&str]); 6] = [
         "before the first tile nobody reads the stages, and no copy reads the staging",
         &[
             "tally_bf16: Sync Some(0) of 32",
+            "search_rank: Sync Some(0) of 40",
             "pull_softmax_sums_bf16: Sync Some(0) of 8",
             "pull_factored_bf16: Sync Some(0) of 8",
             "gemm_gv_bf16: Sync Some(0) of 14",

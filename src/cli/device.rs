@@ -2,10 +2,10 @@
 
 use super::{Common, Failure, bad_flag, log};
 use crate::config::parse_precision;
-use crate::device::Engine;
 use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
-use crate::device::cuda::{Driver, contrast::Cuda};
+use crate::device::cuda::{Driver, contrast::Cuda, search::Searcher};
+use crate::device::{Engine, Search};
 use crate::objective::{DataKernel, Objective, Precision};
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
@@ -138,6 +138,15 @@ impl Choice {
             }
             #[cfg(feature = "cuda")]
             Device::Cuda(driver, _) => Box::new(Cuda::new(driver, self.precision())),
+        }
+    }
+
+    /// Exact search on the device; `None` where it is this machine's cores.
+    pub fn search(&self) -> Option<Box<dyn Search>> {
+        match &self.device {
+            Device::Cpu => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(driver, _) => Some(Box::new(Searcher::new(driver))),
         }
     }
 

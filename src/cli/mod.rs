@@ -14,6 +14,7 @@ mod train;
 use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
 use crate::data::{DataError, download::DownloadError};
+use crate::device::DeviceError;
 use crate::device::cpu::Isa;
 use crate::experiments;
 use crate::objective::LossError;
@@ -120,6 +121,11 @@ impl From<experiments::Error> for Failure {
     fn from(e: experiments::Error) -> Self {
         if e.is_input() { Failure::Input(e.to_string()) } else { Failure::Other(e.to_string()) }
     }
+}
+
+/// What a device could not do.
+fn failed(e: DeviceError) -> Failure {
+    Failure::Other(e.to_string())
 }
 
 /// A flag's value out of its domain.

@@ -1,7 +1,7 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_output, from_flag};
+use super::{Common, Failure, bad_flag, check_output, failed, from_flag};
 use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
@@ -170,7 +170,7 @@ fn embedded(
 
 pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     let tilting = parse_tilting(&args.tilting).map_err(from_flag)?;
-    let choice = common.choose(Some("exact search is the CPU's".into()))?;
+    let choice = common.choose(None)?;
     let (items, queries) = (Npy::open(&args.items)?, Npy::open(&args.queries)?);
     if items.dim() != queries.dim() {
         let found = format!("{} columns", queries.dim());
@@ -191,7 +191,10 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     // Pairs: recall is of the best five, however few were asked for.
     let pairs = items.rows() == queries.rows();
     let wide = if pairs { args.k.max(5).min(items.rows()) } else { args.k };
-    let best = retrieval::top_k(tilting, &queries, &items, wide);
+    let best = match choice.search() {
+        Some(mut device) => retrieval::top_k_on(&mut *device, tilting, &queries, &items, wide).map_err(failed)?,
+        None => retrieval::top_k(tilting, &queries, &items, wide),
+    };
     let seconds = start.elapsed().as_secs_f64();
     let narrow = |i: usize| i * wide..i * wide + args.k;
     let n = queries.rows();

@@ -20,6 +20,42 @@ pub trait Engine {
     fn scratch_bytes(&self) -> usize;
 }
 
+/// Exact search on a device: items are held, queries come. A score is `<query, item>` plus the item's offset, -inf where that
+/// is no number: one sum in an order that depends on the dimension alone, so that equal items tie wherever they are. Of equal
+/// scores the lowest index is the best.
+pub trait Search {
+    /// Roundings of a score of `dim` products, each of at most [`f32::EPSILON`] of the two norms.
+    fn terms(&self, dim: usize) -> usize;
+
+    /// Takes `count` > 0 items in place of those held: `read(first, rows, offsets)` gives rows `[_, dim]` from `first` on
+    /// and what is added to their scores.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn hold(
+        &mut self,
+        count: usize,
+        dim: usize,
+        read: &mut dyn FnMut(usize, &mut [f32], &mut [f32]),
+    ) -> Result<(), DeviceError>;
+
+    /// For each of `queries` `[_, dim]`, at least one, the score and index of the `keep` best items, in no order;
+    /// `keep` is at least one and at most as many as are held.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn nearest(&mut self, queries: &[f32], keep: usize) -> Result<Vec<(f32, u32)>, DeviceError>;
+
+    /// For each of `queries` `[_, dim]`, at least one, how many items are better than item `first + i`, which is held.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn ranks(&mut self, queries: &[f32], first: usize) -> Result<Vec<u32>, DeviceError>;
+
+    /// Bytes held on the device, which is the most there ever were.
+    fn scratch_bytes(&self) -> usize;
+}
+
 /// Why a device could not do its work.
 pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -297,6 +333,11 @@ pub trait Device: Sync {
     /// # Errors
     /// What the machine said.
     fn finish(&self) -> Result<(), DeviceError>;
+
+    /// Exact search on the device; `None` where it is the host's.
+    fn search(&self) -> Option<Box<dyn Search>> {
+        None
+    }
 
     /// `to = from`; lengths must be equal.
     fn copy(&self, from: View<'_, Self::Buf>, to: ViewMut<'_, Self::Buf>);

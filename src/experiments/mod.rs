@@ -16,7 +16,7 @@ use crate::data::npy::{self, Npy, Push};
 use crate::data::{DataError, Rows, Side, Source, Split, write_atomic};
 #[cfg(feature = "plots")]
 use crate::device::cpu::Cpu;
-use crate::device::{Contrast, Device, View, ViewMut};
+use crate::device::{Contrast, Device, Search, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
 use crate::objective::Tilting;
 use crate::optim::{AdamConfig, Schedule};
@@ -121,6 +121,7 @@ pub struct Learned<'a> {
 /// A device as far as reports need it.
 trait Embed {
     fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32>;
+    fn search(&self) -> Option<Box<dyn Search>>;
 }
 
 impl<D: Device<Real = f32>> Embed for D {
@@ -132,6 +133,9 @@ impl<D: Device<Real = f32>> Embed for D {
         })
         .expect("memory takes everything");
         out
+    }
+    fn search(&self) -> Option<Box<dyn Search>> {
+        Device::search(self)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Learned, Report};
 use crate::data::{Side, SideOf, Source, Split, Subset, Table};
-use crate::tasks::retrieval::{self, Recall};
+use crate::tasks::retrieval::{self, Recall, recall_on};
 use crate::train::Evaluation;
 
 /// The most pairs that recall over training is measured on: enough for a percent of its value, and less work than
@@ -12,7 +12,9 @@ const CURVE: usize = 4096;
 fn recall(learned: &Learned<'_>, source: &dyn Source) -> Recall {
     let [u, v] = [Side::U, Side::V].map(|side| learned.embed(&SideOf(source, side), side));
     let [u, v] = [&u, &v].map(|data| Table { data, dim: learned.config.dim });
-    retrieval::recall(learned.tilting, &u, &v)
+    // A card without room for it leaves it to the host.
+    let on_device = learned.device.search().and_then(|mut s| recall_on(&mut *s, learned.tilting, &u, &v).ok());
+    on_device.unwrap_or_else(|| retrieval::recall(learned.tilting, &u, &v))
 }
 
 /// Recall on the held-out pairs.

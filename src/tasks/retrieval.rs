@@ -1,8 +1,9 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, exact, square};
+use super::scores::{Pairs, Scorer, Scores, Slack, exact, square};
 use crate::data::Rows;
+use crate::device::{DeviceError, Search};
 use crate::objective::Tilting;
 use rayon::prelude::*;
 
@@ -20,7 +21,7 @@ pub struct Recall {
 }
 
 /// The best items of each query.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Best {
     /// `[queries, k]`, best first; ties: the lowest index.
     pub indices: Vec<usize>,
@@ -33,7 +34,10 @@ pub struct Best {
 /// # Panics
 /// When the two have different shapes.
 pub fn recall(tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Recall {
-    let [forth, back] = [own_ranks(tilting, u, v), own_ranks(tilting, v, u)];
+    of_ranks([own_ranks(tilting, u, v), own_ranks(tilting, v, u)])
+}
+
+fn of_ranks([forth, back]: [Vec<u32>; 2]) -> Recall {
     Recall {
         u_to_v_at_1: recall_at(&forth, 1),
         u_to_v_at_5: recall_at(&forth, 5),
@@ -45,6 +49,53 @@ pub fn recall(tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Recall {
 /// The share of ranks (from 0) below `k`.
 pub fn recall_at(ranks: &[u32], k: u32) -> f64 {
     ranks.iter().filter(|&&rank| rank < k).count() as f64 / ranks.len().max(1) as f64
+}
+
+/// [`recall`] by the scores of a device.
+///
+/// # Errors
+/// The device's own.
+///
+/// # Panics
+/// As [`recall`].
+pub fn recall_on(device: &mut dyn Search, tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Result<Recall, DeviceError> {
+    Ok(of_ranks([own_ranks_on(device, tilting, u, v)?, own_ranks_on(device, tilting, v, u)?]))
+}
+
+/// [`own_ranks`] by the scores of a device.
+fn own_ranks_on(
+    device: &mut dyn Search,
+    tilting: Tilting,
+    queries: &dyn Rows,
+    items: &dyn Rows,
+) -> Result<Vec<u32>, DeviceError> {
+    assert_eq!(queries.count(), items.count(), "query i's own item is item i");
+    let mut ranks = Vec::with_capacity(queries.count());
+    if queries.count() > 0 {
+        let scorer = Scorer::new(tilting, queries, items);
+        scorer.hold(device)?;
+        each_batch(&scorer, queries, |first, rows| Ok(ranks.extend(device.ranks(rows, first)?)))?;
+    }
+    Ok(ranks)
+}
+
+/// Queries that a device is given at a time.
+const BATCH: usize = 16_384;
+
+/// Calls `f` with the first of every [`BATCH`] of queries, and with all of them.
+fn each_batch(
+    scorer: &Scorer<'_>,
+    queries: &dyn Rows,
+    mut f: impl FnMut(usize, &[f32]) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let (n, dim) = (queries.count(), queries.dim());
+    let mut rows = vec![0f32; BATCH.min(n) * dim];
+    for first in (0..n).step_by(BATCH) {
+        let count = BATCH.min(n - first);
+        scorer.read_queries(first..first + count, &mut rows[..count * dim]);
+        f(first, &rows[..count * dim])?;
+    }
+    Ok(())
 }
 
 /// For each query i, how many of the items come before item i; scores are sums in f32.
@@ -80,17 +131,58 @@ const SPARE: usize = 16;
 /// When `k` is above the number of items, or dimensions differ.
 pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Best {
     assert!(k <= items.count(), "the best {k} of {} items", items.count());
-    let (n, dim, keep) = (queries.count(), items.dim(), k + SPARE);
-    let mut best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
     if k == 0 {
-        return best;
+        return Best::default();
     }
+    let keep = k + SPARE;
     let scorer = Scorer::new(tilting, queries, items);
-    let mut candidates: Vec<Candidates> = (0..n).map(|_| Candidates::default()).collect();
+    let mut candidates: Vec<Candidates> = (0..queries.count()).map(|_| Candidates::default()).collect();
     let slack = scorer.scan(Pairs::All, &mut candidates, |scores, candidates| candidates.take(&scores, keep));
+    candidates.par_iter_mut().for_each(|candidates| candidates.prune(keep));
+    settle(&scorer, k, candidates, slack)
+}
+
+/// [`top_k`] with candidates by the scores of a device: the same items, in the same order.
+///
+/// # Errors
+/// The device's own.
+///
+/// # Panics
+/// As [`top_k`].
+pub fn top_k_on(
+    device: &mut dyn Search,
+    tilting: Tilting,
+    queries: &dyn Rows,
+    items: &dyn Rows,
+    k: usize,
+) -> Result<Best, DeviceError> {
+    let count = items.count();
+    assert!(k <= count, "the best {k} of {count} items");
+    if k == 0 || queries.count() == 0 {
+        return Ok(Best::default());
+    }
+    // Its scores have a few roundings more.
+    let keep = (k + SPARE.max(k / 2)).min(count);
+    let scorer = Scorer::new(tilting, queries, items);
+    let mut candidates = Vec::with_capacity(queries.count());
+    let slack = scorer.hold(device)?;
+    each_batch(&scorer, queries, |_, rows| {
+        candidates.extend(device.nearest(rows, keep)?.chunks_exact(keep).map(|kept| {
+            let least = kept.iter().fold(f32::INFINITY, |least, &(score, _)| least.min(score));
+            Candidates { kept: kept.to_vec(), floor: if keep < count { least } else { f32::NEG_INFINITY } }
+        }));
+        Ok(())
+    })?;
+    Ok(settle(&scorer, k, candidates, slack))
+}
+
+/// The best `k` of each query in f64: of its candidates, or, where their scores do not tell, of all items.
+fn settle(scorer: &Scorer<'_>, k: usize, candidates: Vec<Candidates>, slack: Slack) -> Best {
+    let Scorer { tilting, queries, items, .. } = *scorer;
+    let (n, dim) = (queries.count(), items.dim());
+    let mut best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
     let out = best.indices.par_chunks_exact_mut(k).zip(best.scores.par_chunks_exact_mut(k));
-    candidates.par_iter_mut().zip(out).enumerate().for_each(|(i, (candidates, (indices, scores)))| {
-        candidates.prune(keep);
+    candidates.par_iter().zip(out).enumerate().for_each(|(i, (candidates, (indices, scores)))| {
         let (mut query, mut item) = (vec![0f32; dim], vec![0f32; dim]);
         scorer.read_queries(i..i + 1, &mut query);
         let slack = slack.of(square(&query).sqrt());

@@ -2,6 +2,7 @@
 
 use crate::data::Rows;
 use crate::device::cpu::{Isa, search};
+use crate::device::{DeviceError, Search};
 use crate::objective::Tilting;
 use kernels::law::Product;
 use rayon::prelude::*;
@@ -33,7 +34,8 @@ pub const QUERIES: usize = 48;
 /// What rounding can have done to the scores of a pass over all items.
 #[derive(Clone, Copy)]
 pub struct Slack {
-    dim: usize,
+    /// Roundings of a score.
+    terms: usize,
     /// Norm of the longest item, and the least offset.
     longest: f64,
     lowest: f32,
@@ -42,8 +44,7 @@ pub struct Slack {
 impl Slack {
     /// How far a query's scores may be from what they stand for.
     pub fn of(&self, query_norm: f64) -> f32 {
-        // Twice what a sum of so many products, each of rounded numbers, can lose.
-        let loss = (self.dim + 8) as f64 * f64::from(f32::EPSILON);
+        let loss = self.terms as f64 * f64::from(f32::EPSILON);
         (loss * (query_norm * self.longest - f64::from(self.lowest))) as f32
     }
 }
@@ -52,9 +53,9 @@ impl Slack {
 /// on the query alone: `dot` <q, x>, `cosine` <q, x/|x|>, `l2` <q, x> - |x|^2/2. Each is one sum in an order that
 /// depends on the dimension alone, so that equal items tie wherever they are. Sums that are no number rank last.
 pub struct Scorer<'a> {
-    tilting: Tilting,
-    queries: &'a dyn Rows,
-    items: &'a dyn Rows,
+    pub tilting: Tilting,
+    pub queries: &'a dyn Rows,
+    pub items: &'a dyn Rows,
     origin: Vec<f32>,
 }
 
@@ -77,11 +78,30 @@ impl<'a> Scorer<'a> {
         out.chunks_exact_mut(self.queries.dim()).for_each(|row| self.shift(row));
     }
 
+    /// Has `device` hold the items, made ready.
+    pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, DeviceError> {
+        let (count, dim) = (self.items.count(), self.items.dim());
+        let mut slack = Slack { terms: device.terms(dim), longest: 0.0, lowest: 0.0 };
+        device.hold(count, dim, &mut |first, rows, offsets| {
+            self.items.read(first, rows);
+            let ready = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
+                self.shift(row);
+                let (added, size) = prepare(self.tilting, row);
+                *offset = added;
+                (size, added)
+            });
+            let (size, added) = ready.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
+            (slack.longest, slack.lowest) = (slack.longest.max(size), slack.lowest.min(added));
+        })?;
+        Ok(slack)
+    }
+
     /// Calls `f` with runs of scores of every query and its state, items in order. On all cores: queries share them.
     pub fn scan<T: Send>(&self, pairs: Pairs, states: &mut [T], f: impl Fn(Scores<'_>, &mut T) + Sync) -> Slack {
         let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
         let isa = Isa::best();
-        let mut slack = Slack { dim, longest: 0.0, lowest: 0.0 };
+        // Twice what a sum of so many products, each of rounded numbers, can lose.
+        let mut slack = Slack { terms: dim + 8, longest: 0.0, lowest: 0.0 };
         let mut packed = vec![0f32; search::packed_len(ITEMS.min(m), dim)];
         let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![0f64; ITEMS]);
         for first_item in (0..m).step_by(ITEMS) {

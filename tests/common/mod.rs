@@ -108,6 +108,7 @@ impl Case {
 }
 
 /// What a [`Case`] makes.
+#[derive(Clone)]
 pub struct Data {
     pub u: Vec<f32>,
     pub v: Vec<f32>,

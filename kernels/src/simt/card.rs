@@ -1,7 +1,47 @@
 //! The words on an NVIDIA card: PTX, and nothing else. The only `asm!` of the house.
+//!
+//! What the lanes of a warp do together must stay where it is written. Of inline assembly the compiler does not know so:
+//! it may copy it into the arms of a branch, and a card whose lanes meet at two copies waits for ever. Of its own
+//! instructions for these words it does know. Left in assembly are those that it has none for (`wgmma`), or only one of
+//! types that Rust cannot hand over (`ldmatrix`, `stmatrix`: shared addresses; f16 `mma`: pairs of halves), none of them
+//! `pure`. `ptx/convergence.py` looks at all of them in the PTX.
 
 use super::Word;
 use core::arch::{asm, global_asm};
+
+unsafe extern "unadjusted" {
+    #[link_name = "llvm.nvvm.bar.warp.sync"]
+    fn bar_warp_sync(lanes: u32);
+    #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.all"]
+    fn barrier_all(id: u32);
+    #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.count"]
+    fn barrier_count(id: u32, threads: u32);
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
+    fn shfl_bfly_f32(lanes: u32, x: f32, mask: u32, clamp: u32) -> f32;
+    #[link_name = "llvm.nvvm.shfl.sync.idx.i32"]
+    fn shfl_idx_u32(lanes: u32, x: u32, from: u32, clamp: u32) -> u32;
+    #[link_name = "llvm.nvvm.vote.ballot.sync"]
+    fn vote_ballot(lanes: u32, x: bool) -> u32;
+    #[link_name = "llvm.nvvm.mma.m16n8k16.row.col.bf16"]
+    fn mma_m16n8k16_bf16(a: u32, b: u32, c: u32, d: u32, e: u32, f: u32, x: f32, y: f32, z: f32, w: f32) -> Four;
+    #[link_name = "llvm.nvvm.wgmma.fence.sync.aligned"]
+    fn wgmma_fence_sync();
+    #[link_name = "llvm.nvvm.wgmma.commit_group.sync.aligned"]
+    fn wgmma_commit_group();
+    #[link_name = "llvm.nvvm.wgmma.wait_group.sync.aligned"]
+    fn wgmma_wait_group(most: u64);
+    #[link_name = "llvm.nvvm.setmaxnreg.inc.sync.aligned.u32"]
+    fn setmaxnreg_inc(registers: u32);
+    #[link_name = "llvm.nvvm.setmaxnreg.dec.sync.aligned.u32"]
+    fn setmaxnreg_dec(registers: u32);
+}
+
+/// What a product gives a lane.
+#[repr(C)]
+struct Four(f32, f32, f32, f32);
+
+/// All lanes of a warp.
+const ALL: u32 = u32::MAX;
 
 global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
 
@@ -35,7 +75,7 @@ special! {
 pub fn lane() -> u32 {
     thread() & 31
 }
-/// Warp of the block, known to be the same in all its lanes.
+/// Warp of the block, known to be the same in all its lanes: which are asked, so that all must ask.
 #[inline(always)]
 pub fn warp() -> u32 {
     uniform(thread() >> 5)
@@ -52,8 +92,6 @@ macro_rules! statement {
     )*};
 }
 statement! {
-    /// All lanes of the warp meet; what they wrote is seen by all of them.
-    sync_warp = "bar.warp.sync -1;";
     /// Ends a group of this thread's `copy_async`.
     copy_commit = "cp.async.commit_group;";
     /// Waits until at most N of this thread's latest groups are in flight.
@@ -66,74 +104,41 @@ statement! {
     bulk_commit = "cp.async.bulk.commit_group;";
     /// Waits until this thread's TMA stores have read their shared memory.
     bulk_wait_read = "cp.async.bulk.wait_group.read 0;";
+}
+
+macro_rules! together {
+    ($($(#[$doc:meta])* $name:ident $(<$($c:ident),*>)? ($($x:ident: $type:ty),*) $(-> $out:ty)? = $call:expr;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name$(<$(const $c: u32),*>)?($($x: $type),*) $(-> $out)? {
+            // SAFETY: touches no memory of its own; lanes that do not all come are a hang, not unsafety.
+            unsafe { $call }
+        }
+    )*};
+}
+together! {
+    /// All threads of the block meet; what they wrote is seen by all.
+    sync() = barrier_all(0);
+    /// `THREADS` threads meet at barrier `ID` (1 to 15).
+    named_barrier<ID, THREADS>() = barrier_count(ID, THREADS);
+    /// All lanes of the warp meet; what they wrote is seen by all of them.
+    sync_warp() = bar_warp_sync(ALL);
+    /// `x` of the lane that differs in the bits of `mask`.
+    shuffle_xor(x: f32, mask: u32) -> f32 = shfl_bfly_f32(ALL, x, mask, 31);
+    /// `x` of lane 0.
+    uniform(x: u32) -> u32 = shfl_idx_u32(ALL, x, 0, 31);
+    /// A bit a lane: whose `x` is true.
+    ballot(x: bool) -> u32 = vote_ballot(ALL, x);
     /// Before the first wgmma on registers or memory that other instructions wrote.
-    wgmma_fence = "wgmma.fence.sync.aligned;";
+    wgmma_fence() = wgmma_fence_sync();
     /// Ends a group of wgmma.
-    wgmma_commit = "wgmma.commit_group.sync.aligned;";
+    wgmma_commit() = wgmma_commit_group();
     /// Waits until at most N of the latest groups are in flight.
-    wgmma_wait<N> = "wgmma.wait_group.sync.aligned {};";
+    wgmma_wait<N>() = wgmma_wait_group(N as u64);
     /// This warpgroup's registers a thread, up to N.
-    registers_up<N> = "setmaxnreg.inc.sync.aligned.u32 {};";
+    registers_up<N>() = setmaxnreg_inc(N);
     /// This warpgroup's registers a thread, down to N.
-    registers_down<N> = "setmaxnreg.dec.sync.aligned.u32 {};";
-}
-
-/// All threads of the block meet; what they wrote is seen by all. The compiler's own instruction, which it knows not to
-/// copy into the arms of a branch: of inline assembly it does not, and a warp whose lanes meet at two copies never goes on.
-#[inline(always)]
-pub fn sync() {
-    // SAFETY: synchronises, touches no memory of its own.
-    unsafe { core::arch::nvptx::_syncthreads() };
-}
-
-/// `THREADS` threads meet at barrier `ID` (1 to 15).
-#[inline(always)]
-pub fn named_barrier<const ID: u32, const THREADS: u32>() {
-    // SAFETY: as `sync`.
-    unsafe { asm!("bar.sync {}, {};", const ID, const THREADS, options(nostack)) };
-}
-
-/// `x` of the lane that differs in the bits of `mask`.
-#[inline(always)]
-pub fn shuffle_xor(x: f32, mask: u32) -> f32 {
-    let y: f32;
-    // SAFETY: all lanes take part.
-    unsafe { asm!("shfl.sync.bfly.b32 {}, {}, {}, 31, -1;", out(reg32) y, in(reg32) x, in(reg32) mask, options(nostack)) };
-    y
-}
-/// `x` of the lane that differs in the bits of `mask`, as an integer.
-#[inline(always)]
-pub fn shuffle_xor_u32(x: u32, mask: u32) -> u32 {
-    let y: u32;
-    // SAFETY: all lanes take part.
-    unsafe { asm!("shfl.sync.bfly.b32 {}, {}, {}, 31, -1;", out(reg32) y, in(reg32) x, in(reg32) mask, options(nostack)) };
-    y
-}
-/// `x` of lane 0.
-#[inline(always)]
-pub fn uniform(x: u32) -> u32 {
-    let y: u32;
-    // SAFETY: all lanes take part.
-    unsafe { asm!("shfl.sync.idx.b32 {}, {}, 0, 31, -1;", out(reg32) y, in(reg32) x, options(nostack)) };
-    y
-}
-/// A bit a lane: whose `x` is true.
-#[inline(always)]
-pub fn ballot(x: bool) -> u32 {
-    let y: u32;
-    // SAFETY: all lanes take part.
-    unsafe {
-        asm!("{{ .reg .pred p; setp.ne.u32 p, {x}, 0; vote.sync.ballot.b32 {y}, p, -1; }}", x = in(reg32) x as u32, y = out(reg32) y, options(nostack))
-    };
-    y
-}
-/// True in one lane of the warp.
-#[inline(always)]
-pub fn elect() -> bool {
-    let y: u32;
-    // SAFETY: all lanes take part.
-    unsafe { asm!("{{ .reg .pred p; elect.sync _|p, -1; selp.u32 {}, 1, 0, p; }}", out(reg32) y, options(nostack)) };
-    y != 0
+    registers_down<N>() = setmaxnreg_dec(N);
 }
 
 macro_rules! unary {
@@ -370,24 +375,24 @@ pub unsafe fn stmatrix(at: u32, x: [u32; 4]) {
     };
 }
 
-macro_rules! mma {
-    ($($name:ident = $type:literal;)*) => {$(
-        /// [`super::Half::mma`].
-        #[inline(always)]
-        pub fn $name(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
-            // SAFETY: registers only; all lanes take part.
-            unsafe {
-                asm!(concat!("mma.sync.aligned.m16n8k16.row.col.f32.", $type, ".", $type, ".f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};"),
-                    inout(reg32) acc[0], inout(reg32) acc[1], inout(reg32) acc[2], inout(reg32) acc[3],
-                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1],
-                    options(pure, nomem, nostack))
-            };
-        }
-    )*};
+/// [`super::Half::mma`].
+#[inline(always)]
+pub fn mma_bf16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    // SAFETY: registers only; all lanes take part.
+    let Four(x, y, z, w) =
+        unsafe { mma_m16n8k16_bf16(a[0], a[1], a[2], a[3], b[0], b[1], acc[0], acc[1], acc[2], acc[3]) };
+    *acc = [x, y, z, w];
 }
-mma! {
-    mma_bf16 = "bf16";
-    mma_f16 = "f16";
+/// [`super::Half::mma`].
+#[inline(always)]
+pub fn mma_f16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    // SAFETY: registers only; all lanes take part.
+    unsafe {
+        asm!("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
+            inout(reg32) acc[0], inout(reg32) acc[1], inout(reg32) acc[2], inout(reg32) acc[3],
+            in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1],
+            options(nomem, nostack))
+    };
 }
 
 /// A barrier at `at` that `arrivals` arrivals complete.

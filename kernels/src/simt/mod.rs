@@ -2,9 +2,9 @@
 //!
 //! | what | words |
 //! | --- | --- |
-//! | where am I | `thread` `lane` `warp` `block_x/y/z` `grid_x` |
-//! | meeting | `sync` `named_barrier` `sync_warp` `cluster_sync` |
-//! | lanes of a warp | `shuffle_xor` `uniform` `elect` |
+//! | where am I | `thread` `lane` `block_x/y/z` `grid_x` |
+//! | meeting | `sync` `named_barrier` `sync_warp` |
+//! | lanes of a warp | `warp` `shuffle_xor` `uniform` `ballot`: all 32 come to them |
 //! | numbers | `exp2` `log2` `reciprocal` `sqrt` `fma`, [`Half`] |
 //! | global memory | `load` `store` `store_where` (scalars and 8- or 16-byte vectors) |
 //! | shared memory | `shared_base` `load_shared` `store_shared` `ldmatrix` `ldmatrix_t` `stmatrix` |

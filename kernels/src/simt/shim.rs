@@ -10,6 +10,7 @@
 //! * a lane that returns before its copies and products are over;
 //! * barriers that some lanes never reach, phases that never complete, arrivals too many: the deadlock is reported with
 //!   who waits for what;
+//! * lanes of a warp (for `wgmma`, of a warpgroup) that meet from different lines of the source;
 //! * shared memory written by stores and read by TMA or wgmma without `fence_async`.
 //!
 //! What it cannot see: whether its model of swizzle and descriptors is the silicon's, order of memory between blocks,
@@ -19,6 +20,7 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::panic::Location;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -104,12 +106,15 @@ struct Shadow {
 enum Meeting {
     Barrier(u32),
     Warp(u32),
+    Warpgroup(u32),
 }
 
 #[derive(Default)]
 struct Gathering {
     generation: u64,
     arrived: Vec<u32>,
+    /// The line from which each of them came.
+    places: Vec<&'static Location<'static>>,
     expected: u32,
 }
 
@@ -511,11 +516,23 @@ impl Mbarrier {
     }
 }
 
-/// All `expected` lanes meet, and know of each other's accesses if `order`.
+/// All `expected` lanes meet, and know of each other's accesses if `order`. Those who must come together come from one
+/// line: on a card a second one is another instruction.
+#[track_caller]
 fn gather(at: Meeting, expected: u32, order: bool) {
+    let place = Location::caller();
     let generation = block(|b| {
         let g = b.gatherings.entry(at).or_default();
         let generation = g.generation;
+        let together = if matches!(at, Meeting::Warpgroup(_)) { 128 } else { 32 };
+        for (&other, &elsewhere) in g.arrived.iter().zip(&g.places) {
+            assert!(
+                other / together != LANE.get() / together || elsewhere == place,
+                "{at:?}: lane {} comes from {place}, lane {other} from {elsewhere}",
+                me()
+            );
+        }
+        g.places.push(place);
         assert!(
             g.arrived.is_empty() || g.expected == expected,
             "{at:?}: lane {} expects {expected} lanes, others {}",
@@ -526,6 +543,7 @@ fn gather(at: Meeting, expected: u32, order: bool) {
         g.arrived.push(LANE.get());
         if g.arrived.len() == expected as usize {
             let arrived = std::mem::take(&mut g.arrived);
+            g.places.clear();
             g.generation += 1;
             if order {
                 b.meet(&arrived);
@@ -537,6 +555,7 @@ fn gather(at: Meeting, expected: u32, order: bool) {
 }
 
 /// What every lane of the warp puts in, in all of them.
+#[track_caller]
 fn exchange(mine: [u32; 8]) -> [[u32; 8]; 32] {
     let (warp, lane) = (me() / 32, me() % 32);
     let at = Meeting::Warp(warp as u32);
@@ -932,8 +951,9 @@ pub mod words {
     pub fn lane() -> u32 {
         LANE.get() % 32
     }
+    #[track_caller]
     pub fn warp() -> u32 {
-        LANE.get() / 32
+        uniform(LANE.get() / 32)
     }
     pub fn block_x() -> u32 {
         block(|b| b.at[0])
@@ -948,6 +968,7 @@ pub mod words {
         block(|b| b.grid[0])
     }
 
+    #[track_caller]
     pub fn sync() {
         if omitted(Call::Sync) {
             return;
@@ -955,31 +976,29 @@ pub mod words {
         let all = block(|b| b.lanes.len() as u32);
         gather(Meeting::Barrier(0), all, true);
     }
+    #[track_caller]
     pub fn named_barrier<const ID: u32, const THREADS: u32>() {
         if omitted(Call::NamedBarrier) {
             return;
         }
         gather(Meeting::Barrier(ID), THREADS, true);
     }
+    #[track_caller]
     pub fn sync_warp() {
         gather(Meeting::Warp(LANE.get() / 32), 32, true);
     }
 
+    #[track_caller]
     pub fn shuffle_xor(x: f32, mask: u32) -> f32 {
-        f32::from_bits(shuffle_xor_u32(x.to_bits(), mask))
+        f32::from_bits(exchange([x.to_bits(); 8])[(lane() ^ mask) as usize][0])
     }
-    pub fn shuffle_xor_u32(x: u32, mask: u32) -> u32 {
-        exchange([x; 8])[(lane() ^ mask) as usize][0]
-    }
+    #[track_caller]
     pub fn uniform(x: u32) -> u32 {
         exchange([x; 8])[0][0]
     }
+    #[track_caller]
     pub fn ballot(x: bool) -> u32 {
         exchange([u32::from(x); 8]).iter().rev().fold(0, |bits, x| bits << 1 | x[0])
-    }
-    pub fn elect() -> bool {
-        exchange([0; 8]);
-        lane() == 0
     }
 
     pub fn exp2(x: f32) -> f32 {
@@ -1112,6 +1131,7 @@ pub mod words {
         });
     }
 
+    #[track_caller]
     pub unsafe fn ldmatrix(at: u32) -> [u32; 4] {
         let rows = exchange([at; 8]);
         std::array::from_fn(|i| {
@@ -1123,6 +1143,7 @@ pub mod words {
             })
         })
     }
+    #[track_caller]
     pub unsafe fn ldmatrix_t(at: u32) -> [u32; 4] {
         let rows = exchange([at; 8]);
         std::array::from_fn(|i| {
@@ -1136,6 +1157,7 @@ pub mod words {
             half(lane() % 4 * 2) | half(lane() % 4 * 2 + 1) << 16
         })
     }
+    #[track_caller]
     pub unsafe fn stmatrix(at: u32, x: [u32; 4]) {
         let rows = exchange([at; 8]);
         for (i, x) in x.iter().enumerate() {
@@ -1336,15 +1358,24 @@ pub mod words {
         wgmma_n128_f16 wgmma_n128_f16_registers 64 unpack_f16;
         wgmma_n256_f16 wgmma_n256_f16_registers 128 unpack_f16;
     }
+    #[track_caller]
+    fn meet_group() {
+        gather(Meeting::Warpgroup(LANE.get() / 128), 128, false);
+    }
+    #[track_caller]
     pub fn wgmma_fence() {
         if omitted(Call::WgmmaFence) {
             return;
         }
+        meet_group();
         block(|b| b.lanes[me()].fences += 1);
     }
+    #[track_caller]
     pub fn wgmma_commit() {
+        meet_group();
         block(|b| b.lanes[me()].products.push_back(Vec::new()));
     }
+    #[track_caller]
     pub fn wgmma_wait<const N: u32>() {
         if omitted(Call::WgmmaWait) {
             return;
@@ -1357,6 +1388,12 @@ pub mod words {
         // The warp's reads are over for all its lanes: any of them may release the operands.
         sync_warp();
     }
-    pub fn registers_up<const N: u32>() {}
-    pub fn registers_down<const N: u32>() {}
+    #[track_caller]
+    pub fn registers_up<const N: u32>() {
+        meet_group();
+    }
+    #[track_caller]
+    pub fn registers_down<const N: u32>() {
+        meet_group();
+    }
 }

@@ -759,7 +759,7 @@ impl<C: Card> Cuda<C> {
                 pitch: pitch as u32,
                 norm_scale: if call.squared { (call.tilt * LOG2_E) as f32 } else { 0.0 },
                 scale: 1.0,
-                reserved: 0,
+                behind: 0.0,
             };
             let kernel = if r.singles { &call.kernels.prepare_f32 } else { &call.kernels.prepare_half };
             self.run(kernel, [blocks(r.rows, 8), 1, 1], &args)?;

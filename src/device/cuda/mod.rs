@@ -5,11 +5,13 @@
 //! | [`card`] | what an engine asks of a card, and memory over whatever answers: the driver, or an emulation in tests |
 //! | [`driver`] | the card that is there |
 //! | [`contrast`] | losses: which launches, in which order |
+//! | [`search`] | ranks and best matches |
 //! | `verbs` | what encoders and optimisers are made of |
 
 pub mod card;
 pub mod contrast;
 pub mod driver;
+pub mod search;
 mod verbs;
 
 pub use card::{Arena, Buffer, Card};

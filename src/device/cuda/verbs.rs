@@ -6,9 +6,10 @@
 use super::CudaError;
 use super::card::{Arena, Buffer, Card};
 use super::contrast::{Cuda, Out, Rows};
+use super::search::Searcher;
 use crate::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling,
-    Scalars, View, ViewMut,
+    Scalars, Search, View, ViewMut,
 };
 use crate::objective::{Loss, LossError, Precision, Write};
 use kernels::abi::{self, Kernel};
@@ -175,6 +176,9 @@ impl<C: Card> Device for Cuda<C> {
     fn finish(&self) -> Result<(), DeviceError> {
         self.attempt(|_| self.card.synchronise());
         self.failure().map_err(DeviceError::from)
+    }
+    fn search(&self) -> Option<Box<dyn Search>> {
+        Some(Box::new(Searcher::new(&self.card)))
     }
 
     fn gemm(&self, shape: Gemm, a: View<'_, Buf<C>>, b: View<'_, Buf<C>>, c: Write<ViewMut<'_, Buf<C>>>) {

@@ -11,8 +11,9 @@
 
 use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, blocks, only_cpu, scalar};
 use crate::device::cuda::CudaError;
-use crate::device::cuda::card::Card;
+use crate::device::cuda::card::{Card, Element};
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
+use half::{bf16, f16};
 use kernels::abi::{self, Logits};
 use kernels::entries as e;
 use std::borrow::Cow;
@@ -27,6 +28,7 @@ struct Slots {
     shift: &'static str,
     target: &'static str,
     host_target: &'static str,
+    host_rounded: &'static str,
     other: &'static str,
     residual: &'static str,
     offset: &'static str,
@@ -38,6 +40,7 @@ const SLOTS: [Slots; 2] = [
         shift: "mean features of u",
         target: "targets of u",
         host_target: "host targets of u",
+        host_rounded: "host rounded targets of u",
         other: "factor of u",
         residual: "residual of u",
         offset: "offset of the factor of u",
@@ -47,6 +50,7 @@ const SLOTS: [Slots; 2] = [
         shift: "mean features of v",
         target: "targets of v",
         host_target: "host targets of v",
+        host_rounded: "host rounded targets of v",
         other: "factor of v",
         residual: "residual of v",
         offset: "offset of the factor of v",
@@ -112,8 +116,15 @@ impl<C: Card> Cuda<C> {
                 let mut pulled = Pulled { parts: vec![], bound: 0.0, loss: None };
                 for (which, lambda) in [lambda_u, lambda_v].into_iter().enumerate() {
                     if lambda > 0.0 {
-                        let (part, bound) =
-                            self.conditional_residual(call, which, lambda, features[which], targets[which], scalars)?;
+                        let (part, bound) = self.conditional_residual(
+                            call,
+                            batch,
+                            which,
+                            lambda,
+                            features[which],
+                            targets[which],
+                            scalars,
+                        )?;
                         pulled.parts.push(part);
                         pulled.bound += bound;
                     }
@@ -140,10 +151,39 @@ impl<C: Card> Cuda<C> {
         Ok(targets)
     }
 
+    /// Mean features of each column's (`which` 0) or row's positives as products see them; null where a positive is one.
+    fn rounded_targets(
+        &mut self,
+        call: &Call,
+        batch: &Batch<'_>,
+        which: usize,
+        f: &Features,
+    ) -> Result<*const f32, CudaError> {
+        if matches!(batch.pairs.positives, Positives::Diagonal) {
+            return Ok(null());
+        }
+        let moments = batch.moments.as_ref().expect("validated: MMD has moments");
+        let matrix = features(moments).expect("they were there for the targets")[which];
+        let mut shift = vec![0f32; matrix.dim];
+        self.arena.download(SLOTS[which].shift, &mut shift)?;
+        let round = |x: f32| match call.kernels.element {
+            Element::F16 => f16::from_f32(x).to_f32(),
+            _ => bf16::from_f32(x).to_f32(),
+        };
+        let mut rows = singles(matrix).into_owned();
+        for row in rows.chunks_exact_mut(matrix.dim) {
+            row.iter_mut().zip(&shift).for_each(|(x, shift)| *x = round((*x - shift) * f.unit as f32));
+        }
+        let mut means = vec![0f32; [batch.v.rows, batch.u.rows][which] * matrix.dim];
+        self.pairing.target_means(batch, which == 1, &rows, matrix.dim, &mut means);
+        Ok(self.put(SLOTS[which].host_rounded, &means)?)
+    }
+
     /// The part of the softmaxes whose rows (`which` 1) or columns (0) carry features of the other side.
     fn conditional_residual(
         &mut self,
         call: &Call,
+        batch: &Batch<'_>,
         which: usize,
         lambda: f64,
         features: Rows,
@@ -161,6 +201,7 @@ impl<C: Card> Cuda<C> {
         } else {
             (part.norm_u, part.target_u) = (side.norm, side.target);
         }
+        let rounded = self.rounded_targets(call, batch, which, &f)?;
         let (acc, gain) = self.carry(call, part, which == 0, &f, slots.residual, most)?;
         let dim = features.dim;
         let out: *mut u16 = self.arena.get(slots.other, side.rows * f.rows.pitch)?;
@@ -169,6 +210,7 @@ impl<C: Card> Cuda<C> {
         let args = abi::Residual {
             acc,
             target,
+            rounded,
             shift: f.shift,
             share: side.share,
             norm: side.norm.cast_mut(),
@@ -251,7 +293,7 @@ impl<C: Card> Cuda<C> {
         self.run(&e::GEMM_NN_BF16, [blocks(dims[1], 128), blocks(n, 128), 1], &args)?;
         let halves: *mut u16 = self.arena.get(SLOTS[1].other, n * f_v.rows.pitch)?;
         let rows = Rows { at: left.cast_const().cast(), singles: true, rows: n, dim: dims[1] };
-        self.round(call, rows, null(), halves, f_v.rows.pitch, 1.0)?;
+        self.round(call, rows, null(), halves, f_v.rows.pitch, 1.0, 0.0)?;
         let offset = self.put(SLOTS[1].offset, &vec![(-mean * unit * f_v.unit) as f32; n])?;
         // Softmaxes without targets, whose weights take the units back.
         let mut total = [0f32; 2];
@@ -265,9 +307,10 @@ impl<C: Card> Cuda<C> {
         Ok(Pulled { parts: vec![part], bound, loss: Some(loss) })
     }
 
-    /// Features from their mean (`centred`) in halves, in units of which the longest has one at most.
+    /// Features from their mean (`centred`), with a 1 behind each, or as they are, in halves, in units of which the longest has one at most.
     fn features(&mut self, call: &Call, slots: &Slots, rows: Rows, centred: bool) -> Result<Features, CudaError> {
-        let pitch = rows.dim.next_multiple_of(8);
+        let dim = rows.dim + usize::from(centred);
+        let pitch = dim.next_multiple_of(8);
         let halves: *mut u16 = self.arena.get(slots.halves, rows.rows * pitch)?;
         let shift = if centred { self.mean_row(call, &[rows], slots.shift)? } else { null_mut() };
         // Lengths by way of bf16, whose range is that of f32.
@@ -285,17 +328,18 @@ impl<C: Card> Cuda<C> {
             pitch: pitch as u32,
             norm_scale: 1.0,
             scale: 1.0,
-            reserved: 0,
+            behind: 0.0,
         };
         self.run(&e::PREPARE_BF16_F32, [blocks(rows.rows, 8), 1, 1], &args)?;
         let mut lengths = vec![0f32; rows.rows];
         self.arena.download("lengths of features", &mut lengths)?;
         let unit = inverse_power(f64::from(lengths.into_iter().fold(0.0, f32::max)).sqrt());
-        self.round(call, rows, shift, halves, pitch, unit)?;
-        Ok(Features { rows: Carried { at: halves, dim: rows.dim, pitch }, count: rows.rows, shift, unit })
+        self.round(call, rows, shift, halves, pitch, unit, f32::from(u8::from(centred)))?;
+        Ok(Features { rows: Carried { at: halves, dim, pitch }, count: rows.rows, shift, unit })
     }
 
-    /// `scale (x - shift)` in halves.
+    /// `scale (x - shift)` in halves, and `behind` behind each row.
+    #[allow(clippy::too_many_arguments, reason = "one launch")]
     fn round(
         &self,
         call: &Call,
@@ -304,6 +348,7 @@ impl<C: Card> Cuda<C> {
         out: *mut u16,
         pitch: usize,
         scale: f64,
+        behind: f32,
     ) -> Result<(), CudaError> {
         let args = abi::Prepare {
             x: rows.at,
@@ -318,7 +363,7 @@ impl<C: Card> Cuda<C> {
             pitch: pitch as u32,
             norm_scale: 0.0,
             scale: scale as f32,
-            reserved: 0,
+            behind,
         };
         self.run(&call.kernels.prepare_f32, [blocks(rows.rows, 8), 1, 1], &args)
     }
