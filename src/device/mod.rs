@@ -20,6 +20,9 @@ pub trait Engine {
     fn scratch_bytes(&self) -> usize;
 }
 
+/// `read(first, rows, offsets)` gives items `[_, dim]` from `first` on, and what is added to their scores.
+pub type ReadItems<'a> = dyn FnMut(usize, &mut [f32], &mut [f32]) + 'a;
+
 /// Exact search on a device: items are held, queries come. A score is `<query, item>` plus the item's offset, -inf where that
 /// is no number: one sum in an order that depends on the dimension alone, so that equal items tie wherever they are. Of equal
 /// scores the lowest index is the best.
@@ -27,17 +30,11 @@ pub trait Search {
     /// Roundings of a score of `dim` products, each of at most [`f32::EPSILON`] of the two norms.
     fn terms(&self, dim: usize) -> usize;
 
-    /// Takes `count` > 0 items in place of those held: `read(first, rows, offsets)` gives rows `[_, dim]` from `first` on
-    /// and what is added to their scores.
+    /// Takes `count` > 0 items of `dim` numbers in place of those held.
     ///
     /// # Errors
     /// The device's own.
-    fn hold(
-        &mut self,
-        count: usize,
-        dim: usize,
-        read: &mut dyn FnMut(usize, &mut [f32], &mut [f32]),
-    ) -> Result<(), DeviceError>;
+    fn hold(&mut self, count: usize, dim: usize, read: &mut ReadItems<'_>) -> Result<(), DeviceError>;
 
     /// For each of `queries` `[_, dim]`, at least one, the score and index of the `keep` best items, in no order;
     /// `keep` is at least one and at most as many as are held.

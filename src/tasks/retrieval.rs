@@ -74,7 +74,10 @@ fn own_ranks_on(
     if queries.count() > 0 {
         let scorer = Scorer::new(tilting, queries, items);
         scorer.hold(device)?;
-        each_batch(&scorer, queries, |first, rows| Ok(ranks.extend(device.ranks(rows, first)?)))?;
+        each_batch(&scorer, queries, |first, rows| {
+            ranks.extend(device.ranks(rows, first)?);
+            Ok(())
+        })?;
     }
     Ok(ranks)
 }

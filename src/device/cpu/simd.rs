@@ -955,8 +955,12 @@ mod x86 {
         /// `sum + a_0 b_0 + a_1 b_1`.
         #[inline(always)]
         pub fn dot(self, b: Self, sum: Zmm) -> Zmm {
-            // SAFETY: both types are 512 bits of which all values are valid; CPU features as in the module's note.
-            Zmm(unsafe { _mm512_dpbf16_ps(sum.0, std::mem::transmute(self.0), std::mem::transmute(b.0)) })
+            // SAFETY: both types are 512 bits of which all values are valid.
+            let (a, b) = unsafe {
+                (std::mem::transmute::<__m512i, __m512bh>(self.0), std::mem::transmute::<__m512i, __m512bh>(b.0))
+            };
+            // SAFETY: CPU features as in the module's note.
+            Zmm(unsafe { _mm512_dpbf16_ps(sum.0, a, b) })
         }
         #[inline(always)]
         pub fn store(self, to: &mut [Pair]) {

@@ -3,7 +3,7 @@
 
 use super::CudaError;
 use super::card::{Arena, Card};
-use crate::device::{DeviceError, Search};
+use crate::device::{DeviceError, ReadItems, Search};
 use kernels::abi::{self, Kernel};
 use kernels::entries as e;
 use std::ptr::null_mut;
@@ -101,7 +101,7 @@ impl<C: Card> Searcher<C> {
         unsafe { self.card.launch(kernel, grid, args) }
     }
 
-    fn hold(&mut self, count: usize, dim: usize, read: &mut Read<'_>) -> Result<(), CudaError> {
+    fn hold(&mut self, count: usize, dim: usize, read: &mut ReadItems<'_>) -> Result<(), CudaError> {
         // Numbers of kernels are 32 bits wide, and a tile may reach past the last item.
         if count > u32::MAX as usize - TILE || dim > u32::MAX as usize / 4 {
             return Err(CudaError::Shape("fewer than 2^32 items"));
@@ -157,14 +157,12 @@ impl<C: Card> Searcher<C> {
     }
 }
 
-type Read<'a> = dyn FnMut(usize, &mut [f32], &mut [f32]) + 'a;
-
 impl<C: Card> Search for Searcher<C> {
     fn terms(&self, dim: usize) -> usize {
         // Three products, of whose sum tensor cores cut off what f32 would round; and what two f16 lack of an f32.
         6 * dim + 64
     }
-    fn hold(&mut self, count: usize, dim: usize, read: &mut Read<'_>) -> Result<(), DeviceError> {
+    fn hold(&mut self, count: usize, dim: usize, read: &mut ReadItems<'_>) -> Result<(), DeviceError> {
         Ok(self.hold(count, dim, read)?)
     }
     fn nearest(&mut self, queries: &[f32], keep: usize) -> Result<Vec<(f32, u32)>, DeviceError> {

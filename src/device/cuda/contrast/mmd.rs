@@ -65,6 +65,15 @@ struct Features {
     unit: f64,
 }
 
+/// The softmaxes of rows (`which` 1) or columns (0), and the features of the other side that they carry.
+struct Softmaxes {
+    which: usize,
+    lambda: f64,
+    features: Rows,
+    /// Mean features of the positives.
+    target: *const f32,
+}
+
 /// What the gradient of an MMD loss is pulled by.
 pub(super) struct Pulled {
     pub(super) parts: Vec<Part>,
@@ -116,15 +125,8 @@ impl<C: Card> Cuda<C> {
                 let mut pulled = Pulled { parts: vec![], bound: 0.0, loss: None };
                 for (which, lambda) in [lambda_u, lambda_v].into_iter().enumerate() {
                     if lambda > 0.0 {
-                        let (part, bound) = self.conditional_residual(
-                            call,
-                            batch,
-                            which,
-                            lambda,
-                            features[which],
-                            targets[which],
-                            scalars,
-                        )?;
+                        let softmaxes = Softmaxes { which, lambda, features: features[which], target: targets[which] };
+                        let (part, bound) = self.conditional_residual(call, batch, softmaxes, scalars)?;
                         pulled.parts.push(part);
                         pulled.bound += bound;
                     }
@@ -179,15 +181,12 @@ impl<C: Card> Cuda<C> {
         Ok(self.put(SLOTS[which].host_rounded, &means)?)
     }
 
-    /// The part of the softmaxes whose rows (`which` 1) or columns (0) carry features of the other side.
+    /// The part of one side's softmaxes.
     fn conditional_residual(
         &mut self,
         call: &Call,
         batch: &Batch<'_>,
-        which: usize,
-        lambda: f64,
-        features: Rows,
-        target: *const f32,
+        Softmaxes { which, lambda, features, target }: Softmaxes,
         scalars: *mut f64,
     ) -> Result<(Part, f64), CudaError> {
         let slots = &SLOTS[which];
