@@ -6,17 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-target/gpu-check}
 mkdir -p "$out"
 
-cargo build --release
-cp target/release/contrastive "$out/"
-for test in cuda verbs; do
-    path=$(cargo test --release --test "$test" --no-run --message-format json |
-        python3 -c 'import json, sys
+# The command line comes with the tests that run it.
+cargo test --release --test cuda --test verbs --no-run --message-format json |
+    python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and "test" in message["target"]["kind"]:
-        print(message["executable"])')
-    cp "$path" "$out/$test"
-done
+    if message.get("executable") and message["target"]["kind"][0] in ("bin", "test"):
+        print(message["executable"], message["target"]["name"])' |
+    while read -r path name; do cp "$path" "$out/$name"; done
 strip "$out/contrastive" "$out/cuda" "$out/verbs"
 cp benches/gpu/check.sh benches/gpu/peers.py "$out/"
 git rev-parse HEAD >"$out/commit"

@@ -1,8 +1,10 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, Slack, exact, square};
+use super::scores::{Pairs, Scorer, Scores};
 use crate::data::Rows;
+use crate::device::cpu::search::{Operand, Pair};
+use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
 use crate::objective::Tilting;
 use rayon::prelude::*;
@@ -124,25 +126,34 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<
     ranks.into_iter().map(|(_, rank)| rank).collect()
 }
 
-/// More candidates than asked for: of those that f32 can hardly tell apart, f64 chooses.
+/// More candidates than asked for: of those that rounding can hardly tell apart, f64 chooses.
 const SPARE: usize = 16;
+/// Scores looked at together: a register of them.
+const FEW: usize = 16;
+/// From this dimension on products of bf16 make up for looking at more candidates.
+const WIDE: usize = 48;
 
 /// The `k` items of largest s(query, item) for each query, in the order of their scores in f64: found among the best by
-/// scores in f32, or, where rounding could have left one of them out, among all. Memory is O(queries k).
+/// scores in bf16 where there are units for it, by scores in f32, or, where rounding could have left one of them out, among
+/// all. Memory is O(queries k).
 ///
 /// # Panics
 /// When `k` is above the number of items, or dimensions differ.
 pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Best {
+    top_k_under(Isa::best(), tilting, queries, items, k)
+}
+
+fn top_k_under(isa: Isa, tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Best {
     assert!(k <= items.count(), "the best {k} of {} items", items.count());
-    if k == 0 {
-        return Best::default();
+    let mut search = Settling::new(Scorer::new(tilting, queries, items), k);
+    if k > 0 {
+        if let Some(isa) = isa.pairs().filter(|_| items.dim() >= WIDE) {
+            search.narrow::<Pair>(isa);
+        }
+        search.narrow::<f32>(isa);
+        search.look_at_all();
     }
-    let keep = k + SPARE;
-    let scorer = Scorer::new(tilting, queries, items);
-    let mut candidates: Vec<Candidates> = (0..queries.count()).map(|_| Candidates::default()).collect();
-    let slack = scorer.scan(Pairs::All, &mut candidates, |scores, candidates| candidates.take(&scores, keep));
-    candidates.par_iter_mut().for_each(|candidates| candidates.prune(keep));
-    settle(&scorer, k, candidates, slack)
+    search.best
 }
 
 /// [`top_k`] with candidates by the scores of a device: the same items, in the same order.
@@ -169,44 +180,115 @@ pub fn top_k_on(
     let scorer = Scorer::new(tilting, queries, items);
     let mut candidates = Vec::with_capacity(queries.count());
     let slack = scorer.hold(device)?;
-    each_batch(&scorer, queries, |_, rows| {
+    let mut search = Settling::new(scorer, k);
+    each_batch(&search.scorer, queries, |_, rows| {
         candidates.extend(device.nearest(rows, keep)?.chunks_exact(keep).map(|kept| {
             let least = kept.iter().fold(f32::INFINITY, |least, &(score, _)| least.min(score));
             Candidates { kept: kept.to_vec(), floor: if keep < count { least } else { f32::NEG_INFINITY } }
         }));
         Ok(())
     })?;
-    Ok(settle(&scorer, k, candidates, slack))
+    search.settle(&candidates, |query| slack.of(inner(query, query).sqrt(), 0.0));
+    search.look_at_all();
+    Ok(search.best)
 }
 
-/// The best `k` of each query in f64: of its candidates, or, where their scores do not tell, of all items.
-fn settle(scorer: &Scorer<'_>, k: usize, candidates: Vec<Candidates>, slack: Slack) -> Best {
-    let Scorer { tilting, queries, items, .. } = *scorer;
-    let (n, dim) = (queries.count(), items.dim());
-    let mut best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
-    let out = best.indices.par_chunks_exact_mut(k).zip(best.scores.par_chunks_exact_mut(k));
-    candidates.par_iter().zip(out).enumerate().for_each(|(i, (candidates, (indices, scores)))| {
-        let (mut query, mut item) = (vec![0f32; dim], vec![0f32; dim]);
-        scorer.read_queries(i..i + 1, &mut query);
-        let slack = slack.of(square(&query).sqrt());
-        queries.read(i, &mut query);
-        let mut again = |j: usize| {
-            items.read(j, &mut item);
-            (exact(tilting, &query, &item), j)
-        };
-        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        let mut found: Vec<(f64, usize)> = candidates.kept.iter().map(|&(_, j)| again(j as usize)).collect();
-        found.sort_unstable_by(order);
-        if found.len() < items.count() && !candidates.certain(&found[..k], slack) {
-            found = (0..items.count()).map(again).collect();
-            found.select_nth_unstable_by(k - 1, order);
-            found[..k].sort_unstable_by(order);
+/// A search of which some queries are settled.
+struct Settling<'a> {
+    scorer: Scorer<'a>,
+    k: usize,
+    best: Best,
+    /// Queries of which it is not certain yet.
+    open: Vec<usize>,
+}
+
+impl<'a> Settling<'a> {
+    fn new(scorer: Scorer<'a>, k: usize) -> Self {
+        let n = scorer.queries.count();
+        let best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
+        Settling { scorer, k, best, open: (0..n).collect() }
+    }
+
+    /// Settles what scores of operands `O` can tell.
+    fn narrow<O: Operand>(&mut self, isa: O::Isa) {
+        if self.open.is_empty() {
+            return;
         }
-        for ((index, score), (s, j)) in indices.iter_mut().zip(scores).zip(found) {
-            (*index, *score) = (j, s);
+        let keep = self.k + SPARE;
+        let mut candidates: Vec<Candidates> = self.open.iter().map(|_| Candidates::default()).collect();
+        let chosen = Chosen { rows: self.scorer.queries, which: &self.open };
+        let scorer = self.scorer.of(&chosen);
+        let slack = scorer.scan_as::<O, _>(isa, Pairs::All, &mut candidates, |scores, candidates| {
+            candidates.take(&scores, keep);
+        });
+        candidates.par_iter_mut().for_each(|candidates| candidates.prune(keep));
+        let dim = self.scorer.items.dim();
+        self.settle(&candidates, |query| {
+            let mut distance = [0.0];
+            O::of(isa, query, dim, &mut Vec::new(), &mut distance);
+            slack.of(inner(query, query).sqrt(), distance[0])
+        });
+    }
+
+    /// Settles the open queries, each by its candidates, of which `slack` says how far their scores may be off.
+    fn settle(&mut self, candidates: &[Candidates], slack: impl Fn(&[f32]) -> f64 + Sync) {
+        let Settling { scorer, k, open, .. } = &*self;
+        let k = *k;
+        let (count, dim) = (scorer.items.count(), scorer.items.dim());
+        let found: Vec<Option<Vec<(f64, usize)>>> = open
+            .par_iter()
+            .zip(candidates)
+            .map(|(&i, candidates)| {
+                let mut query = vec![0f32; dim];
+                scorer.read_queries(i..i + 1, &mut query);
+                let close = candidates.close(k, count, slack(&query))?;
+                Some(scorer.exactly(i, close, k))
+            })
+            .collect();
+        let open = std::mem::take(&mut self.open);
+        for (i, found) in open.into_iter().zip(found) {
+            match found {
+                Some(found) => self.put(i, found),
+                None => self.open.push(i),
+            }
         }
-    });
-    best
+    }
+
+    /// Settles the open queries by the exact scores of all items.
+    fn look_at_all(&mut self) {
+        let (scorer, k) = (&self.scorer, self.k);
+        let all = |i: usize| scorer.exactly(i, 0..scorer.items.count(), k);
+        let found: Vec<_> = self.open.par_iter().map(|&i| all(i)).collect();
+        for (i, found) in std::mem::take(&mut self.open).into_iter().zip(found) {
+            self.put(i, found);
+        }
+    }
+
+    fn put(&mut self, i: usize, found: Vec<(f64, usize)>) {
+        for (at, (score, item)) in (i * self.k..).zip(found) {
+            (self.best.indices[at], self.best.scores[at]) = (item, score);
+        }
+    }
+}
+
+/// Some of the rows.
+struct Chosen<'a> {
+    rows: &'a dyn Rows,
+    which: &'a [usize],
+}
+
+impl Rows for Chosen<'_> {
+    fn count(&self) -> usize {
+        self.which.len()
+    }
+    fn dim(&self) -> usize {
+        self.rows.dim()
+    }
+    fn read(&self, start: usize, out: &mut [f32]) {
+        for (&i, out) in self.which[start..].iter().zip(out.chunks_exact_mut(self.dim())) {
+            self.rows.read(i, out);
+        }
+    }
 }
 
 /// The best items of one query so far, and perhaps some more.
@@ -223,23 +305,30 @@ impl Default for Candidates {
 }
 
 impl Candidates {
-    /// Whether no item that was left out can be better than one of `found`, where scores may be off by `slack`.
-    fn certain(&self, found: &[(f64, usize)], slack: f32) -> bool {
-        let of = |j: usize| self.kept.iter().find(|kept| kept.1 as usize == j).map_or(f32::NEG_INFINITY, |kept| kept.0);
-        let least = found.iter().fold(f32::INFINITY, |least, &(_, j)| least.min(of(j)));
-        // Both scores may be off; neither infinities nor what is no number compare as greater.
-        f64::from(least) - f64::from(self.floor) > 2.0 * f64::from(slack)
+    /// The items that may be among the best `k` of `count`, where scores may be off by `slack`; `None` where one that was
+    /// left out may be.
+    fn close(&self, k: usize, count: usize, slack: f64) -> Option<impl Iterator<Item = usize>> {
+        let mut scores: Vec<f32> = self.kept.iter().map(|kept| kept.0).collect();
+        let (_, &mut least, _) = scores.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+        // Both scores may be off. What is no number is not greater, and an infinity is not far from the largest number.
+        let behind = move |score: f32| f64::from(least.min(f32::MAX)) - f64::from(score) > 2.0 * slack;
+        let certain = self.kept.len() == count || behind(self.floor);
+        certain.then(|| self.kept.iter().filter(move |kept| !behind(kept.0)).map(|kept| kept.1 as usize))
     }
 
-    /// Takes what matters of a run of scores; `keep` are kept, and some more until the next pruning.
+    /// Takes what matters of a run of scores; `keep` are kept, and some more until the next pruning. Inlined where the
+    /// scores are made, for their instruction set.
+    #[inline(always)]
     fn take(&mut self, &Scores { first, scores, most, .. }: &Scores<'_>, keep: usize) {
         // Nearly always nothing matters: one comparison tells.
         if most < self.floor {
             return;
         }
-        for (j, &score) in scores.iter().enumerate() {
-            if score >= self.floor {
-                self.kept.push((score, (first + j) as u32));
+        for (at, few) in (first..).step_by(FEW).zip(scores.chunks(FEW)) {
+            // Without a branch for each.
+            if few.iter().fold(false, |any, score| any | (*score >= self.floor)) {
+                let better = few.iter().zip(at as u32..).filter(|few| *few.0 >= self.floor);
+                self.kept.extend(better.map(|(&score, item)| (score, item)));
             }
         }
         if self.kept.len() >= 2 * keep {
@@ -277,6 +366,52 @@ mod tests {
         assert_eq!(found.indices, [2999, 2998, 0, 1]);
     }
 
+    // By whatever units, the answer is that of f64: also where bf16, or f32, tells nothing apart, loses all digits, or overflows.
+    #[test]
+    fn every_instruction_set_finds_the_best_in_f64() {
+        let (n, m, k) = (31, ITEMS + 70, 5);
+        let mut rng = rng();
+        for dim in [WIDE, 67] {
+            // Numbers about a mean, times a scale.
+            for (mean, spread, scale) in [(0.0, 1.0, 1.0), (1.0, 1e-3, 1.0), (0.0, 1.0, 1e-25), (0.0, 1.0, 1e19)] {
+                let mut draw = |rows: usize| -> Vec<f32> {
+                    (0..rows * dim).map(|_| scale * (mean + spread * rng.random_range(-1f32..1.0))).collect()
+                };
+                let (u, v) = (draw(n), draw(m));
+                let [u, v] = [&u, &v].map(|data| Table { data, dim });
+                for &tilting in Tilting::ALL {
+                    let scorer = Scorer::new(tilting, &u, &v);
+                    let want: Vec<(f64, usize)> = (0..n).flat_map(|i| scorer.exactly(i, 0..m, k)).collect();
+                    for isa in Isa::available() {
+                        let found = top_k_under(isa, tilting, &u, &v, k);
+                        let found: Vec<_> = found.scores.into_iter().zip(found.indices).collect();
+                        assert_eq!(found, want, "{isa:?} {tilting:?} {dim} {mean} {scale:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    // What bf16 settles of random rows: nearly all, or its pass was for nothing; of rows that it cannot tell apart, nothing.
+    #[test]
+    fn bf16_settles_what_it_can() {
+        let Some((isa, pairs)) = Isa::available().into_iter().find_map(|isa| Some((isa, isa.pairs()?))) else {
+            unreachable!("every machine emulates units for bf16");
+        };
+        let (n, m, dim, k) = (64, 5000, 96, 5);
+        let mut rng = rng();
+        for (spread, most) in [(1.0, 3), (1e-3, n)] {
+            let mut draw = |rows: usize| -> Vec<f32> {
+                (0..rows * dim).map(|_| 1.0 - spread + spread * rng.random_range(-1f32..1.0)).collect()
+            };
+            let (u, v) = (draw(n), draw(m));
+            let [u, v] = [&u, &v].map(|data| Table { data, dim });
+            let mut search = Settling::new(Scorer::new(Tilting::Cosine, &u, &v), k);
+            search.narrow::<Pair>(pairs);
+            assert!(search.open.len() <= most && (most < n || search.open.len() == n), "{isa:?} {}", search.open.len());
+        }
+    }
+
     // Small integers: every score is exact, so that ties are ties, and the order is the definition's. Sizes are below
     // and above a block; far from the origin l2 has no digits to lose.
     #[test]
@@ -295,7 +430,8 @@ mod tests {
                     let pairs = (0..dim).map(|k| (u[i * dim + k], v[j * dim + k]));
                     match tilting {
                         Tilting::L2 => pairs.map(|(a, b)| -(a - b) * (a - b)).sum(),
-                        _ => pairs.map(|(a, b)| a * b).sum(),
+                        // No sum is -0, which would rank behind 0.
+                        _ => 0.0 + pairs.map(|(a, b)| a * b).sum::<f32>(),
                     }
                 };
                 let [u, v] = [&u, &v].map(|data| Table { data, dim });

@@ -1,7 +1,8 @@
 //! Scores of all queries against all items, a tile at a time: the full matrix is never formed.
 
 use crate::data::Rows;
-use crate::device::cpu::{Isa, search};
+use crate::device::cpu::search::{self, Operand};
+use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
 use crate::objective::Tilting;
 use kernels::law::Product;
@@ -39,13 +40,26 @@ pub struct Slack {
     /// Norm of the longest item, and the least offset.
     longest: f64,
     lowest: f32,
+    /// How far an item's operand is from it, at most.
+    rounded: f64,
 }
 
 impl Slack {
-    /// How far a query's scores may be from what they stand for.
-    pub fn of(&self, query_norm: f64) -> f32 {
-        let loss = self.terms as f64 * f64::from(f32::EPSILON);
-        (loss * (query_norm * self.longest - f64::from(self.lowest))) as f32
+    fn new(terms: usize) -> Self {
+        Slack { terms, longest: 0.0, lowest: 0.0, rounded: 0.0 }
+    }
+
+    /// How far a query's scores may be from what they stand for: `distance` is how far its operand is from it. Infinite
+    /// where sums may overflow, and no number where a norm is none.
+    pub fn of(&self, query_norm: f64, distance: f64) -> f64 {
+        let product = (query_norm + distance) * (self.longest + self.rounded);
+        if product > f64::from(f32::MAX) / 4.0 {
+            return f64::INFINITY;
+        }
+        let loss = self.terms as f64 * f64::from(f32::EPSILON) * (product - f64::from(self.lowest));
+        // Products that are too small for a normal number may count as nothing.
+        let lost = self.terms as f64 * f64::from(f32::MIN_POSITIVE);
+        loss + lost + distance * self.longest + (query_norm + distance) * self.rounded
     }
 }
 
@@ -68,6 +82,27 @@ impl<'a> Scorer<'a> {
         Scorer { tilting, queries, items, origin: if squares { origin(items) } else { Vec::new() } }
     }
 
+    /// The same items for other queries.
+    pub fn of(&self, queries: &'a dyn Rows) -> Self {
+        Scorer { queries, origin: self.origin.clone(), ..*self }
+    }
+
+    /// The best `k` of `among` for query `i`, by [`exact`] scores; ties: the lowest index.
+    pub fn exactly(&self, i: usize, among: impl Iterator<Item = usize>, k: usize) -> Vec<(f64, usize)> {
+        let (mut query, mut item) = (vec![0f32; self.items.dim()], vec![0f32; self.items.dim()]);
+        self.queries.read(i, &mut query);
+        let again = |j: usize| {
+            self.items.read(j, &mut item);
+            (exact(self.tilting, &query, &item), j)
+        };
+        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let mut found: Vec<(f64, usize)> = among.map(again).collect();
+        found.select_nth_unstable_by(k - 1, order);
+        found.truncate(k);
+        found.sort_unstable_by(order);
+        found
+    }
+
     fn shift(&self, row: &mut [f32]) {
         row.iter_mut().zip(&self.origin).for_each(|(x, c)| *x -= c);
     }
@@ -81,7 +116,7 @@ impl<'a> Scorer<'a> {
     /// Has `device` hold the items, made ready.
     pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, DeviceError> {
         let (count, dim) = (self.items.count(), self.items.dim());
-        let mut slack = Slack { terms: device.terms(dim), longest: 0.0, lowest: 0.0 };
+        let mut slack = Slack::new(device.terms(dim));
         device.hold(count, dim, &mut |first, rows, offsets| {
             self.items.read(first, rows);
             let ready = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
@@ -96,14 +131,25 @@ impl<'a> Scorer<'a> {
         Ok(slack)
     }
 
-    /// Calls `f` with runs of scores of every query and its state, items in order. On all cores: queries share them.
-    pub fn scan<T: Send>(&self, pairs: Pairs, states: &mut [T], f: impl Fn(Scores<'_>, &mut T) + Sync) -> Slack {
+    /// Calls `f` with runs of scores, sums in f32, of every query and its state, items in order. On all cores: queries
+    /// share them.
+    pub fn scan<T: Send>(&self, pairs: Pairs, states: &mut [T], f: impl Fn(Scores<'_>, &mut T) + Sync) {
+        self.scan_as::<f32, T>(Isa::best(), pairs, states, f);
+    }
+
+    /// [`scan`](Self::scan) of scores of operands `O`.
+    pub fn scan_as<O: Operand, T: Send>(
+        &self,
+        isa: O::Isa,
+        pairs: Pairs,
+        states: &mut [T],
+        f: impl Fn(Scores<'_>, &mut T) + Sync,
+    ) -> Slack {
         let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
-        let isa = Isa::best();
         // Twice what a sum of so many products, each of rounded numbers, can lose.
-        let mut slack = Slack { terms: dim + 8, longest: 0.0, lowest: 0.0 };
-        let mut packed = vec![0f32; search::packed_len(ITEMS.min(m), dim)];
-        let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![0f64; ITEMS]);
+        let mut slack = Slack::new(dim + 8);
+        let mut packed = vec![O::default(); search::packed_len::<O>(ITEMS.min(m), dim)];
+        let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![(0f64, 0f64); ITEMS]);
         for first_item in (0..m).step_by(ITEMS) {
             let cols = ITEMS.min(m - first_item);
             let queries = if pairs == Pairs::All { 0..n } else { first_item.min(n)..n.min(first_item + cols) };
@@ -111,53 +157,51 @@ impl<'a> Scorer<'a> {
                 break;
             }
             let (offset, sizes) = (&mut offset[..cols], &mut sizes[..cols]);
-            let parts = packed.par_chunks_mut(search::COLS * dim).zip(offset.par_chunks_mut(search::COLS));
+            let parts = packed.par_chunks_mut(search::COLS * O::count(dim)).zip(offset.par_chunks_mut(search::COLS));
             parts.zip(sizes.par_chunks_mut(search::COLS)).enumerate().for_each_init(
-                Vec::new,
-                |rows: &mut Vec<f32>, (part, ((packed, offset), sizes))| {
+                <(Vec<f32>, Vec<O>, Vec<f64>)>::default,
+                |(rows, operands, distances), (part, ((packed, offset), sizes))| {
                     rows.resize(offset.len() * dim, 0.0);
+                    distances.resize(offset.len(), 0.0);
                     self.items.read(first_item + part * search::COLS, rows);
-                    for ((row, offset), size) in rows.chunks_exact_mut(dim).zip(offset).zip(sizes) {
+                    for ((row, offset), (size, _)) in rows.chunks_exact_mut(dim).zip(offset).zip(&mut *sizes) {
                         self.shift(row);
                         (*offset, *size) = prepare(self.tilting, row);
                     }
-                    search::pack_items(isa, rows, dim, packed);
+                    search::pack_items(isa, O::of(isa, rows, dim, operands, distances), dim, packed);
+                    sizes.iter_mut().zip(distances).for_each(|((_, rounded), distance)| *rounded = *distance);
                 },
             );
             let offset = &*offset;
-            slack.longest = sizes.iter().fold(slack.longest, |most, &size| most.max(size));
+            for &(size, rounded) in &*sizes {
+                (slack.longest, slack.rounded) = (slack.longest.max(size), slack.rounded.max(rounded));
+            }
             slack.lowest = offset.iter().fold(slack.lowest, |least, &offset| least.min(offset));
             // As many tasks as keep a few cores busy to the end.
             let tasks = queries.len().div_ceil(QUERIES).next_multiple_of(4);
             let rows = queries.len().div_ceil(tasks).next_multiple_of(12);
             let tasks = states[queries.clone()].par_chunks_mut(rows).enumerate();
-            tasks.for_each_init(Default::default, |(own, tile): &mut (Vec<f32>, Vec<f32>), (task, states)| {
-                let start = queries.start + task * rows;
-                own.resize(states.len() * dim, 0.0);
-                self.read_queries(start..start + states.len(), own);
-                search::each_row(isa, own, dim, &packed, offset, tile, |i, first, scores, most| {
-                    f(Scores { query: start + i, first: first_item + first, scores, most }, &mut states[i]);
-                });
-            });
+            tasks.for_each_init(
+                <(Vec<f32>, Vec<O>, Vec<f64>, Vec<f32>)>::default,
+                |(own, operands, distances, tile), (task, states)| {
+                    let start = queries.start + task * rows;
+                    own.resize(states.len() * dim, 0.0);
+                    distances.resize(states.len(), 0.0);
+                    self.read_queries(start..start + states.len(), own);
+                    let own = O::of(isa, own, dim, operands, distances);
+                    search::each_row(isa, own, dim, &packed, offset, tile, |i, first, scores, most| {
+                        f(Scores { query: start + i, first: first_item + first, scores, most }, &mut states[i]);
+                    });
+                },
+            );
         }
         slack
     }
 }
 
-/// `|x|^2`, in eight sums: one would wait for each addition.
-pub fn square(x: &[f32]) -> f64 {
-    let mut sums = [0f64; 8];
-    let parts = x.chunks_exact(8);
-    let rest: f64 = parts.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    for part in parts {
-        sums.iter_mut().zip(part).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
-    }
-    sums.iter().sum::<f64>() + rest
-}
-
 /// Makes an item ready for an inner product with a query; returns what to add to that, and its norm then.
 fn prepare(tilting: Tilting, item: &mut [f32]) -> (f32, f64) {
-    let square = square(item);
+    let square = inner(item, item);
     let mut norm = square.sqrt();
     if tilting.unit_rows() && square > 0.0 {
         item.iter_mut().for_each(|x| *x = (f64::from(*x) / square.sqrt()) as f32);
@@ -197,14 +241,15 @@ fn origin(items: &dyn Rows) -> Vec<f32> {
 
 /// s(query, item) at tau = 1, in f64.
 pub fn exact(tilting: Tilting, query: &[f32], item: &[f32]) -> f64 {
-    let pairs = || query.iter().zip(item).map(|(&q, &x)| (f64::from(q), f64::from(x)));
-    let inner = || pairs().map(|(q, x)| q * x).sum::<f64>();
     match tilting.product() {
-        Product::SquaredDistance => -0.5 * pairs().map(|(q, x)| (q - x) * (q - x)).sum::<f64>(),
-        Product::Inner if tilting.unit_rows() => {
-            let norms = (pairs().map(|(q, _)| q * q).sum::<f64>() * pairs().map(|(_, x)| x * x).sum::<f64>()).sqrt();
-            if norms > 0.0 { inner() / norms } else { 0.0 }
+        Product::SquaredDistance => {
+            let pairs = query.iter().zip(item).map(|(&q, &x)| (f64::from(q), f64::from(x)));
+            -0.5 * pairs.map(|(q, x)| (q - x) * (q - x)).sum::<f64>()
         }
-        Product::Inner => inner(),
+        Product::Inner if tilting.unit_rows() => {
+            let norms = (inner(query, query) * inner(item, item)).sqrt();
+            if norms > 0.0 { inner(query, item) / norms } else { 0.0 }
+        }
+        Product::Inner => inner(query, item),
     }
 }

@@ -3,6 +3,7 @@
 use super::fused::{
     Buffer, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
 };
+use super::inner;
 use super::operand::Element;
 use super::simd::{Isa, Pair};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, pairing::Pairing};
@@ -10,7 +11,7 @@ use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
 
 /// Rows handled by one task of a pass over embeddings.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 128;
 
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]
@@ -152,7 +153,7 @@ impl<'a> Tilted<'a> {
                 let mut along = 0.0;
                 if let Some(&inverse) = side.inverse.get(i) {
                     // d(x/|x|): off the row's own direction, over its norm.
-                    along = acc.iter().zip(x).map(|(&a, &x)| f64::from(a) * f64::from(x)).sum::<f64>() as f32;
+                    along = inner(acc, x) as f32;
                     scale *= inverse;
                 }
                 acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (*a - along * x));
@@ -200,7 +201,7 @@ fn inverse_norms(rows: Matrix<'_>, out: &mut Vec<f32>, threads: &Threads) {
             let x = ws.rows(out.len() * dim);
             Side::plain(rows).read(c * CHUNK..c * CHUNK + out.len(), x);
             for (out, x) in out.iter_mut().zip(x.chunks_exact(dim)) {
-                let norm = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+                let norm = inner(x, x).sqrt();
                 *out = if norm < f64::from(f32::MIN_POSITIVE) { 0.0 } else { (1.0 / norm) as f32 };
             }
         });
@@ -215,11 +216,11 @@ fn longest(side: &Side<'_>, threads: &Threads) -> f64 {
             let range = start..side.rows.rows.min(start + CHUNK);
             let x = ws.rows(range.len() * dim);
             side.read(range, x);
-            x.chunks_exact(dim).map(|x| x.iter().map(|x| x * x).sum::<f32>()).fold(0.0, f32::max)
+            x.chunks_exact(dim).map(|x| inner(x, x)).fold(0.0, f64::max)
         })
     };
     let starts = (0..side.rows.rows.div_ceil(CHUNK)).into_par_iter().map(|c| chunk(c * CHUNK));
-    f64::from(starts.reduce(|| 0.0, f32::max)).sqrt() * 1.001
+    starts.reduce(|| 0.0, f64::max).sqrt() * 1.001
 }
 
 /// The mean of all rows of both sides.

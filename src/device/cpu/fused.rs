@@ -18,7 +18,7 @@
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
-use super::operand::{Element, Operands};
+use super::operand::{Element, ElementOp, Operands, carry};
 use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
@@ -92,29 +92,29 @@ impl<'a> Side<'a> {
 /// Packs the transpose of all rows of `side` into `out`: the right operand of a product with its rows.
 pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Buffer, threads: &Threads) {
     let (rows, depth) = (side.rows.rows, T::count(side.rows.dim));
-    /// Rows of one task.
-    const CHUNK: usize = 8 * COLS;
     let out: &mut [T] = out.elements(packed_len(depth, rows));
-    out.par_chunks_mut(CHUNK * depth).enumerate().for_each(|(b, out)| {
-        let range = b * CHUNK..rows.min((b + 1) * CHUNK);
+    out.par_chunks_mut(COLS * depth).enumerate().for_each(|(b, out)| {
+        let range = b * COLS..rows.min((b + 1) * COLS);
         threads.with(|ws| {
             let natural: &mut [T] = ws.natural.elements(range.len() * depth);
             T::read(side, range.clone(), natural);
-            T::run_pack(isa, PackTransposed { natural, depth, n: range.len(), out });
+            T::run(isa, PackTransposed { natural, depth, n: range.len(), out });
         });
     });
 }
 
+/// [`pack_transposed`].
 pub struct PackTransposed<'a, T> {
-    natural: &'a [T],
-    depth: usize,
-    n: usize,
-    out: &'a mut [T],
+    pub natural: &'a [T],
+    pub depth: usize,
+    pub n: usize,
+    pub out: &'a mut [T],
 }
 
-impl<T> PackTransposed<'_, T> {
+impl<T: Element> ElementOp<T> for PackTransposed<'_, T> {
+    type Out = ();
     #[inline(always)]
-    pub fn pack<S: Simd>(self)
+    fn run<S: Simd>(self)
     where
         T: Operands<S>,
     {
@@ -198,22 +198,23 @@ fn pack_pieces<'b, T: Element>(
     let out: &mut [T] = out.elements(if wanted { rows.div_ceil(length) * each } else { 0 });
     out.par_chunks_mut(each).enumerate().for_each(|(piece, out)| {
         let range = piece * length..rows.min((piece + 1) * length);
-        threads.with(|ws| T::run_pack_rows(isa, PackRows { side, range, natural: &mut ws.natural, out }));
+        threads.with(|ws| T::run(isa, PackRows { side, range, natural: &mut ws.natural, out }));
     });
     out.chunks(each)
 }
 
 /// Rows of a side on their way into a right operand of a product with G.
-pub struct PackRows<'a, T> {
+struct PackRows<'a, T> {
     side: &'a Side<'a>,
     range: Range<usize>,
     natural: &'a mut Buffer,
     out: &'a mut [T],
 }
 
-impl<T> PackRows<'_, T> {
+impl<T: Element> ElementOp<T> for PackRows<'_, T> {
+    type Out = ();
     #[inline(always)]
-    pub fn pack<S: Simd>(self)
+    fn run<S: Simd>(self)
     where
         T: Operands<S>,
     {
@@ -447,7 +448,7 @@ impl<T: Element> Logits<'_, T> {
             let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
             let keep = slot.as_deref_mut().map(|slot| &mut **slot);
             self.threads.with(|ws| {
-                T::run_tally(self.isa, TallyBlock { logits: self, row, col, want, logit_sums, keep, ws });
+                T::run(self.isa, TallyBlock { logits: self, row, col, want, logit_sums, keep, ws });
             });
         });
     }
@@ -482,7 +483,7 @@ impl<T: Element> Logits<'_, T> {
             let kept = self.kept.and_then(|kept| kept.get(turn));
             self.threads.with(|ws| {
                 let (carry_u, carry_v) = (&carry_u, &carry_v);
-                T::run_pull(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
+                T::run(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
             });
         });
     }
@@ -527,7 +528,7 @@ fn fold<S: Simd>(x: S::F32, f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[1..].iter().fold(lanes[0], |a, &b| f(a, b))
 }
 
-pub struct TallyBlock<'a, 'p, 'w, T: Element> {
+struct TallyBlock<'a, 'p, 'w, T: Element> {
     logits: &'a Logits<'a, T>,
     row: &'w mut TallyPiece<'p>,
     col: &'w mut TallyPiece<'p>,
@@ -537,9 +538,10 @@ pub struct TallyBlock<'a, 'p, 'w, T: Element> {
     ws: &'w mut Workspace,
 }
 
-impl<T: Element> TallyBlock<'_, '_, '_, T> {
+impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
+    type Out = ();
     #[inline(always)]
-    pub fn tally<S: Simd>(self)
+    fn run<S: Simd>(self)
     where
         T: Operands<S>,
     {
@@ -838,7 +840,7 @@ struct PullCols<'a, T> {
     sums: Option<&'a mut [f32]>,
 }
 
-pub struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
+struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
     logits: &'a Logits<'a, T>,
     law: &'a Law<'a>,
     carry_u: &'a Side<'a>,
@@ -849,9 +851,10 @@ pub struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
     ws: &'w mut Workspace,
 }
 
-impl<T: Element> PullBlock<'_, '_, '_, '_, T> {
+impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
+    type Out = ();
     #[inline(always)]
-    pub fn pull<S: Simd>(self)
+    fn run<S: Simd>(self)
     where
         T: Operands<S>,
     {
@@ -887,12 +890,24 @@ impl<T: Element> PullBlock<'_, '_, '_, '_, T> {
                 if let Some(out) = &mut row.out {
                     let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
                     let out = &mut out[at_rows.start * carry_v.rows.dim..];
-                    T::carry(by_row, Right { packed: col.packed, total, first }, out, carry_v.rows.dim, &mut ws.spill);
+                    carry::<S, T>(
+                        by_row,
+                        Right { packed: col.packed, total, first },
+                        out,
+                        carry_v.rows.dim,
+                        &mut ws.spill,
+                    );
                 }
                 if let Some(out) = &mut col.out {
                     let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
                     let out = &mut out[at_cols.start * carry_u.rows.dim..];
-                    T::carry(by_col, Right { packed: row.packed, total, first }, out, carry_u.rows.dim, &mut ws.spill);
+                    carry::<S, T>(
+                        by_col,
+                        Right { packed: row.packed, total, first },
+                        out,
+                        carry_u.rows.dim,
+                        &mut ws.spill,
+                    );
                 }
             }
         }

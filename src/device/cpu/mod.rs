@@ -27,6 +27,16 @@ use half::{bf16, f16};
 use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 use std::sync::{Mutex, PoisonError};
 
+/// `<a, b>` of two rows in f64, in eight sums: one would wait for each addition.
+pub(crate) fn inner(a: &[f32], b: &[f32]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0f64; 8];
+    for (a, b) in a.iter().zip(b) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (&a, &b))| *sum += f64::from(a) * f64::from(b));
+    }
+    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+}
+
 /// Bytes of logits that a loss keeps between its passes unless told otherwise: about what caches hold.
 pub const WORKSPACE: usize = 32 << 20;
 

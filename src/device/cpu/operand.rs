@@ -6,12 +6,10 @@
 //! | logits, exponentials, sums | f32 | f32 |
 //! | G as an operand | the tile itself | rounded to bf16, once along rows and once along columns |
 
-use super::fused::{
-    Buffer, COLS, Logits, PackRows, PackTransposed, PullBlock, ROWS, Side, TILE, TallyBlock, blocks, stride,
-};
+use super::fused::{Buffer, COLS, Logits, ROWS, Side, TILE, blocks, stride};
 use super::simd::{
-    Affine, AsIs, Inner, Isa, LONG, Left, Multiply, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT,
-    Simd, SquaredDistance, WIDEST, pack_pairs, pack_part, product_part,
+    Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT, Simd,
+    SquaredDistance, WIDEST, pack_pairs, pack_part, product_part,
 };
 use crate::objective::Storage;
 use half::bf16;
@@ -32,10 +30,16 @@ pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
     fn read(side: &Side<'_>, range: Range<usize>, out: &mut [Self]);
     /// Rows `range` of u as [`Operands::tile`] takes them.
     fn read_left(logits: &Logits<'_, Self>, range: Range<usize>, out: &mut [Self]);
-    fn run_pack(isa: Self::Isa, block: PackTransposed<'_, Self>);
-    fn run_pack_rows(isa: Self::Isa, block: PackRows<'_, Self>);
-    fn run_tally(isa: Self::Isa, block: TallyBlock<'_, '_, '_, Self>);
-    fn run_pull(isa: Self::Isa, block: PullBlock<'_, '_, '_, '_, Self>);
+    /// Runs `op`, compiled for this instruction set.
+    fn run<O: ElementOp<Self>>(isa: Self::Isa, op: O) -> O::Out;
+}
+
+/// An algorithm over an [`Element`] and vectors of any width. `run` must be `inline(always)`.
+pub trait ElementOp<T> {
+    type Out;
+    fn run<S: Simd>(self) -> Self::Out
+    where
+        T: Operands<S>;
 }
 
 /// An [`Element`] under an instruction set.
@@ -53,8 +57,8 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
         inverse: [&[f32]; 2],
         halves: &'g mut [Buffer; 2],
     ) -> [Left<'g, Self>; 2];
-    /// `out += left right`, `out` `[rows, dim]`.
-    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Buffer);
+    /// `c (+)= left right` for `n` columns, see [`product_part`].
+    fn product(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool);
 }
 
 impl Element for f32 {
@@ -73,49 +77,18 @@ impl Element for f32 {
             out.iter_mut().for_each(|x| *x *= logits.scale);
         }
     }
-    fn run_pack(isa: Isa, block: PackTransposed<'_, f32>) {
-        isa.run(block);
-    }
-    fn run_pack_rows(isa: Isa, block: PackRows<'_, f32>) {
-        isa.run(block);
-    }
-    fn run_tally(isa: Isa, block: TallyBlock<'_, '_, '_, f32>) {
-        isa.run(block);
-    }
-    fn run_pull(isa: Isa, block: PullBlock<'_, '_, '_, '_, f32>) {
-        isa.run(block);
+    fn run<O: ElementOp<f32>>(isa: Isa, op: O) -> O::Out {
+        isa.run(OfSingles(op))
     }
 }
 
-impl Op for PackTransposed<'_, f32> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        self.pack::<S>();
-    }
-}
+struct OfSingles<O>(O);
 
-impl Op for PackRows<'_, f32> {
-    type Out = ();
+impl<O: ElementOp<f32>> Op for OfSingles<O> {
+    type Out = O::Out;
     #[inline(always)]
-    fn run<S: Simd>(self) {
-        self.pack::<S>();
-    }
-}
-
-impl Op for TallyBlock<'_, '_, '_, f32> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        self.tally::<S>();
-    }
-}
-
-impl Op for PullBlock<'_, '_, '_, '_, f32> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        self.pull::<S>();
+    fn run<S: Simd>(self) -> O::Out {
+        self.0.run::<S>()
     }
 }
 
@@ -165,8 +138,8 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
-        carry::<S, f32, LONG>(left, right, out, dim, spill);
+    fn product(left: Left<'_, f32>, right: Right<'_, f32>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
+        product_part::<S, f32, Inner, _, LONG>(left, right, n, c, ldc, add, AsIs);
     }
 }
 
@@ -190,49 +163,18 @@ impl Element for Pair {
     fn read_left(logits: &Logits<'_, Pair>, range: Range<usize>, out: &mut [Pair]) {
         Pair::read(&logits.u, range, out);
     }
-    fn run_pack(isa: PairIsa, block: PackTransposed<'_, Pair>) {
-        isa.run(block);
-    }
-    fn run_pack_rows(isa: PairIsa, block: PackRows<'_, Pair>) {
-        isa.run(block);
-    }
-    fn run_tally(isa: PairIsa, block: TallyBlock<'_, '_, '_, Pair>) {
-        isa.run(block);
-    }
-    fn run_pull(isa: PairIsa, block: PullBlock<'_, '_, '_, '_, Pair>) {
-        isa.run(block);
+    fn run<O: ElementOp<Pair>>(isa: PairIsa, op: O) -> O::Out {
+        isa.run(OfPairs(op))
     }
 }
 
-impl PairOp for PackTransposed<'_, Pair> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Pairs>(self) {
-        self.pack::<S>();
-    }
-}
+struct OfPairs<O>(O);
 
-impl PairOp for PackRows<'_, Pair> {
-    type Out = ();
+impl<O: ElementOp<Pair>> PairOp for OfPairs<O> {
+    type Out = O::Out;
     #[inline(always)]
-    fn run<S: Pairs>(self) {
-        self.pack::<S>();
-    }
-}
-
-impl PairOp for TallyBlock<'_, '_, '_, Pair> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Pairs>(self) {
-        self.tally::<S>();
-    }
-}
-
-impl PairOp for PullBlock<'_, '_, '_, '_, Pair> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Pairs>(self) {
-        self.pull::<S>();
+    fn run<S: Pairs>(self) -> O::Out {
+        self.0.run::<S>()
     }
 }
 
@@ -300,8 +242,8 @@ impl<S: Pairs> Operands<S> for Pair {
     }
 
     #[inline(always)]
-    fn carry(left: Left<'_, Pair>, right: Right<'_, Pair>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
-        carry::<S, Pair, PAIRS>(left, right, out, dim, spill);
+    fn product(left: Left<'_, Pair>, right: Right<'_, Pair>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
+        product_part::<S, Pair, Inner, _, PAIRS>(left, right, n, c, ldc, add, AsIs);
     }
 }
 
@@ -334,22 +276,21 @@ fn scaled<S: Simd>((x, factor): (&[f32], &[f32])) -> S::F32 {
     S::F32::load(x).mul(S::F32::load(factor))
 }
 
+/// `out += left right`, `out` `[rows, dim]`.
 #[inline(always)]
-fn carry<S: Simd, T: Operand<S>, const STEP: usize>(
+pub fn carry<S: Simd, T: Operands<S>>(
     left: Left<'_, T>,
     right: Right<'_, T>,
     out: &mut [f32],
     dim: usize,
     spill: &mut Buffer,
-) where
-    Inner: Multiply<S, T, Sum = f32>,
-{
+) {
     if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
-        product_part::<S, T, Inner, _, STEP>(left, right, dim, out, dim, true, AsIs);
+        T::product(left, right, dim, out, dim, true);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
         let spill = spill.sized(left.rows * wide);
-        product_part::<S, T, Inner, _, STEP>(left, right, dim, spill, wide, false, AsIs);
+        T::product(left, right, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }

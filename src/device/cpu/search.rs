@@ -1,75 +1,134 @@
 //! Inner products of queries with many items, a tile at a time: what exact search reduces.
 
-use super::simd::{self, Inner, Isa, LONG, Left, Op, Register, Simd, Vector, WIDEST, pack_transposed, product};
+use super::fused::PackTransposed;
+use super::operand::{Element, ElementOp, Operands};
+pub use super::simd::Pair;
+use super::simd::{self, Isa, Left, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
 use kernels::law::Num;
 
 /// Columns of a tile: with the queries it is multiplied with it fits the second-level cache.
 pub const COLS: usize = 192;
 
+/// What queries and items are multiplied as.
+pub trait Operand: Element {
+    /// `rows` `[_, dim]` as operands, in `buffer` where they are others, and how far from each row its operand is.
+    fn of<'a>(
+        isa: Self::Isa,
+        rows: &'a [f32],
+        dim: usize,
+        buffer: &'a mut Vec<Self>,
+        distances: &mut [f64],
+    ) -> &'a [Self];
+}
+
+impl Operand for f32 {
+    fn of<'a>(_: Isa, rows: &'a [f32], _: usize, _: &'a mut Vec<f32>, distances: &mut [f64]) -> &'a [f32] {
+        distances.fill(0.0);
+        rows
+    }
+}
+
+/// Rounded to bf16.
+impl Operand for Pair {
+    fn of<'a>(
+        isa: PairIsa,
+        rows: &'a [f32],
+        dim: usize,
+        buffer: &'a mut Vec<Pair>,
+        distances: &mut [f64],
+    ) -> &'a [Pair] {
+        buffer.resize(rows.len() / dim * Pair::count(dim), Pair::default());
+        isa.run(Round { rows, dim, out: buffer, distances });
+        buffer
+    }
+}
+
+struct Round<'a> {
+    rows: &'a [f32],
+    dim: usize,
+    out: &'a mut [Pair],
+    distances: &'a mut [f64],
+}
+
+impl PairOp for Round<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Pairs>(self) {
+        let lanes = <S::F32 as Register<f32>>::LANES;
+        let rows = self.rows.chunks_exact(self.dim).zip(self.out.chunks_exact_mut(Pair::count(self.dim)));
+        for ((row, out), distance) in rows.zip(self.distances) {
+            let mut sums = [0f64; WIDEST];
+            for (row, out) in row.chunks(2 * lanes).zip(out.chunks_mut(lanes)) {
+                let (mut numbers, mut pairs) = ([0f32; 2 * WIDEST], [Pair::default(); WIDEST]);
+                numbers[..row.len()].copy_from_slice(row);
+                S::halves(S::F32::load(&numbers), S::F32::load(&numbers[lanes..]), &mut pairs);
+                for ((sum, numbers), pair) in sums.iter_mut().zip(numbers.as_chunks::<2>().0).zip(&pairs[..lanes]) {
+                    let rounded = pair.numbers();
+                    let [a, b] = [0, 1].map(|i| f64::from(numbers[i] - rounded[i]));
+                    *sum += a * a + b * b;
+                }
+                out.copy_from_slice(&pairs[..out.len()]);
+            }
+            *distance = sums.iter().sum::<f64>().sqrt();
+        }
+    }
+}
+
 /// Numbers of `count` packed items.
-pub fn packed_len(count: usize, dim: usize) -> usize {
-    simd::packed_len(dim, count)
+pub fn packed_len<T: Operand>(count: usize, dim: usize) -> usize {
+    simd::packed_len(T::count(dim), count)
 }
 
 /// Packs `items` `[count, dim]` as the right operand of [`each_row`]: [`COLS`] items of many, or the last of them.
-pub fn pack_items(isa: Isa, items: &[f32], dim: usize, out: &mut [f32]) {
-    isa.run(Pack { items, dim, out });
-}
-
-struct Pack<'a> {
-    items: &'a [f32],
-    dim: usize,
-    out: &'a mut [f32],
-}
-
-impl Op for Pack<'_> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        pack_transposed::<S, f32>(self.items, self.dim, self.dim, self.items.len() / self.dim, self.out);
-    }
+pub fn pack_items<T: Operand>(isa: T::Isa, items: &[T], dim: usize, out: &mut [T]) {
+    let depth = T::count(dim);
+    T::run(isa, PackTransposed { natural: items, depth, n: items.len() / depth, out });
 }
 
 /// Calls `f(query, first item, scores, largest score)` for each of `queries` `[rows, dim]` and each run of items:
 /// scores are `<query, item> + offset`, -inf where that is no number. Each is one sum in an order that depends on `dim`
 /// alone. `packed` holds as many items as there are offsets; `tile` grows as needed.
-pub fn each_row(
-    isa: Isa,
-    queries: &[f32],
+pub fn each_row<T: Operand>(
+    isa: T::Isa,
+    queries: &[T],
     dim: usize,
-    packed: &[f32],
+    packed: &[T],
     offset: &[f32],
     tile: &mut Vec<f32>,
     f: impl FnMut(usize, usize, &[f32], f32),
 ) {
-    let len = queries.len() / dim * COLS;
+    let depth = T::count(dim);
+    let len = queries.len() / depth * COLS;
     if tile.len() < len {
         tile.resize(len, 0.0);
     }
-    isa.run(EachRow { queries, dim, packed, offset, tile, f });
+    T::run(isa, EachRow { queries, depth, packed, offset, tile, f });
 }
 
-struct EachRow<'a, F> {
-    queries: &'a [f32],
-    dim: usize,
-    packed: &'a [f32],
+struct EachRow<'a, T, F> {
+    queries: &'a [T],
+    depth: usize,
+    packed: &'a [T],
     offset: &'a [f32],
     tile: &'a mut [f32],
     f: F,
 }
 
-impl<F: FnMut(usize, usize, &[f32], f32)> Op for EachRow<'_, F> {
+impl<T: Operand, F: FnMut(usize, usize, &[f32], f32)> ElementOp<T> for EachRow<'_, T, F> {
     type Out = ();
     #[inline(always)]
-    fn run<S: Simd>(self) {
-        let EachRow { queries, dim, packed, offset, tile, mut f } = self;
+    fn run<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        let EachRow { queries, depth, packed, offset, tile, mut f } = self;
         let lanes = <S::F32 as Register<f32>>::LANES;
         let none = S::F32::splat(f32::NEG_INFINITY);
-        let rows = queries.len() / dim;
+        let rows = queries.len() / depth;
         for (at, offset) in offset.chunks(COLS).enumerate() {
             let (first, w) = (at * COLS, offset.len());
-            let left = Left { data: queries, row: dim, col: 1, rows, depth: dim };
-            product::<S, f32, Inner, LONG>(left, &packed[first * dim..], w, tile, COLS, false);
+            let left = Left { data: queries, row: depth, col: 1, rows, depth };
+            T::product(left, Right { packed: &packed[first * depth..], total: depth, first: 0 }, w, tile, COLS, false);
             let mut padded = [f32::NEG_INFINITY; COLS];
             padded[..w].copy_from_slice(offset);
             for (i, row) in tile.chunks_exact_mut(COLS).take(rows).enumerate() {

@@ -218,7 +218,7 @@ impl Pair {
     pub fn new(low: bf16, high: bf16) -> Self {
         Pair(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16)
     }
-    fn numbers(self) -> [f32; 2] {
+    pub fn numbers(self) -> [f32; 2] {
         [f32::from_bits(self.0 << 16), f32::from_bits(self.0 & 0xffff_0000)]
     }
 }
