@@ -125,7 +125,7 @@ fn matches_the_reference<E: Engine>(make: impl Fn() -> E) {
 }
 
 // The engine sees 16-bit storage and so does the reference: what is left is f32 accumulation, but for gradients where G
-// is rounded to bf16.
+// is rounded to bf16, and for what sums logits that were kept in 16 bits.
 fn half_storage_loses_nothing_more<E: Engine>(make: impl Fn() -> E, of_pairs: bool) {
     let mut engine = make();
     let mut worst = 0f64;
@@ -146,7 +146,8 @@ fn half_storage_loses_nothing_more<E: Engine>(make: impl Fn() -> E, of_pairs: bo
                         let [off, sums] =
                             [error_of_embeddings(&got, &want, &case, &data), error_of_sums(&got, &want, &case)];
                         let rounded = of_pairs && bf16 && multiplies_pairs(&case);
-                        assert!(sums < 1e-5 && off < if rounded { 1e-2 } else { 1e-5 }, "{off:e} {sums:e}: {case:?}");
+                        let bounds = if rounded { [1e-2, 1e-3] } else { [1e-5; 2] };
+                        assert!(off < bounds[0] && sums < bounds[1], "{off:e} {sums:e}: {case:?}");
                         worst = worst.max(off);
                     }
                 }
@@ -626,23 +627,32 @@ mod pairs {
     }
 
     #[test]
-    fn have_the_same_bits_on_any_pool_and_with_any_workspace() {
+    fn have_the_same_bits_on_any_pool_and_hardly_others_with_a_workspace() {
         let pools = [1, 4].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
         for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
-            let case = Case::new(Tilting::Cosine, OBJECTIVES[0], 700, 411, 33);
-            let data = case.data();
-            let (u, v) = (Half::new(&data.u), Half::new(&data.v));
-            let batch = Batch { u: u.matrix(true, 33), v: v.matrix(true, 33), ..data.batch(&case) };
-            let mut first: Option<Got> = None;
-            for pool in &pools {
-                for bytes in [0, 700_000, 1 << 30] {
+            // At the last tau logits lie too far apart to be kept in 16 bits.
+            for tau in [0.5, 0.01, 0.001] {
+                let case = Case { tau, ..Case::new(Tilting::Cosine, OBJECTIVES[0], 700, 411, 33) };
+                let data = case.data();
+                let (u, v) = (Half::new(&data.u), Half::new(&data.v));
+                let batch = Batch { u: u.matrix(true, 33), v: v.matrix(true, 33), ..data.batch(&case) };
+                let run = |bytes: usize, pool: &rayon::ThreadPool| {
                     let mut engine = Cpu::<f32>::with_isa(isa);
                     engine.set_workspace(bytes);
-                    let got = pool.install(|| evaluate(&mut engine, &case.loss(), &batch));
-                    let first =
-                        first.get_or_insert_with(|| evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch));
-                    assert!(same_bits(&first.u, &got.u) && same_bits(&first.v, &got.v), "{} {bytes}", isa.name());
-                    assert_eq!(first.value, got.value, "{} {bytes}", isa.name());
+                    pool.install(|| evaluate(&mut engine, &case.loss(), &batch))
+                };
+                let none = run(0, &pools[0]);
+                for bytes in [0, 500_000, 1 << 30] {
+                    let what = format!("{} {bytes} {tau}", isa.name());
+                    let [one, four] = [0, 1].map(|p| run(bytes, &pools[p]));
+                    assert!(same_bits(&one.u, &four.u) && same_bits(&one.v, &four.v), "{what}");
+                    assert_eq!(one.value, four.value, "{what}");
+                    assert_eq!(one.value.loss, none.value.loss, "{what}");
+                    let taus = [&one, &none].map(|got| [tau * got.value.grad_tau]);
+                    let off = [(&one.u, &none.u), (&one.v, &none.v)].map(|(a, b)| relative(&wide(a), &wide(b), 0.0));
+                    let off = off[0].max(off[1]).max(relative(&taus[0], &taus[1], 0.1));
+                    let rounded = bytes > 0 && tau > 0.005;
+                    assert!(off < 2f64.powi(-8) && (off > 0.0) == rounded, "{what}: {off:e}");
                 }
             }
         }

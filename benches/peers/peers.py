@@ -21,8 +21,8 @@ CELLS = "128x1024,128x4096,128x8192,128x16384,512x1024,512x4096,512x8192,512x163
 SEARCHES = "32268x32268x98,1000x1000000x512"
 SETS = 3  # input sets that take turns, as in `contrastive bench`
 TAU = 0.07
-# Ours: the precision, and the bytes a logit that are granted beyond the default.
-OURS = {"ours": ("f32", 0), "ours bf16": ("bf16", 0), "ours, S kept": ("f32", 4)}
+# Ours: the precision, and the bytes a logit that are granted, if not the default.
+OURS = {"ours": ("f32", 0), "ours bf16": ("bf16", 0), "ours, S kept": ("f32", 4), "ours bf16, S kept": ("bf16", 2)}
 LOSSES = ["open_clip", "open_clip bf16", "one matmul", "one matmul bf16", "compile", "compile bf16", "jax", "jax bf16"]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # told apart by the colour-blind too
 
@@ -209,10 +209,12 @@ def bench_losses(args):
                 done = subprocess.run(words, capture_output=True, text=True)
                 memory[name] = int(done.stdout) if done.returncode == 0 else None
         cells.append(summary({"d": d, "n": n, "rounds_s": times, "peak_bytes": memory}, cell))
+    f32 = lambda peer: not peer.endswith("bf16")
     ratios = {
-        "f32: fastest f32 peer / ours": [fastest(c, lambda p: not p.endswith("bf16")) / c["s"]["ours"] for c in cells],
+        "f32: fastest f32 peer / ours": [fastest(c, f32) / c["s"]["ours"] for c in cells],
         "bf16: fastest peer / ours": [fastest(c, lambda p: True) / c["s"]["ours bf16"] for c in cells],
-        "S kept: fastest peer / ours": [fastest(c, lambda p: True) / c["s"]["ours, S kept"] for c in cells],
+        "S kept: fastest f32 peer / ours": [fastest(c, f32) / c["s"]["ours, S kept"] for c in cells],
+        "bf16, S kept: fastest peer / ours": [fastest(c, lambda p: True) / c["s"]["ours bf16, S kept"] for c in cells],
         "open_clip / ours": [fastest(c, lambda p: p.startswith("open_clip")) / best_of_ours(c) for c in cells],
     }
     for what, each in ratios.items():
@@ -441,7 +443,7 @@ def plot(result, path):
             for at, name in enumerate(names):
                 points = [(c["n"], factor * c[key][name]) for c in own if c[key].get(name)]
                 width = 2.2 if name.startswith("ours") else 1.0
-                style = "--" if name.endswith("bf16") else ":" if name.endswith("kept") else "-"
+                style = {(False, False): "-", (True, False): "--", (False, True): ":", (True, True): "-."}["bf16" in name, "kept" in name]
                 color = "k" if name.startswith("ours") else COLOURS[LOSSES.index(name) // 2]
                 label = name.replace("compile", "torch.compile").replace("jax", "JAX jit")
                 ax.plot(*zip(*points), style, marker=".", label=label, linewidth=width, color=color)

@@ -1,7 +1,8 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
 use super::fused::{
-    Buffer, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow, pack_columns,
+    Buffer, Grid, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow,
+    pack_columns,
 };
 use super::inner;
 use super::operand::Element;
@@ -101,14 +102,14 @@ impl<'a> Tilted<'a> {
         Tilted { u, v, product, scale, tau: loss.tau, reach }
     }
 
-    /// The middle of what logits can be, if none is further from it than [`SPREAD`].
-    fn anchor(&self, offset: Option<&[f32]>) -> Option<f32> {
+    /// Smallest and largest logit there can be.
+    fn range(&self, offset: Option<&[f32]>) -> [f64; 2] {
         let [mut low, mut high] = self.reach;
         if let Some(offset) = offset {
             low += f64::from(offset.iter().fold(f32::INFINITY, |a, &b| a.min(b)));
             high += f64::from(offset.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)));
         }
-        ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32)
+        [low, high]
     }
 
     /// Turns `acc = G other` into the gradient of `side`'s rows, in place or added to `out`:
@@ -404,6 +405,7 @@ impl<'a> Tilted<'a> {
         packed: &'b [f32],
         threads: &'b Threads,
     ) -> Logits<'b, T> {
+        let [low, high] = self.range(batch.offset_v);
         Logits {
             isa,
             u: self.u,
@@ -413,7 +415,8 @@ impl<'a> Tilted<'a> {
             product: self.product,
             scale: self.scale as f32,
             offset: batch.offset_v,
-            anchor: self.anchor(batch.offset_v),
+            anchor: ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32),
+            grid: T::ROUNDS.then(|| Grid::new(low, high)).flatten(),
             kept: None,
             pairs: &batch.pairs,
             origin: [0, 0],

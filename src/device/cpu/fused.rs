@@ -12,8 +12,7 @@
 //!
 //! Exponentials are taken against an [`Logits::anchor`] that all logits share where their spread is known to be small
 //! enough: then one of them serves its row and its column. Otherwise each row and each column has its own maximum.
-//! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: the same bits, and a
-//! quarter less work.
+//! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: a quarter less work.
 //!
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
@@ -22,6 +21,7 @@ use super::operand::{Element, ElementOp, Operands, carry};
 use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
 use super::sweep::{Cut, sweep};
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
+use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use kernels::law::{self, Lse, Num, Product, Softmax};
 use rayon::prelude::*;
@@ -281,6 +281,8 @@ pub struct Logits<'a, T: Element = f32> {
     pub offset: Option<&'a [f32]>,
     /// A number no logit is further from than [`SPREAD`], if one is known.
     pub anchor: Option<f32>,
+    /// How logits are kept; `None`: as they are.
+    pub grid: Option<Grid>,
     /// What pass 1 left of these logits.
     pub kept: Option<&'a Kept>,
     pub pairs: &'a Pairs<'a>,
@@ -293,28 +295,69 @@ pub struct Logits<'a, T: Element = f32> {
 /// a sum, and what multiplies them all are normal numbers.
 pub const SPREAD: f64 = 40.0;
 
+/// Logits in 16 bits: a whole number of steps from their middle.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    middle: f32,
+    step: f32,
+}
+
+impl Grid {
+    /// For logits from `low` to `high`, if that is fine enough: half a step changes an exponential by at most half of
+    /// what rounding it to bf16 does.
+    pub fn new(low: f64, high: f64) -> Option<Grid> {
+        let step = (high - low) / 2.0 / f64::from(i16::MAX);
+        let grid = Grid { middle: ((low + high) / 2.0) as f32, step: (step as f32).max(f32::MIN_POSITIVE) };
+        (step <= f64::from(bf16::EPSILON) / 2.0).then_some(grid)
+    }
+
+    #[inline(always)]
+    fn write(self, logits: &[f32], to: &mut [i16]) {
+        /// Numbers added to it are rounded to whole ones, which its low bits hold.
+        const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+        let steps = 1.0 / self.step;
+        let numbers = to.iter_mut().zip(logits);
+        numbers.for_each(|(to, s)| *to = ((s - self.middle) * steps + WHOLE).to_bits() as i16);
+    }
+
+    #[inline(always)]
+    fn read(self, from: &[i16], logits: &mut [f32]) {
+        logits.iter_mut().zip(from).for_each(|(s, &from)| *s = f32::from(from) * self.step + self.middle);
+    }
+}
+
 /// Logits that pass 1 left for the passes after it: those of the sweep's first `turns` tasks.
 #[derive(Debug, Default)]
 pub struct Kept {
     /// One slot a task, one row after another in each tile.
     data: Buffer,
-    /// Numbers of a slot.
+    /// f32s that a slot takes.
     slot: usize,
     turns: usize,
 }
 
+/// What is left of a task's slot, tile by tile.
+enum Slot<F, G> {
+    Plain(F),
+    Steps(Grid, G),
+}
+
 impl Kept {
     /// Room for as many of a sweep's tasks as `budget` bytes hold.
-    fn fit(&mut self, cut: Cut, n: usize, m: usize, budget: usize) {
+    fn fit(&mut self, cut: Cut, n: usize, m: usize, grid: Option<Grid>, budget: usize) {
         let tasks = n.div_ceil(cut.rows).max(m.div_ceil(cut.cols)).pow(2);
-        self.slot = cut.rows * cut.cols;
+        self.slot = cut.rows * cut.cols / if grid.is_some() { 2 } else { 1 };
         self.turns = (budget / (4 * self.slot)).min(tasks);
         self.data.sized(self.turns * self.slot);
     }
 
     /// The logits of a task, if they were kept.
-    fn get(&self, turn: usize) -> Option<&[f32]> {
-        (turn < self.turns).then(|| &self.data[turn * self.slot..][..self.slot])
+    fn get(&self, turn: usize, grid: Option<Grid>) -> Option<Slot<&[f32], &[i16]>> {
+        let slot = (turn < self.turns).then(|| &self.data[turn * self.slot..][..self.slot])?;
+        Some(match grid {
+            Some(grid) => Slot::Steps(grid, bytemuck::cast_slice(slot)),
+            None => Slot::Plain(slot),
+        })
     }
 
     /// Bytes held.
@@ -441,12 +484,15 @@ impl<T: Element> Logits<'_, T> {
         rows.clear(self.u.rows.rows, self.anchor);
         cols.clear(self.m, self.anchor);
         let cut = self.cut();
-        kept.fit(cut, self.u.rows.rows, self.m, budget);
+        kept.fit(cut, self.u.rows.rows, self.m, self.grid, budget);
         let slots =
             kept.data.sized(kept.turns * kept.slot).chunks_mut(kept.slot.max(1)).map(Mutex::new).collect::<Vec<_>>();
         sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {
             let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
-            let keep = slot.as_deref_mut().map(|slot| &mut **slot);
+            let keep = slot.as_deref_mut().map(|slot| match self.grid {
+                Some(grid) => Slot::Steps(grid, bytemuck::cast_slice_mut(slot)),
+                None => Slot::Plain(&mut **slot),
+            });
             self.threads.with(|ws| {
                 T::run(self.isa, TallyBlock { logits: self, row, col, want, logit_sums, keep, ws });
             });
@@ -480,7 +526,7 @@ impl<T: Element> Logits<'_, T> {
             sums: col_sums.next(),
         });
         sweep(rows, cols, |turn, row, col| {
-            let kept = self.kept.and_then(|kept| kept.get(turn));
+            let kept = self.kept.and_then(|kept| kept.get(turn, self.grid));
             self.threads.with(|ws| {
                 let (carry_u, carry_v) = (&carry_u, &carry_v);
                 T::run(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
@@ -534,7 +580,7 @@ struct TallyBlock<'a, 'p, 'w, T: Element> {
     col: &'w mut TallyPiece<'p>,
     want: Want,
     logit_sums: bool,
-    keep: Option<&'w mut [f32]>,
+    keep: Option<Slot<&'w mut [f32], &'w mut [i16]>>,
     ws: &'w mut Workspace,
 }
 
@@ -553,13 +599,10 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
             T::read_left(logits, rows.clone(), u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
                 let stride = stride(&cols);
-                let s = match keep.take() {
-                    Some(slot) => {
-                        let (tile, rest) = slot.split_at_mut(rows.len() * stride);
-                        keep = Some(rest);
-                        tile
-                    }
-                    None => ws.tile.sized(rows.len() * stride),
+                let len = rows.len() * stride;
+                let s = match &mut keep {
+                    Some(Slot::Plain(slot)) => slot.split_off_mut(..len).expect("a slot holds all tiles of its task"),
+                    _ => ws.tile.sized(len),
                 };
                 T::tile(logits, u, s, &rows, &cols);
                 if logit_sums {
@@ -599,6 +642,9 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                     for &(i, j, logit, _) in &ws.specials {
                         s[(i - rows.start) * stride + j - cols.start] = logit;
                     }
+                }
+                if let Some(Slot::Steps(grid, slot)) = &mut keep {
+                    grid.write(s, slot.split_off_mut(..len).expect("a slot holds all tiles of its task"));
                 }
             }
         }
@@ -847,7 +893,7 @@ struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
     carry_v: &'a Side<'a>,
     row: &'w mut PullRows<'r, T>,
     col: &'w mut PullCols<'c, T>,
-    kept: Option<&'w [f32]>,
+    kept: Option<Slot<&'w [f32], &'w [i16]>>,
     ws: &'w mut Workspace,
 }
 
@@ -872,13 +918,13 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                 let at_cols = cols.start - first_col..cols.end - first_col;
                 let stride = stride(&cols);
                 let tile = ws.tile.sized(rows.len() * stride);
-                let from = kept.map(|slot| {
-                    let (from, rest) = slot.split_at(tile.len());
-                    kept = Some(rest);
-                    from
-                });
-                if from.is_none() {
-                    T::tile(logits, u, tile, &rows, &cols);
+                let mut from = None;
+                match &mut kept {
+                    None => T::tile(logits, u, tile, &rows, &cols),
+                    Some(Slot::Plain(slot)) => from = slot.split_off(..tile.len()),
+                    Some(Slot::Steps(grid, slot)) => {
+                        grid.read(slot.split_off(..tile.len()).expect("a slot holds all tiles of its task"), tile);
+                    }
                 }
                 let sums = &mut row.sums[at_rows.clone()];
                 take_specials(logits, law, &rows, &cols, from.unwrap_or(&*tile), sums, &mut ws.specials);
@@ -1205,5 +1251,31 @@ impl Factor<'_> {
             depth: self.dim,
         };
         product::<S, f32, Inner, LONG>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+
+    #[test]
+    fn a_grid_is_half_a_step_off_at_most() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
+        for (low, high) in [(-1.0, 1.0), (-127.0, 127.0), (900.0, 903.0), (0.0, 0.0), (-1e-42, 1e-42)] {
+            let grid = Grid::new(low, high).expect("narrow enough");
+            let (low, high) = (low as f32, high as f32);
+            let mut logits: Vec<f32> = (0..1000).map(|_| low + (high - low) * rng.random_range(0f32..1.0)).collect();
+            logits.extend([low, high, grid.middle]);
+            let (mut steps, mut again) = (vec![i16::MIN; logits.len()], vec![f32::NAN; logits.len()]);
+            grid.write(&logits, &mut steps);
+            grid.read(&steps, &mut again);
+            for (s, again) in logits.iter().zip(again) {
+                assert!((s - again).abs() <= 0.5 * grid.step + 2.0 * f32::EPSILON * s.abs(), "{grid:?} {s} {again}");
+            }
+        }
+        for (low, high) in [(-130.0, 130.0), (0.0, f64::INFINITY), (f64::NAN, f64::NAN)] {
+            assert!(Grid::new(low, high).is_none());
+        }
     }
 }

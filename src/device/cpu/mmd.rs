@@ -466,6 +466,7 @@ impl Gram {
             scale: (-0.5 / (width * width)) as f32,
             offset: None,
             anchor: None,
+            grid: None,
             kept: None,
             pairs: &nothing,
             origin: [0, 0],

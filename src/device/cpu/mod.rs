@@ -72,7 +72,8 @@ impl<T: Lane> Cpu<T> {
 
     /// Lets losses keep logits between their passes in up to `bytes` of memory, beyond scratch that grows as (N + M) D.
     /// What is kept need not be multiplied out again: a loss and both gradients of N x M logits take 6 N M D operations
-    /// with 4 N M bytes, 8 N M D with none, and have the same bits with any. The default is [`WORKSPACE`].
+    /// where all fit, in 4 N M bytes, and 8 N M D where none do, with the same bits. On units that multiply bf16 they take
+    /// 2 N M bytes, and gradients differ by less than those units' rounding. The default is [`WORKSPACE`].
     pub fn set_workspace(&mut self, bytes: usize) {
         self.scratch.budget = bytes;
     }

@@ -23,6 +23,8 @@ const PAIRS: usize = 128;
 /// f32 or [`Pair`], and the instruction sets that multiply them.
 pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
     type Isa: Copy + Debug + Send + Sync;
+    /// Whether exponentials are rounded to bf16 before they are multiplied.
+    const ROUNDS: bool;
 
     /// Elements that hold `n` numbers of a row.
     fn count(n: usize) -> usize;
@@ -63,6 +65,7 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
 
 impl Element for f32 {
     type Isa = Isa;
+    const ROUNDS: bool = false;
 
     fn count(n: usize) -> usize {
         n
@@ -145,6 +148,7 @@ impl<S: Simd> Operands<S> for f32 {
 
 impl Element for Pair {
     type Isa = PairIsa;
+    const ROUNDS: bool = true;
 
     fn count(n: usize) -> usize {
         n.div_ceil(2)
