@@ -242,6 +242,26 @@ def best_of_ours(cell):
     return min(cell["s"][name] for name in OURS)
 
 
+# The ceiling: square matrix products of the libraries that the peers stand on.
+
+
+def bench_products(args):
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(args.threads)
+    n = 512 if args.quick else 4096
+    a = np.random.default_rng(9).standard_normal((n, n), dtype=np.float32)
+    products = {"numpy": lambda _: a @ a}
+    for name, dtype in [("torch", torch.float32), ("torch bf16", torch.bfloat16)]:
+        own = torch.from_numpy(a).to(dtype)
+        products[name] = lambda _, own=own: own @ own
+    times = {name: [timed(run, args.seconds) for _ in range(args.rounds)] for name, run in products.items()}
+    rates = {name: 2 * n**3 / min(t) / 1e9 for name, t in times.items()}
+    print("matrix product:", *(f"| {name} {rate:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
+    return {"n": n, "gflops": rates, "rounds_s": times}
+
+
 # Search: the five items of largest inner product.
 
 
@@ -458,10 +478,13 @@ def plot(result, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+BENCHES = {"product": bench_products, "loss": bench_losses, "retrieve": bench_searches, "train": bench_training}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contrastive", default=os.path.join(HERE, "../../target/release/contrastive"))
-    parser.add_argument("--what", default="loss,retrieve,train", help="of loss, retrieve, train")
+    parser.add_argument("--what", default=",".join(BENCHES), help="of product, loss, retrieve, train")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cells", default=CELLS, help="d x N, ...")
     parser.add_argument("--searches", default=SEARCHES, help="queries x items x d, ...")
@@ -491,7 +514,7 @@ def main():
     result = machine(args)
     print(json.dumps(result), flush=True)
     for what in args.what.split(","):
-        result[what] = {"loss": bench_losses, "retrieve": bench_searches, "train": bench_training}[what](args)
+        result[what] = BENCHES[what](args)
     out = args.out or (not args.quick and os.path.join(HERE, f"../results/cpu-{result['date'][:10]}.json"))
     if out:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)

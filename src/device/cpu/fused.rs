@@ -336,11 +336,33 @@ pub struct Kept {
     turns: usize,
 }
 
-/// What is left of a task's slot, tile by tile.
-enum Slot<F, G> {
-    Plain(F),
-    Steps(Grid, G),
+/// A task's slot, less the tiles that were written to it or read from it.
+enum Slot<Plain, Steps> {
+    Plain(Plain),
+    Steps(Grid, Steps),
 }
+
+impl Slot<&mut [f32], &mut [i16]> {
+    #[inline(always)]
+    fn write(&mut self, tile: &[f32]) {
+        match self {
+            Slot::Plain(slot) => slot.split_off_mut(..tile.len()).expect(ALL_TILES).copy_from_slice(tile),
+            Slot::Steps(grid, slot) => grid.write(tile, slot.split_off_mut(..tile.len()).expect(ALL_TILES)),
+        }
+    }
+}
+
+impl Slot<&[f32], &[i16]> {
+    #[inline(always)]
+    fn read(&mut self, tile: &mut [f32]) {
+        match self {
+            Slot::Plain(slot) => tile.copy_from_slice(slot.split_off(..tile.len()).expect(ALL_TILES)),
+            Slot::Steps(grid, slot) => grid.read(slot.split_off(..tile.len()).expect(ALL_TILES), tile),
+        }
+    }
+}
+
+const ALL_TILES: &str = "a slot holds all tiles of its task";
 
 impl Kept {
     /// Room for as many of a sweep's tasks as `budget` bytes hold.
@@ -599,11 +621,7 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
             T::read_left(logits, rows.clone(), u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
                 let stride = stride(&cols);
-                let len = rows.len() * stride;
-                let s = match &mut keep {
-                    Some(Slot::Plain(slot)) => slot.split_off_mut(..len).expect("a slot holds all tiles of its task"),
-                    _ => ws.tile.sized(len),
-                };
+                let s = ws.tile.sized(rows.len() * stride);
                 T::tile(logits, u, s, &rows, &cols);
                 if logit_sums {
                     for (i, s) in rows.clone().zip(s.chunks_exact(stride)) {
@@ -638,13 +656,11 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                         tally_cols::<S>(s, stride, &mut col.max[at_cols.clone()], &mut col.sum[at_cols]);
                     }
                 }
-                if keep.is_some() {
+                if let Some(keep) = &mut keep {
                     for &(i, j, logit, _) in &ws.specials {
                         s[(i - rows.start) * stride + j - cols.start] = logit;
                     }
-                }
-                if let Some(Slot::Steps(grid, slot)) = &mut keep {
-                    grid.write(s, slot.split_off_mut(..len).expect("a slot holds all tiles of its task"));
+                    keep.write(s);
                 }
             }
         }
@@ -918,19 +934,15 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                 let at_cols = cols.start - first_col..cols.end - first_col;
                 let stride = stride(&cols);
                 let tile = ws.tile.sized(rows.len() * stride);
-                let mut from = None;
                 match &mut kept {
+                    Some(kept) => kept.read(tile),
                     None => T::tile(logits, u, tile, &rows, &cols),
-                    Some(Slot::Plain(slot)) => from = slot.split_off(..tile.len()),
-                    Some(Slot::Steps(grid, slot)) => {
-                        grid.read(slot.split_off(..tile.len()).expect("a slot holds all tiles of its task"), tile);
-                    }
                 }
                 let sums = &mut row.sums[at_rows.clone()];
-                take_specials(logits, law, &rows, &cols, from.unwrap_or(&*tile), sums, &mut ws.specials);
+                take_specials(logits, law, &rows, &cols, tile, sums, &mut ws.specials);
                 let by_col = col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]);
                 let factors = law.factors::<S>(&rows, &cols, [&mut ws.by_row, &mut ws.by_col]);
-                law.apply::<S>([&rows, &cols], from, tile, factors, &ws.specials, sums, by_col);
+                law.apply::<S>([&rows, &cols], tile, factors, &ws.specials, sums, by_col);
                 let inverse = [(carry_u, &rows), (carry_v, &cols)].map(|(side, range)| side.inverse_of(range.clone()));
                 let [by_row, by_col] = T::lefts(tile, rows.len(), cols.len(), inverse, &mut ws.halves);
                 if let Some(out) = &mut row.out {
@@ -1043,14 +1055,13 @@ impl Law<'_> {
         tiles
     }
 
-    /// Turns the tile of S, which is in `from` or its own place, into that of G, and adds its sums: the value's where the
-    /// law has any, `sum_j G S` and `sum_j G` to its rows, `sum_i G` to its columns.
+    /// Turns the tile of S into that of G, and adds its sums: the value's where the law has any, `sum_j G S` and `sum_j G`
+    /// to its rows, `sum_i G` to its columns.
     #[inline(always)]
     #[allow(clippy::too_many_arguments, reason = "operands and outputs of one tile")]
     fn apply<S: Simd>(
         &self,
         [rows, cols]: [&Range<usize>; 2],
-        from: Option<&[f32]>,
         tile: &mut [f32],
         [by_row, by_col]: [&[f32]; 2],
         specials: &[(usize, usize, f32, f32)],
@@ -1067,9 +1078,6 @@ impl Law<'_> {
         let mut logit = [0.0; COLS];
         for (r, (row, sums)) in tile.chunks_exact_mut(stride).zip(sums).enumerate() {
             let (i, row) = (rows.start + r, &mut row[..wide]);
-            if let Some(from) = from {
-                row.copy_from_slice(&from[r * stride..][..wide]);
-            }
             row[w..].fill(HOLE);
             let (own, rest) = specials.split_at(specials.iter().take_while(|special| special.0 == i).count());
             specials = rest;
