@@ -365,6 +365,9 @@ impl Slot<&[f32], &[i16]> {
 const ALL_TILES: &str = "a slot holds all tiles of its task";
 
 impl Kept {
+    /// Products this deep take no longer than copies to and from a slot.
+    const SHALLOW: usize = 8;
+
     /// Room for as many of a sweep's tasks as `budget` bytes hold.
     fn fit(&mut self, cut: Cut, n: usize, m: usize, grid: Option<Grid>, budget: usize) {
         let tasks = n.div_ceil(cut.rows).max(m.div_ceil(cut.cols)).pow(2);
@@ -506,7 +509,8 @@ impl<T: Element> Logits<'_, T> {
         rows.clear(self.u.rows.rows, self.anchor);
         cols.clear(self.m, self.anchor);
         let cut = self.cut();
-        kept.fit(cut, self.u.rows.rows, self.m, self.grid, budget);
+        let worth = T::count(self.u.rows.dim) > Kept::SHALLOW;
+        kept.fit(cut, self.u.rows.rows, self.m, self.grid, if worth { budget } else { 0 });
         let slots =
             kept.data.sized(kept.turns * kept.slot).chunks_mut(kept.slot.max(1)).map(Mutex::new).collect::<Vec<_>>();
         sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {

@@ -61,6 +61,10 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
     ) -> [Left<'g, Self>; 2];
     /// `c (+)= left right` for `n` columns, see [`product_part`].
     fn product(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool);
+    /// [`product`](Self::product) with what [`pack_rows`](Self::pack_rows) packed.
+    fn product_rows(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
+        Self::product(left, right, n, c, ldc, add);
+    }
 }
 
 impl Element for f32 {
@@ -127,7 +131,12 @@ impl<S: Simd> Operands<S> for f32 {
         for rows in blocks(range.clone(), ROWS, 1) {
             let natural = natural.sized(rows.len() * dim);
             side.read(rows.clone(), natural);
-            pack_part::<S, f32>(natural, dim, dim, rows.start - range.start..rows.end - range.start, total, packed);
+            let at = rows.start - range.start..rows.end - range.start;
+            if is_narrow::<S>(dim) {
+                pack_part::<S::Narrow, f32>(natural, dim, dim, at, total, packed);
+            } else {
+                pack_part::<S, f32>(natural, dim, dim, at, total, packed);
+            }
         }
     }
 
@@ -144,6 +153,21 @@ impl<S: Simd> Operands<S> for f32 {
     fn product(left: Left<'_, f32>, right: Right<'_, f32>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
         product_part::<S, f32, Inner, _, LONG>(left, right, n, c, ldc, add, AsIs);
     }
+
+    #[inline(always)]
+    fn product_rows(left: Left<'_, f32>, right: Right<'_, f32>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
+        if is_narrow::<S>(n) {
+            <f32 as Operands<S::Narrow>>::product(left, right, n, c, ldc, add);
+        } else {
+            <f32 as Operands<S>>::product(left, right, n, c, ldc, add);
+        }
+    }
+}
+
+/// Whether a register half as wide holds a row of `dim`.
+#[inline(always)]
+fn is_narrow<S: Simd>(dim: usize) -> bool {
+    dim <= <<S::Narrow as Simd>::F32 as Register<f32>>::LANES
 }
 
 impl Element for Pair {
@@ -290,11 +314,11 @@ pub fn carry<S: Simd, T: Operands<S>>(
     spill: &mut Buffer,
 ) {
     if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
-        T::product(left, right, dim, out, dim, true);
+        T::product_rows(left, right, dim, out, dim, true);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
         let spill = spill.sized(left.rows * wide);
-        T::product(left, right, dim, spill, wide, false);
+        T::product_rows(left, right, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }

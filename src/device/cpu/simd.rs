@@ -185,6 +185,8 @@ pub trait Simd {
     /// f32 registers, which also carry the scalar law.
     type F32: Vector<f32> + Num;
     type F64: Vector<f64>;
+    /// Registers half as wide, if it has them: two of their multiplications at a time where one of the others.
+    type Narrow: Simd;
 
     /// `c[i, j] (+)= sum_k a[i, k] b[k, j]` for a panel `b`, see [`product`].
     fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
@@ -576,11 +578,12 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
 type SumOf<S, T, P> = <<P as Multiply<S, T>>::Sum as Lane>::In<S>;
 
 macro_rules! simd {
-    ($name:ident, $f32:ty, $f64:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
+    ($name:ident, $f32:ty, $f64:ty, $narrow:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
         struct $name;
         impl Simd for $name {
             type F32 = $f32;
             type F64 = $f64;
+            type Narrow = $narrow;
             #[inline(always)]
             fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
                 tile: Tile<'_, T>,
@@ -617,12 +620,12 @@ macro_rules! simd {
 // Accumulators (rows x 2), two of B and one broadcast fill the register file: 32, 16 and 16 registers. The second
 // heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512, x86::Zmm, Pack<f64, 8>, [12, 8, 4, 1]);
+simd!(Avx512, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512Pairs, x86::Zmm, Pack<f64, 8>, [12, 8, 4, 1]);
+simd!(Avx512Pairs, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx2, x86::Ymm, Pack<f64, 4>, [6, 4, 2, 1]);
-simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, [4, 2, 1]);
+simd!(Avx2, x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
+simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, Portable, [4, 2, 1]);
 
 #[cfg(target_arch = "x86_64")]
 impl Pairs for Avx512Pairs {
