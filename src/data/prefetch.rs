@@ -1,6 +1,6 @@
 //! Batches gathered beside compute.
 
-use super::{Side, Source, permute};
+use super::{Side, Source, permute_range};
 use std::{
     sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     thread::Scope,
@@ -86,7 +86,7 @@ fn gather_all<S: Source + ?Sized>(
         buffer.epoch = epoch;
         buffer.step = step;
         buffer.index.clear();
-        buffer.index.extend((first..first + batch).map(|i| permute(seed, epoch, n, i)));
+        permute_range(seed, epoch, n, first..first + batch, &mut buffer.index);
         buffer.u.resize(batch * source.dim(Side::U), 0.0);
         buffer.v.resize(batch * source.dim(Side::V), 0.0);
         source.gather(Side::U, &buffer.index, &mut buffer.u);
@@ -104,7 +104,7 @@ fn gather_all<S: Source + ?Sized>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Memory;
+    use crate::data::{Memory, permute};
     use std::{thread, time::Duration};
 
     fn source(n: usize) -> Memory {

@@ -3,7 +3,7 @@
 use super::moments::Moments;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, parse_precision};
-use crate::data::{PairBatch, Side, Source, permute};
+use crate::data::{PairBatch, Side, Source, permute_range};
 use crate::device::{Contrast, Device, Embeddings, SCALING_START, Scalars, View, ViewMut};
 use crate::nn::{Acts, Network};
 use crate::objective::{Loss, LossError, Objective, Precision, Write};
@@ -130,13 +130,15 @@ impl<'a, D: Contrast> State<'a, D> {
     pub(super) fn plan(&mut self, device: &D, first: u64, rates: &[f64]) {
         let Config { seed, batch, .. } = *self.config;
         let epoch_steps = (self.samples / batch) as u64;
-        let mut host = Vec::new();
+        let (mut host, mut order) = (Vec::new(), Vec::new());
         for (row, (step, lr)) in (first..).zip(rates).enumerate() {
             host.extend([row as f32, (row + 1) as f32]);
             host.extend(self.adam.now(step, *lr));
             if self.is_resident() {
                 let (epoch, at) = (step / epoch_steps, (step % epoch_steps) as usize * batch);
-                host.extend((at..at + batch).map(|i| permute(seed, epoch, self.samples, i) as f32));
+                order.clear();
+                permute_range(seed, epoch, self.samples, at..at + batch, &mut order);
+                host.extend(order.iter().map(|&i| i as f32));
             }
         }
         device.upload(&host, all_mut(&mut self.plan, host.len()));

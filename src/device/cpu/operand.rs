@@ -62,6 +62,7 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
     /// `c (+)= left right` for `n` columns, see [`product_part`].
     fn product(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool);
     /// [`product`](Self::product) with what [`pack_rows`](Self::pack_rows) packed.
+    #[inline(always)]
     fn product_rows(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
         Self::product(left, right, n, c, ldc, add);
     }
