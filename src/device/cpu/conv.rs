@@ -277,39 +277,21 @@ fn correlate_pixels<S: Simd, T: Lane, const R: usize, const P: usize>(
         let (c, ky) = (line / kernel, line % kernel);
         let x = &x[(c * shape.high + ky) * shape.wide * lanes..][..(kernel + P - 1) * lanes];
         for (kx, weights) in weights.iter().enumerate() {
-            add_tap::<S, T, R, P>(&x[kx * lanes..], weights, &mut sums);
+            let mut pixels = [<T::In<S> as Register<T>>::broadcast(T::ZERO); P];
+            for (p, pixel) in pixels.iter_mut().enumerate() {
+                *pixel = <T::In<S> as Register<T>>::load(&x[(kx + p) * lanes..][..lanes]);
+            }
+            for (sums, &w) in sums.iter_mut().zip(weights) {
+                let w = <T::In<S> as Register<T>>::broadcast(w);
+                for (sum, &pixel) in sums.iter_mut().zip(&pixels) {
+                    *sum = w.fma(pixel, *sum);
+                }
+            }
         }
     }
-    put::<S, T, R, P>(&sums, image, out);
-}
-
-/// Adds a tap of `P` pixels to the sums of `R` channels.
-#[inline(always)]
-fn add_tap<S: Simd, T: Lane, const R: usize, const P: usize>(
-    pixels: &[T],
-    weights: &[T; R],
-    sums: &mut [[T::In<S>; P]; R],
-) {
-    let lanes = <T::In<S> as Register<T>>::LANES;
-    let mut registers = [<T::In<S> as Register<T>>::broadcast(T::ZERO); P];
-    for (register, pixel) in registers.iter_mut().zip(pixels.chunks_exact(lanes)) {
-        *register = <T::In<S> as Register<T>>::load(pixel);
-    }
-    for (sums, &w) in sums.iter_mut().zip(weights) {
-        let w = <T::In<S> as Register<T>>::broadcast(w);
-        for (sum, &pixel) in sums.iter_mut().zip(&registers) {
-            *sum = w.fma(pixel, *sum);
-        }
-    }
-}
-
-/// `P` pixels of `R` channels, whose images are `image` numbers apart.
-#[inline(always)]
-fn put<S: Simd, T: Lane, const R: usize, const P: usize>(sums: &[[T::In<S>; P]; R], image: usize, out: &mut [T]) {
-    let lanes = <T::In<S> as Register<T>>::LANES;
     for (r, sums) in sums.iter().enumerate() {
-        for (sum, out) in sums.iter().zip(out[r * image..].chunks_exact_mut(lanes)) {
-            sum.store(out);
+        for (p, sum) in sums.iter().enumerate() {
+            sum.store(&mut out[r * image + p * lanes..][..lanes]);
         }
     }
 }
@@ -372,12 +354,25 @@ fn spread_pixels<S: Simd, T: Lane, const R: usize, const P: usize>(
                 let from = (y - ky) * shape.row + x + PIXELS - columns.end;
                 let d = &d[from * lanes..][..(columns.len() + P - 1) * lanes];
                 for (weights, at) in weights.iter().zip((0..columns.len()).rev()) {
-                    add_tap::<S, T, R, P>(&d[at * lanes..], weights, &mut sums);
+                    let mut pixels = [<T::In<S> as Register<T>>::broadcast(T::ZERO); P];
+                    for (p, pixel) in pixels.iter_mut().enumerate() {
+                        *pixel = <T::In<S> as Register<T>>::load(&d[(at + p) * lanes..][..lanes]);
+                    }
+                    for (sums, &w) in sums.iter_mut().zip(weights) {
+                        let w = <T::In<S> as Register<T>>::broadcast(w);
+                        for (sum, &pixel) in sums.iter_mut().zip(&pixels) {
+                            *sum = w.fma(pixel, *sum);
+                        }
+                    }
                 }
             }
         }
     }
-    put::<S, T, R, P>(&sums, image, dx);
+    for (r, sums) in sums.iter().enumerate() {
+        for (p, sum) in sums.iter().enumerate() {
+            sum.store(&mut dx[r * image + p * lanes..][..lanes]);
+        }
+    }
 }
 
 /// `sums[o, k] += sum_p d[o, p] x[p + k]`, summed over lanes too.
@@ -900,13 +895,18 @@ impl<T: Lane> Op for Backward<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{
-        layers,
-        testing::{dot, random},
-    };
+    use super::super::layers;
     use super::*;
-    use rand::SeedableRng;
+    use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
+
+    fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
+        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    fn dot(a: &[f64], b: &[f64]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
 
     /// The definition: six loops.
     fn naive_conv(c: &Conv, rows: usize, x: &[f64], weight: &[f64]) -> Vec<f64> {

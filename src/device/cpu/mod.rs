@@ -443,18 +443,3 @@ fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
         Write::Add(out) => Write::Add(write(out)),
     }
 }
-
-/// What tests of the verbs share.
-#[cfg(test)]
-mod testing {
-    use rand::RngExt;
-    use rand_chacha::ChaCha8Rng;
-
-    pub fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
-        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
-    }
-
-    pub fn dot(a: &[f64], b: &[f64]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| a * b).sum()
-    }
-}
