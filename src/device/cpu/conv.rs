@@ -115,12 +115,23 @@ fn shard<T: Lane>(isa: Isa, rows: usize) -> usize {
 
 pub(super) fn scratch(conv: &Conv, rows: usize) -> usize {
     let shape = Shape::new(conv);
-    SHARDS.min(rows) * (shape.slot() + shape.weights() + conv.outputs) + shape.weights()
+    REGISTER + SHARDS.min(rows) * (shape.slot() + shape.weights() + conv.outputs) + shape.weights()
 }
 
 /// Numbers that [`forward`] keeps for [`backward`].
-pub(super) fn kept(block: &ConvPool, rows: usize) -> usize {
-    rows.next_multiple_of(REGISTER) * block.conv.output_len()
+pub(super) fn kept(c: &ConvPool, rows: usize) -> usize {
+    REGISTER + rows.next_multiple_of(REGISTER) * kept_len(c)
+}
+
+/// The same of a sample: see [`pool`], or the activation's input.
+fn kept_len(c: &ConvPool) -> usize {
+    if by_window(c) { 2 * c.pooling().output_len() } else { c.conv.output_len() }
+}
+
+/// Where in `numbers`, which are [`REGISTER`] more than are wanted, the first cache line begins: no register that is
+/// loaded from there on crosses one.
+fn line<T>(numbers: &[T]) -> usize {
+    numbers.as_ptr().align_offset(64).min(REGISTER)
 }
 
 /// The scratch of one call: packed weights, a shard's sums each, and a slot for every thread at work.
@@ -134,10 +145,11 @@ struct Slots<'a, T>([Option<Mutex<&'a mut [T]>>; SHARDS]);
 
 impl<'a, T: Lane> Work<'a, T> {
     fn new(shape: &Shape, scratch: &'a mut [T]) -> Self {
-        let (packed, rest) = scratch.split_at_mut(shape.weights());
-        let most = rest.len() / (shape.slot() + shape.weights() + shape.conv.outputs);
-        let (sums, rest) = rest.split_at_mut(most * (shape.weights() + shape.conv.outputs));
-        let mut slots = rest.chunks_exact_mut(shape.slot()).map(Mutex::new);
+        let most = (scratch.len() - REGISTER - shape.weights()) / (shape.slot() + shape.weights() + shape.conv.outputs);
+        let at = line(scratch);
+        let (slots, rest) = scratch[at..].split_at_mut(most * shape.slot());
+        let (packed, sums) = rest.split_at_mut(shape.weights());
+        let mut slots = slots.chunks_exact_mut(shape.slot()).map(Mutex::new);
         Work { packed, sums, slots: Slots(std::array::from_fn(|_| slots.next())) }
     }
 }
@@ -178,16 +190,49 @@ fn pack_inputs<T: Lane>(conv: &Conv, weight: &[T], packed: &mut [T]) {
     }
 }
 
+/// The transpose of as many registers as one has numbers: as many rounds as indices have bits, each of which makes the
+/// uppermost bit of an index (row, column) its lowest.
+#[inline(always)]
+fn turn<T: Lane, V: Vector<T>>(mut rows: [V; REGISTER]) -> [V; REGISTER] {
+    let half = V::LANES / 2;
+    for _ in 0..V::LANES.ilog2() {
+        let before = rows;
+        for i in 0..half {
+            [rows[2 * i], rows[2 * i + 1]] = before[i].interleave(before[i + half]);
+        }
+    }
+    rows
+}
+
+/// Where parts of `size` begin that make up `0..len`, the last one ending there; none if `len` is smaller.
+#[inline(always)]
+fn parts(len: usize, size: usize) -> impl Iterator<Item = usize> {
+    let last = len.checked_sub(size);
+    last.into_iter().flat_map(move |last| (0..len).step_by(size).map(move |at| at.min(last)))
+}
+
 /// `to[i, l] = x[l, at + i]` for rows of `len` numbers; lanes without a sample are 0.
 #[inline(always)]
 fn enter<S: Simd, T: Lane>(x: &[T], len: usize, at: usize, to: &mut [T]) {
     let lanes = <T::In<S> as Register<T>>::LANES;
     let n = to.len() / lanes;
-    for l in 0..lanes {
-        let to = to.chunks_exact_mut(lanes);
-        match x.get(l * len + at..l * len + at + n) {
-            Some(row) => to.zip(row).for_each(|(to, &x)| to[l] = x),
-            None => to.for_each(|to| to[l] = T::ZERO),
+    for part in parts(n, lanes) {
+        let mut rows = [<T::In<S> as Register<T>>::broadcast(T::ZERO); REGISTER];
+        for (l, row) in rows.iter_mut().enumerate().take(lanes) {
+            if let Some(x) = x.get(l * len + at + part..).filter(|x| x.len() >= lanes) {
+                *row = <T::In<S> as Register<T>>::load(x);
+            }
+        }
+        let to = to[part * lanes..].chunks_exact_mut(lanes);
+        turn(rows).into_iter().zip(to).take(lanes).for_each(|(row, to)| row.store(to));
+    }
+    if n < lanes {
+        for l in 0..lanes {
+            let to = to.chunks_exact_mut(lanes);
+            match x.get(l * len + at..l * len + at + n) {
+                Some(row) => to.zip(row).for_each(|(to, &x)| to[l] = x),
+                None => to.for_each(|to| to[l] = T::ZERO),
+            }
         }
     }
 }
@@ -202,9 +247,10 @@ fn enter_images<S: Simd, T: Lane>(
 ) {
     let lanes = <T::In<S> as Register<T>>::LANES;
     let (high, wide) = (height + 2 * above, width + 2 * beside);
-    if above + beside > 0 {
-        to.fill(T::ZERO);
+    if above + beside == 0 {
+        return enter::<S, T>(x, images * height * width, 0, &mut to[..images * height * width * lanes]);
     }
+    to.fill(T::ZERO);
     for (image, to) in to.chunks_exact_mut(high * wide * lanes).enumerate().take(images) {
         for (y, to) in to.chunks_exact_mut(wide * lanes).skip(above).take(height).enumerate() {
             let at = (image * height + y) * width;
@@ -213,12 +259,21 @@ fn enter_images<S: Simd, T: Lane>(
     }
 }
 
-/// `to[l, at + i] = from[i, l]`, for the samples that there are.
+/// `to[l, i] = from[i, l]`, for the samples that there are, rows of `len` numbers.
 #[inline(always)]
 fn leave<S: Simd, T: Lane>(from: &[T], len: usize, to: &mut [T]) {
     let lanes = <T::In<S> as Register<T>>::LANES;
-    for (l, to) in to.chunks_exact_mut(len).enumerate() {
-        to.iter_mut().zip(from.chunks_exact(lanes)).for_each(|(to, from)| *to = from[l]);
+    for part in parts(len, lanes) {
+        let mut rows = [<T::In<S> as Register<T>>::broadcast(T::ZERO); REGISTER];
+        let from = from[part * lanes..].chunks_exact(lanes);
+        rows.iter_mut().zip(from).take(lanes).for_each(|(row, from)| *row = <T::In<S> as Register<T>>::load(from));
+        let to = to.chunks_exact_mut(len);
+        turn(rows).into_iter().zip(to).take(lanes).for_each(|(row, to)| row.store(&mut to[part..]));
+    }
+    if len < lanes {
+        for (l, to) in to.chunks_exact_mut(len).enumerate() {
+            to.iter_mut().zip(from.chunks_exact(lanes)).for_each(|(to, from)| *to = from[l]);
+        }
     }
 }
 
@@ -443,19 +498,31 @@ fn weigh_taps<S: Simd, T: Lane, const R: usize, const K: usize>(
             at += lanes;
         }
     }
-    let mut numbers = [T::ZERO; REGISTER];
-    for (r, sums) in sums.iter().enumerate() {
-        for (k, sum) in sums.iter().enumerate() {
-            sum.store(&mut numbers);
-            to[r * shape.conv.patch() + k] += total(&numbers[..lanes]);
+    // Short loops, which the compiler unrolls: others would keep the sums above in memory.
+    let mut numbers = [[[T::ZERO; REGISTER]; K]; R];
+    for (numbers, sums) in numbers.iter_mut().zip(&sums) {
+        for (numbers, sum) in numbers.iter_mut().zip(sums) {
+            sum.store(numbers);
+        }
+    }
+    for (r, numbers) in numbers.iter_mut().enumerate() {
+        for (k, numbers) in numbers.iter_mut().enumerate() {
+            to[r * shape.conv.patch() + k] += total(numbers, lanes);
         }
     }
 }
 
-/// The sum of a register's numbers.
+/// The sum of the first `lanes` numbers, a power of two, by halves.
 #[inline(always)]
-fn total<T: Lane>(numbers: &[T]) -> T {
-    numbers.iter().fold(T::ZERO, |sum, &x| sum + x)
+fn total<T: Lane>(numbers: &mut [T; REGISTER], lanes: usize) -> T {
+    let mut half = lanes / 2;
+    while half > 0 {
+        for i in 0..half {
+            numbers[i] += numbers[i + half];
+        }
+        half /= 2;
+    }
+    numbers[0]
 }
 
 /// `sums[o] += sum_p d[o, p]`, summed over lanes too; line by line, for the digits.
@@ -473,7 +540,7 @@ fn sum_channels<S: Simd, T: Lane>(shape: &Shape, d: &[T], sums: &mut [T]) {
         }
         let mut numbers = [T::ZERO; REGISTER];
         sum.store(&mut numbers);
-        *to += total(&numbers[..lanes]);
+        *to += total(&mut numbers, lanes);
     }
 }
 
@@ -519,29 +586,49 @@ impl Act for Gelu {
     }
 }
 
-/// `out = pool(A(pre))`.
+/// Whether backward needs of a window no more than where its maximum is and the activation's derivative there.
+fn by_window(c: &ConvPool) -> bool {
+    c.pool == Pool::Max && c.size > 1
+}
+
+/// `out = pool(A(pre))`. Of maxima `kept` has, two registers a window, which of its numbers is the first largest and
+/// the activation's derivative there.
 #[inline(always)]
-fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], out: &mut [T]) {
+fn pool<S: Simd, T: Lane, A: Act>(c: &ConvPool, pre: &[T], kept: &mut [T], out: &mut [T]) {
     let lanes = <T::In<S> as Register<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
     let (zero, share) = (<T::In<S> as Register<T>>::broadcast(T::ZERO), share::<S, T>(size));
+    let one = <T::In<S> as Register<T>>::broadcast(T::ONE);
     let row = p.width * lanes;
+    let mut kept = kept.chunks_exact_mut(2 * lanes);
     let images = pre.chunks_exact(p.height * row).zip(out.chunks_exact_mut(p.out_height() * p.out_width() * lanes));
     for (pre, out) in images {
         for (pre, out) in pre.chunks_exact(size * row).zip(out.chunks_exact_mut(p.out_width() * lanes)) {
             for (window, out) in out.chunks_exact_mut(lanes).enumerate() {
-                let active = |at: usize| {
-                    let at = (at / size * p.width + window * size + at % size) * lanes;
-                    A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[at..])).0
-                };
-                let mut pooled = active(0);
-                for at in 1..size * size {
-                    pooled = match c.pool {
-                        Pool::Max => pooled.larger(active(at)),
-                        Pool::Average => pooled.plus(active(at)),
-                    };
+                let from = |y: usize, x: usize| (y * p.width + window * size + x) * lanes;
+                let (mut pooled, mut slope) =
+                    A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[from(0, 0)..]));
+                let (mut which, mut at) = (zero, zero);
+                for y in 0..size {
+                    for x in usize::from(y == 0)..size {
+                        let (value, new) = A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[from(y, x)..]));
+                        if by_window(c) {
+                            at = at.plus(one);
+                            which = which.unless_lt(pooled, value, at);
+                            slope = slope.unless_lt(pooled, value, new);
+                            pooled = pooled.larger(value);
+                        } else {
+                            pooled = pooled.plus(value);
+                        }
+                    }
                 }
-                let pooled = if c.pool == Pool::Average { pooled.fma(share, zero) } else { pooled };
+                if by_window(c) {
+                    let kept = kept.next().expect("two registers a window");
+                    which.store(kept);
+                    slope.store(&mut kept[lanes..]);
+                } else {
+                    pooled = pooled.fma(share, zero);
+                }
                 pooled.store(out);
             }
         }
@@ -554,44 +641,43 @@ fn share<S: Simd, T: Lane>(size: usize) -> T::In<S> {
     <T::In<S> as Register<T>>::broadcast(T::from_f64(1.0 / (size * size) as f64))
 }
 
-/// `d = dL/d pre` from `d_out = dL/d out`, `out` as [`pool`] leaves it; every number of `d` is set.
+/// `d = dL/d pre` from `d_out = dL/d out`; every number of `d` is set. `kept` is what [`pool`] left of maxima, `pre`
+/// where means are taken.
 #[inline(always)]
-fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, pre: &[T], d_out: &[T], d: &mut [T]) {
+fn pool_backward<S: Simd, T: Lane, A: Act>(shape: &Shape, c: &ConvPool, kept: &[T], d_out: &[T], d: &mut [T]) {
     let lanes = <T::In<S> as Register<T>>::LANES;
     let (p, size) = (c.pooling(), c.size);
     let (zero, share) = (<T::In<S> as Register<T>>::broadcast(T::ZERO), share::<S, T>(size));
-    let (row, d_row) = (p.width * lanes, shape.row * lanes);
+    let one = <T::In<S> as Register<T>>::broadcast(T::ONE);
     d.fill(T::ZERO);
-    let d_out = d_out.chunks_exact(p.out_height() * p.out_width() * lanes);
-    for ((pre, d), d_out) in pre.chunks_exact(p.height * row).zip(d.chunks_exact_mut(p.height * d_row)).zip(d_out) {
-        let lines = pre.chunks_exact(size * row).zip(d.chunks_exact_mut(size * d_row));
-        for ((pre, d), d_out) in lines.zip(d_out.chunks_exact(p.out_width() * lanes)) {
+    let mut windows = kept.chunks_exact(2 * lanes);
+    let images = d_out.chunks_exact(p.out_height() * p.out_width() * lanes);
+    for (image, (d_out, d)) in images.zip(d.chunks_exact_mut(p.height * shape.row * lanes)).enumerate() {
+        let lines = d_out.chunks_exact(p.out_width() * lanes).zip(d.chunks_exact_mut(size * shape.row * lanes));
+        for (line, (d_out, d)) in lines.enumerate() {
             for (window, d_out) in d_out.chunks_exact(lanes).enumerate() {
-                let active = |at: usize| {
-                    let at = (at / size * p.width + window * size + at % size) * lanes;
-                    A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(&pre[at..]))
-                };
-                let mut most = zero;
-                if c.pool == Pool::Max {
-                    most = active(0).0;
-                    for at in 1..size * size {
-                        most = most.larger(active(at).0);
-                    }
-                }
-                // What is left to give: all of it until the first that is the largest has been met.
-                let mut left = <T::In<S> as Register<T>>::load(d_out);
-                for at in 0..size * size {
-                    let (y, slope) = active(at);
-                    let given = match c.pool {
-                        Pool::Max => {
-                            let given = left.where_eq(y, most);
-                            left = left.minus(given);
-                            given
+                let d_out = <T::In<S> as Register<T>>::load(d_out);
+                let to = |y: usize, x: usize| (y * shape.row + PIXELS - 1 + window * size + x) * lanes;
+                if by_window(c) {
+                    let kept = windows.next().expect("two registers a window");
+                    let which = <T::In<S> as Register<T>>::load(kept);
+                    let given = d_out.fma(<T::In<S> as Register<T>>::load(&kept[lanes..]), zero);
+                    let mut at = zero;
+                    for y in 0..size {
+                        for x in 0..size {
+                            given.where_eq(at, which).store(&mut d[to(y, x)..]);
+                            at = at.plus(one);
                         }
-                        Pool::Average => left.fma(share, zero),
-                    };
-                    let to = (at / size * shape.row + PIXELS - 1 + window * size + at % size) * lanes;
-                    given.fma(slope, zero).store(&mut d[to..]);
+                    }
+                } else {
+                    let given = d_out.fma(share, zero);
+                    for y in 0..size {
+                        let from = (image * p.height + line * size + y) * p.width + window * size;
+                        for (x, pre) in kept[from * lanes..].chunks_exact(lanes).enumerate().take(size) {
+                            let (_, slope) = A::both::<T, T::In<S>>(<T::In<S> as Register<T>>::load(pre));
+                            given.fma(slope, zero).store(&mut d[to(y, x)..]);
+                        }
+                    }
                 }
             }
         }
@@ -741,8 +827,8 @@ impl<T: Lane> Op for Weigh<'_, T> {
     }
 }
 
-/// [`ConvPool`]: `params` are the weights and, behind them, the biases. Leaves the activation's input, by groups, in
-/// `kept`.
+/// [`ConvPool`]: `params` are the weights and, behind them, the biases. Leaves in `kept`, by groups, what [`backward`]
+/// needs.
 #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
 pub(super) fn forward<T: Lane>(
     isa: Isa,
@@ -759,9 +845,10 @@ pub(super) fn forward<T: Lane>(
     let (weight, bias) = params.split_at(shape.weights());
     pack_outputs(&c.conv, weight, packed);
     let packed = &*packed;
+    let at = line(kept);
     out.par_chunks_mut(shard * c.pooling().output_len())
         .zip(x.par_chunks(shard * c.conv.input_len()))
-        .zip(kept.par_chunks_mut(shard * c.conv.output_len()))
+        .zip(kept[at..].par_chunks_mut(shard * kept_len(c)))
         .for_each(|((out, x), kept)| {
             slots.with(|slot| isa.run(Forward { shape, c, x, packed, bias, kept, out, slot }));
         });
@@ -786,17 +873,18 @@ impl<T: Lane> Op for Forward<'_, T> {
         let Forward { shape, c, x, packed, bias, kept, out, slot } = self;
         let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, padding, .. } = shape.conv;
-        let [xs, _, ys] = shape.split(lanes, slot);
+        let [xs, d, ys] = shape.split(lanes, slot);
         let (input, output, pooled) = (c.conv.input_len(), c.conv.output_len(), c.pooling().output_len());
         let ys = &mut ys[..lanes * pooled];
         let groups = x.chunks(lanes * input).zip(out.chunks_mut(lanes * pooled));
-        for ((x, out), kept) in groups.zip(kept.chunks_exact_mut(lanes * output)) {
+        for ((x, out), kept) in groups.zip(kept.chunks_exact_mut(lanes * kept_len(c))) {
             enter_images::<S, T>(x, [inputs, height, width], [padding; 2], xs);
-            correlate::<S, T>(&shape, xs, packed, bias, kept);
+            let (pre, kept) = if by_window(c) { (&mut d[..lanes * output], kept) } else { (kept, &mut [][..]) };
+            correlate::<S, T>(&shape, xs, packed, bias, pre);
             match c.activation {
-                Activation::None => pool::<S, T, Same>(c, kept, ys),
-                Activation::Relu => pool::<S, T, Relu>(c, kept, ys),
-                Activation::Gelu => pool::<S, T, Gelu>(c, kept, ys),
+                Activation::None => pool::<S, T, Same>(c, pre, kept, ys),
+                Activation::Relu => pool::<S, T, Relu>(c, pre, kept, ys),
+                Activation::Gelu => pool::<S, T, Gelu>(c, pre, kept, ys),
             }
             leave::<S, T>(ys, pooled, out);
         }
@@ -829,7 +917,7 @@ pub(super) fn backward<T: Lane>(
     let sums = &mut sums[..rows.div_ceil(shard) * params.len()];
     let shards = x
         .par_chunks(shard * c.conv.input_len())
-        .zip(kept.par_chunks(shard * c.conv.output_len()))
+        .zip(kept[line(kept)..].par_chunks(shard * kept_len(c)))
         .zip(d_out.par_chunks(shard * c.pooling().output_len()))
         .zip(sums.par_chunks_mut(params.len()));
     match dx {
@@ -868,11 +956,11 @@ impl<T: Lane> Op for Backward<'_, T> {
         let lanes = <T::In<S> as Register<T>>::LANES;
         let Conv { inputs, height, width, padding, .. } = shape.conv;
         let [xs, d, rest] = shape.split(lanes, slot);
-        let (input, output, pooled) = (c.conv.input_len(), c.conv.output_len(), c.pooling().output_len());
+        let (input, pooled) = (c.conv.input_len(), c.pooling().output_len());
         sums.fill(T::ZERO);
         let (d_weight, d_bias) = sums.split_at_mut(shape.weights());
         let groups = x.chunks(lanes * input).zip(d_out.chunks(lanes * pooled));
-        for (group, ((x, d_out), kept)) in groups.zip(kept.chunks_exact(lanes * output)).enumerate() {
+        for (group, ((x, d_out), kept)) in groups.zip(kept.chunks_exact(lanes * kept_len(c))).enumerate() {
             let ds = &mut rest[..lanes * pooled];
             enter::<S, T>(d_out, pooled, 0, ds);
             match c.activation {

@@ -178,6 +178,13 @@ pub trait Vector<T>: Register<T> {
     fn where_lt(self, a: Self, b: Self) -> Self;
     /// `self` where `a == b`, else 0.
     fn where_eq(self, a: Self, b: Self) -> Self;
+    /// `if a < b { x } else { self }`, number by number.
+    #[inline(always)]
+    fn unless_lt(self, a: Self, b: Self, x: Self) -> Self {
+        x.where_lt(a, b).plus(self.minus(self.where_lt(a, b)))
+    }
+    /// Both in turns, `[a_0, b_0, a_1, b_1, ..]`.
+    fn interleave(self, b: Self) -> [Self; 2];
 }
 
 /// An instruction set's registers, and its micro-kernel's shape.
@@ -713,6 +720,10 @@ impl<T: Real, const L: usize> Vector<T> for Pack<T, L> {
     fn where_eq(self, a: Self, b: Self) -> Self {
         Pack(std::array::from_fn(|l| if a.0[l] == b.0[l] { self.0[l] } else { T::ZERO }))
     }
+    #[inline(always)]
+    fn interleave(self, b: Self) -> [Self; 2] {
+        [0, L / 2].map(|half| Pack(std::array::from_fn(|l| [self, b][l % 2].0[half + l / 2])))
+    }
 }
 
 impl<const L: usize> Pack<f32, L> {
@@ -822,6 +833,11 @@ mod x86 {
                 fn where_eq(self, a: Self, b: Self) -> Self {
                     // SAFETY: CPU features as in the module's note.
                     $name(unsafe { Self::where_raw::<_CMP_EQ_OQ>(self.0, a.0, b.0) })
+                }
+                #[inline(always)]
+                fn interleave(self, b: Self) -> [Self; 2] {
+                    // SAFETY: CPU features as in the module's note.
+                    unsafe { Self::interleave_raw(self.0, b.0) }.map($name)
                 }
             }
 
@@ -933,6 +949,17 @@ mod x86 {
             // SAFETY: the caller's.
             unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<CMP>(a, b), y) }
         }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn interleave_raw(a: __m512, b: __m512) -> [__m512; 2] {
+            // SAFETY: the caller's.
+            unsafe {
+                let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+                [_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, second, b)]
+            }
+        }
     }
 
     /// 16 pairs of bf16.
@@ -1024,6 +1051,17 @@ mod x86 {
         unsafe fn where_raw<const CMP: i32>(y: __m256, a: __m256, b: __m256) -> __m256 {
             // SAFETY: the caller's.
             unsafe { _mm256_and_ps(_mm256_cmp_ps::<CMP>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx2.
+        #[inline(always)]
+        unsafe fn interleave_raw(a: __m256, b: __m256) -> [__m256; 2] {
+            // SAFETY: the caller's.
+            unsafe {
+                // Of each half register.
+                let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
+            }
         }
     }
 }
