@@ -983,18 +983,13 @@ impl<T: Lane> Op for Backward<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::layers;
+    use super::super::layers::{
+        self,
+        tests::{dot, random},
+    };
     use super::*;
-    use rand::{RngExt, SeedableRng};
+    use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
-
-    fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
-        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
-    }
-
-    fn dot(a: &[f64], b: &[f64]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| a * b).sum()
-    }
 
     /// The definition: six loops.
     fn naive_conv(c: &Conv, rows: usize, x: &[f64], weight: &[f64]) -> Vec<f64> {

@@ -303,16 +303,16 @@ pub(super) fn sum_squares<T: Real>(x: &[T]) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
+    pub fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f64> {
         (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    fn dot(a: &[f64], b: &[f64]) -> f64 {
+    pub fn dot(a: &[f64], b: &[f64]) -> f64 {
         a.iter().zip(b).map(|(a, b)| a * b).sum()
     }
 
