@@ -473,7 +473,7 @@ def plot(result, path):
             else:
                 ax.set_xlabel("N")
     axes[0][0].set_ylabel("loss and gradients, ms"), axes[1][0].set_ylabel("peak beyond inputs, MiB")
-    axes[0][0].legend(fontsize=6)
+    axes[0][-1].legend(fontsize=6, loc="upper left", handlelength=4)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
