@@ -178,7 +178,7 @@ pub trait Vector<T>: Register<T> {
     fn where_lt(self, a: Self, b: Self) -> Self;
     /// `self` where `a == b`, else 0.
     fn where_eq(self, a: Self, b: Self) -> Self;
-    /// `if a < b { x } else { self }`, number by number.
+    /// `if a < b { x } else { self }`, number by number, of a finite `self`.
     #[inline(always)]
     fn unless_lt(self, a: Self, b: Self, x: Self) -> Self {
         x.where_lt(a, b).plus(self.minus(self.where_lt(a, b)))

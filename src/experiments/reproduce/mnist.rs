@@ -42,7 +42,7 @@ struct Found {
 fn config(request: &Request<'_>, lambda: [f64; 2], seed: u64) -> Result<Config, Error> {
     let experiment = find(if request.mnist.is_some() { "mnist" } else { "digits" })?;
     let config = (experiment.defaults)(super::super::base(experiment.name));
-    // At a rate that falls to zero, for as long as accuracies go on changing; the paper's is 1e-4, 300 epochs long.
+    // Rates fall to zero; the paper's is 1e-4 for 300 epochs, as MNIST in full.
     let falling = |epochs, lr, config| Config { epochs, lr, schedule: Schedule::Cosine, ..config };
     let config = match (request.mnist, request.quick) {
         (Some(data), true) => falling(10, 3e-3, Config { data: data.into(), ..config }),
@@ -132,7 +132,7 @@ fn picture(split: &Split, index: &[usize], across: usize) -> Panel {
 }
 
 fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
-    // The paper's own settings on MNIST are an hour of one core a loss: one seed there.
+    // The paper's own settings on MNIST are a quarter of an hour of one core a loss: one seed.
     let seeds = if request.quick || request.mnist.is_some() { 1 } else { 3 };
     let jobs: Vec<_> = (0..seeds).flat_map(|seed| LOSSES.map(|(_, lambda)| (lambda, request.seed + seed))).collect();
     let split =
@@ -238,9 +238,9 @@ fn samples(set: &str, split: &Split, found: &[Found]) -> Figure {
         lowest(0, 1),
         lowest(1, 2),
         Criterion {
-            claim: "no loss is more accurate than label given image by two standard errors or more".into(),
+            claim: "label given image is the most accurate of the three".into(),
             found: format!("two-sided ahead by {}, image given label by {}", percent(ahead[0]), percent(ahead[1])),
-            passed: ahead.iter().all(|[lead, error]| *lead < 2.0 * error),
+            passed: ahead.iter().all(|[lead, _]| *lead < 0.0),
         },
     ];
     Figure {
