@@ -3,7 +3,7 @@ our own times; and LeNet's training at batch 512, eager and as a CUDA graph.
 
     peers.py LOSS.jsonl LENET.jsonl OUT.json
 
-LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
+and what part of the library's matrix product 8 N M D in our time are. LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
 at which a peer runs out of memory has null.
 """
 
@@ -24,6 +24,20 @@ def loss(u, v):
     logits = u @ v.T / TAU
     labels = torch.arange(len(u), device=u.device)
     return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
+
+
+def matrix_product():
+    """The ceiling: TFLOP/s of the library's product of 8192 x 8192 bf16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * 8192**3 / statistics.median(times[5:]) / 1e9
 
 
 def milliseconds(f, n, d):
@@ -138,10 +152,12 @@ def lenet():
 def main():
     ours, trained, out = sys.argv[1:]
     rows = []
+    ceiling = matrix_product()
     for line in open(ours):
         own = json.loads(line)
         n, d = own["n"], own["d"]
         row = {"n": n, "d": d, "ours": own["median_ms"]}
+        row["part_of_ceiling"] = 8 * n * n * d / own["median_ms"] / 1e9 / ceiling
         row["eager"] = milliseconds(loss, n, d)
         # The compiler gives up less gracefully: where the plain program does not fit, neither is it asked.
         row["compiled"] = milliseconds(torch.compile(loss, dynamic=False), n, d) if row["eager"] else None
@@ -154,7 +170,7 @@ def main():
     rates = {"ours": own, **lenet()}
     rates.update(ratio_eager=own / rates["eager"], ratio_graph=own / rates["graph"])
     print(rates, flush=True)
-    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "rows": rows, "lenet_samples_per_s": rates}
+    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "tflops": ceiling, "rows": rows, "lenet_samples_per_s": rates}
     with open(out, "w") as file:
         json.dump(found, file, indent=1)
 

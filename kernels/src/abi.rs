@@ -316,7 +316,7 @@ unsafe impl Args for Weigh {}
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Finish {
-    /// `gain G other`, `[rows, dim]`.
+    /// `gain G other` in parts, `[parts, rows, dim]`.
     pub acc: *const f32,
     /// What the tile saw, halves `[rows, pitch]`.
     pub x: *const u16,
@@ -344,8 +344,8 @@ pub struct Finish {
     pub g_stride: u32,
     /// Not 0: added to what `out` holds.
     pub add: u32,
-    /// Nothing; to a multiple of 8 bytes.
-    pub reserved: u32,
+    /// Parts of `acc`.
+    pub parts: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Finish {}
@@ -522,14 +522,15 @@ pub struct HopperPull {
 // SAFETY: scalars, device pointers and maps.
 unsafe impl Args for HopperPull {}
 
-/// [`Gemm`] with its maps: A in boxes of 64 k x 128 rows, or 64 x 64 where it is stored transposed; B of 64 x 64.
+/// `C (+)= A B` and `C (+)= A' B`, with their maps: A in boxes of 64 k x 128 rows, or 64 x 64 where it is stored
+/// transposed; B of 64 x 64.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperGemm {
-    /// A, B.
-    pub maps: [TensorMap; 2],
-    /// C and sizes; one part.
-    pub gemm: Gemm,
+    /// A, B of the one and of the other.
+    pub maps: [TensorMap; 4],
+    /// C and sizes; `depth` a multiple of 64 but for a single part. One without rows is none.
+    pub gemms: [Gemm; 2],
 }
 // SAFETY: scalars, device pointers and maps.
 unsafe impl Args for HopperGemm {}

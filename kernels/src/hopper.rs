@@ -10,7 +10,7 @@
 //! `contrast.rs`; G leaves by `stmatrix` and TMA.
 
 use crate::abi::{
-    COLUMN_PULL, COLUMN_TALLY, HOPPER_COLS, HOPPER_ROWS, HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm,
+    COLUMN_PULL, COLUMN_TALLY, Gemm, HOPPER_COLS, HOPPER_ROWS, HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm,
     HopperPull, HopperTally,
 };
 use crate::contrast::{
@@ -87,7 +87,7 @@ unsafe fn set_up<const STAGES: u32>(bars: u32) {
     sync();
 }
 
-/// Brings all slices of the tile at (`row`, `col`). `TA`, `TB`: 1 where the operand is stored with the tile's rows
+/// Brings `depth` k from `from` on of the tile at (`row`, `col`). `TA`, `TB`: 1 where the operand is stored with the tile's rows
 /// (columns) running fastest.
 #[inline(always)]
 unsafe fn produce<const STAGES: u32, const TA: u32, const TB: u32>(
@@ -95,10 +95,11 @@ unsafe fn produce<const STAGES: u32, const TA: u32, const TB: u32>(
     [a, b]: [u64; 2],
     row: u32,
     col: u32,
+    from: u32,
     depth: u32,
 ) {
-    let mut k = 0;
-    while k < depth {
+    let mut k = from;
+    while k < from + depth {
         // SAFETY: the stage is empty once its last readers have arrived; maps are the kernel's argument.
         unsafe {
             mbarrier_wait(ring.empty(), ring.parity);
@@ -260,7 +261,7 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
                 let mut ring = Ring::new(base, bars, 1);
                 let mut t = first;
                 while t < end && t * HOPPER_COLS < l.m {
-                    produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, l.depth);
+                    produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, 0, l.depth);
                     t += 1;
                 }
             }
@@ -308,7 +309,7 @@ unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64,
                 let mut t = block_x();
                 while t < down * across {
                     let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
-                    produce::<STAGES, 0, 0>(&mut ring, maps, a.row + row, a.col + col, depth);
+                    produce::<STAGES, 0, 0>(&mut ring, maps, a.row + row, a.col + col, 0, depth);
                     t += grid_x();
                 }
             }
@@ -398,18 +399,45 @@ pub unsafe fn pull_factored<T: Half>(a: &HopperPull, at: u64) {
     unsafe { pull_tiles::<T, _, true>(a, at, FactoredLaw) }
 }
 
-/// [`crate::abi::Gemm`] of halves, `C (+)= op(A) B`, `B` `[k, n]`; each block takes every `grid`-th tile.
+/// A tile of a product: where in C, and which part of k.
+struct Work {
+    row: u32,
+    col: u32,
+    part: u32,
+    from: u32,
+    depth: u32,
+}
+
+impl Work {
+    /// Of all parts.
+    #[inline(always)]
+    fn count(g: &Gemm) -> u32 {
+        g.m.div_ceil(HOPPER_ROWS) * g.n.div_ceil(HOPPER_COLS) * g.k.div_ceil(g.depth.max(1))
+    }
+    #[inline(always)]
+    fn of(g: &Gemm, t: u32) -> Self {
+        let across = g.n.div_ceil(HOPPER_COLS).max(1);
+        let tiles = (g.m.div_ceil(HOPPER_ROWS) * across).max(1);
+        let (part, tile) = (t / tiles, t % tiles);
+        let from = part * g.depth;
+        let (row, col) = (tile / across * HOPPER_ROWS, tile % across * HOPPER_COLS);
+        Work { row, col, part, from, depth: g.depth.min(g.k.saturating_sub(from)) }
+    }
+}
+
+/// The products of a chunk of G in halves, `C (+)= G V` and `C (+)= G' U`: together, as the tiles of one seldom fill a card.
+/// Each block takes every `grid`-th tile; any grid.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
 #[inline(always)]
-unsafe fn gemm<T: Half, const TA: u32>(a: &HopperGemm, at: u64) {
+pub unsafe fn gemm<T: Half>(a: &HopperGemm, at: u64) {
     const STAGES: u32 = HOPPER_STAGES_GEMM;
-    let (g, maps) = (&a.gemm, [at, at + 128]);
     let base = shared_base();
     let bars = base + STAGES * STAGE;
-    let (down, across) = (g.m.div_ceil(HOPPER_ROWS), g.n.div_ceil(HOPPER_COLS));
-    if across == 0 {
-        return;
-    }
-    // SAFETY: the launch contract; every tile of C is one block's.
+    let of_gv = Work::count(&a.gemms[0]);
+    let end = of_gv + Work::count(&a.gemms[1]);
+    // SAFETY: the launch contract; every tile of a part's C is one block's.
     unsafe {
         set_up::<STAGES>(bars);
         if warp() >= 8 {
@@ -417,9 +445,14 @@ unsafe fn gemm<T: Half, const TA: u32>(a: &HopperGemm, at: u64) {
             if warp() == 8 && lane() == 0 {
                 let mut ring = Ring::new(base, bars, 1);
                 let mut t = block_x();
-                while t < down * across {
-                    let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
-                    produce::<STAGES, TA, 1>(&mut ring, maps, row, col, g.k);
+                while t < end {
+                    if t < of_gv {
+                        let w = Work::of(&a.gemms[0], t);
+                        produce::<STAGES, 0, 1>(&mut ring, [at, at + 128], w.row, w.col, w.from, w.depth);
+                    } else {
+                        let w = Work::of(&a.gemms[1], t - of_gv);
+                        produce::<STAGES, 1, 1>(&mut ring, [at + 256, at + 384], w.row, w.col, w.from, w.depth);
+                    }
                     t += grid_x();
                 }
             }
@@ -427,37 +460,16 @@ unsafe fn gemm<T: Half, const TA: u32>(a: &HopperGemm, at: u64) {
             registers_up::<CONSUMER>();
             let mut ring = Ring::new(base, bars, 0);
             let mut acc = accumulator::<128>();
-            let even = g.pitch_c % 2 == 0;
             let mut t = block_x();
-            while t < down * across {
-                consume::<T, STAGES, TA, 1>(&mut ring, &mut acc, g.k);
-                let (row, col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
-                let tile = Wide::new(&mut acc, 0);
-                let mut p = 0;
-                while p < 32 {
-                    let mut r = 0;
-                    while r < 2 {
-                        let (i, j) = (row + tile.row(r), col + tile.col(p));
-                        if i < g.m && j < g.n {
-                            let to = g.c.wrapping_add(i as usize * g.pitch_c as usize + j as usize);
-                            let (x, y) = (tile.get(r, p, 0), tile.get(r, p, 1));
-                            if even && j + 1 < g.n {
-                                let to = to.cast::<[f32; 2]>();
-                                let old = if g.add != 0 { load(to) } else { [0.0; 2] };
-                                store(to, [old[0] + x, old[1] + y]);
-                            } else {
-                                let old = if g.add != 0 { load(to) } else { 0.0 };
-                                store(to, old + x);
-                                if j + 1 < g.n {
-                                    let to = to.wrapping_add(1);
-                                    let old = if g.add != 0 { load(to) } else { 0.0 };
-                                    store(to, old + y);
-                                }
-                            }
-                        }
-                        r += 1;
-                    }
-                    p += 1;
+            while t < end {
+                if t < of_gv {
+                    let w = Work::of(&a.gemms[0], t);
+                    consume::<T, STAGES, 0, 1>(&mut ring, &mut acc, w.depth);
+                    add_to(&a.gemms[0], &w, &Wide::new(&mut acc, 0));
+                } else {
+                    let w = Work::of(&a.gemms[1], t - of_gv);
+                    consume::<T, STAGES, 1, 1>(&mut ring, &mut acc, w.depth);
+                    add_to(&a.gemms[1], &w, &Wide::new(&mut acc, 0));
                 }
                 t += grid_x();
             }
@@ -465,22 +477,38 @@ unsafe fn gemm<T: Half, const TA: u32>(a: &HopperGemm, at: u64) {
     }
 }
 
-/// `C (+)= A B`: G `[m, k]` by rows `[k, n]`; any grid.
-///
-/// # Safety
-/// The launch contract; `at` is the address of the argument.
+/// The tile to its part's copy of C.
 #[inline(always)]
-pub unsafe fn gemm_gv<T: Half>(a: &HopperGemm, at: u64) {
-    // SAFETY: the caller's promise.
-    unsafe { gemm::<T, 0>(a, at) }
-}
-
-/// `C (+)= A' B`: G `[k, m]` by rows `[k, n]`; any grid.
-///
-/// # Safety
-/// The launch contract; `at` is the address of the argument.
-#[inline(always)]
-pub unsafe fn gemm_gu<T: Half>(a: &HopperGemm, at: u64) {
-    // SAFETY: the caller's promise.
-    unsafe { gemm::<T, 1>(a, at) }
+unsafe fn add_to(g: &Gemm, w: &Work, tile: &Wide<'_>) {
+    let c = g.c.wrapping_add(w.part as usize * g.part as usize);
+    let even = g.pitch_c % 2 == 0;
+    let mut p = 0;
+    while p < 32 {
+        let mut r = 0;
+        while r < 2 {
+            let (i, j) = (w.row + tile.row(r), w.col + tile.col(p));
+            if i < g.m && j < g.n {
+                let to = c.wrapping_add(i as usize * g.pitch_c as usize + j as usize);
+                let (x, y) = (tile.get(r, p, 0), tile.get(r, p, 1));
+                // SAFETY: the launch contract: C has this element, and it is this lane's.
+                unsafe {
+                    if even && j + 1 < g.n {
+                        let to = to.cast::<[f32; 2]>();
+                        let old = if g.add != 0 { load(to) } else { [0.0; 2] };
+                        store(to, [old[0] + x, old[1] + y]);
+                    } else {
+                        let old = if g.add != 0 { load(to) } else { 0.0 };
+                        store(to, old + x);
+                        if j + 1 < g.n {
+                            let to = to.wrapping_add(1);
+                            let old = if g.add != 0 { load(to) } else { 0.0 };
+                            store(to, old + y);
+                        }
+                    }
+                }
+            }
+            r += 1;
+        }
+        p += 1;
+    }
 }

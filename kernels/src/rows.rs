@@ -110,9 +110,18 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
         if row < a.rows {
             let (x_at, at) = (row as usize * a.pitch as usize, row as usize * a.dim as usize);
             let x = |k: u32| T::unpack(u32::from(load(a.x.wrapping_add(x_at + k as usize))))[0];
+            let acc = |k: u32| {
+                let (mut sum, mut part) = (load(a.acc.wrapping_add(at + k as usize)), 1);
+                while part < a.parts {
+                    let first = part as usize * a.rows as usize * a.dim as usize;
+                    sum += load(a.acc.wrapping_add(first + at + k as usize));
+                    part += 1;
+                }
+                sum
+            };
             let mut k = lane();
             while k < a.dim {
-                along = fma(x(k), load(a.acc.wrapping_add(at + k as usize)), along);
+                along = fma(x(k), acc(k), along);
                 k += 32;
             }
             along = sum_lanes(along, 32);
@@ -131,8 +140,7 @@ pub unsafe fn finish<T: Half>(a: &Finish) {
                 while k < a.dim {
                     let out = a.out.wrapping_add(at + k as usize);
                     let old = if a.add != 0 { load(out) } else { 0.0 };
-                    let g = load(a.acc.wrapping_add(at + k as usize));
-                    store(out, old + scale * (g - pull * x(k)));
+                    store(out, old + scale * (acc(k) - pull * x(k)));
                     k += 32;
                 }
             }

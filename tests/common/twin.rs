@@ -13,6 +13,7 @@ use std::time::Instant;
 /// A card of `capability` that runs on this machine. Everything random about it follows from `seed`.
 pub struct Twin {
     capability: [u32; 2],
+    multiprocessors: u32,
     seed: AtomicU64,
     memory: Mutex<BTreeMap<usize, Memory>>,
     given_back: AtomicU64,
@@ -31,6 +32,7 @@ impl Twin {
     pub fn new(capability: [u32; 2], seed: u64) -> Self {
         Twin {
             capability,
+            multiprocessors: 3,
             seed: AtomicU64::new(seed),
             memory: Mutex::default(),
             given_back: AtomicU64::new(0),
@@ -164,7 +166,7 @@ impl Card for Twin {
     }
     /// Few, so that kernels which walk over tiles do walk.
     fn multiprocessors(&self) -> u32 {
-        3
+        self.multiprocessors
     }
     fn capability(&self) -> [u32; 2] {
         self.capability
@@ -210,6 +212,14 @@ impl Machine {
     pub fn with_graphs(mut self, graphs: bool) -> Self {
         if let Machine::Twin(twin) = &mut self {
             twin.graphs = graphs;
+        }
+        self
+    }
+
+    /// A twin of more multiprocessors than small batches have tiles; a real card has its own.
+    pub fn with_room(mut self) -> Self {
+        if let Machine::Twin(twin) = &mut self {
+            twin.multiprocessors = 9;
         }
         self
     }

@@ -38,6 +38,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Rows and columns of G kept at a time: 32 MiB of halves, about the cache of a large card.
 const CHUNK: usize = 4096;
 
+/// Copies of a sum that is cut into parts, at most.
+const MOST_PARTS: usize = 4;
+
 /// Blocks of a first pass of ordered sums.
 const PARTS: usize = 256;
 
@@ -67,8 +70,7 @@ struct Hopper {
     sigmoid: Kernel<abi::HopperPull>,
     plain: Kernel<abi::HopperPull>,
     factored: Kernel<abi::HopperPull>,
-    gv: Kernel<abi::HopperGemm>,
-    gu: Kernel<abi::HopperGemm>,
+    gemm: Kernel<abi::HopperGemm>,
 }
 
 static BF16: Kernels = Kernels {
@@ -91,8 +93,7 @@ static BF16: Kernels = Kernels {
         sigmoid: e::HOPPER_PULL_SIGMOID_BF16,
         plain: e::HOPPER_PULL_PLAIN_BF16,
         factored: e::HOPPER_PULL_FACTORED_BF16,
-        gv: e::HOPPER_GEMM_GV_BF16,
-        gu: e::HOPPER_GEMM_GU_BF16,
+        gemm: e::HOPPER_GEMM_BF16,
     },
 };
 
@@ -116,8 +117,7 @@ static F16: Kernels = Kernels {
         sigmoid: e::HOPPER_PULL_SIGMOID_F16,
         plain: e::HOPPER_PULL_PLAIN_F16,
         factored: e::HOPPER_PULL_FACTORED_F16,
-        gv: e::HOPPER_GEMM_GV_F16,
-        gu: e::HOPPER_GEMM_GU_F16,
+        gemm: e::HOPPER_GEMM_F16,
     },
 };
 
@@ -196,6 +196,24 @@ struct Carried {
     at: *const u16,
     dim: usize,
     pitch: usize,
+}
+
+/// Sums over chunks of G times a side, `[parts, rows, dim]`: each part has its own range of a chunk's k.
+#[derive(Clone, Copy)]
+struct Sums {
+    at: *mut f32,
+    rows: usize,
+    dim: usize,
+    /// k of a part.
+    depth: usize,
+    parts: usize,
+}
+
+impl Sums {
+    /// In one part.
+    fn whole(at: *mut f32, rows: usize, dim: usize) -> Self {
+        Sums { at, rows, dim, depth: usize::MAX, parts: 1 }
+    }
 }
 
 /// Laws of a chunk.
@@ -525,15 +543,11 @@ impl<C: Card> Cuda<C> {
             None
         };
         let gain = gain(bound);
-        let acc_u = match out[0] {
-            Out::Set(at) => at,
-            // Also without a gradient: <u, G V> is what d tau is made of.
-            Out::Add(_) | Out::None => self.arena.get(U.acc, n * dim)?,
-        };
+        // Also without a gradient: <u, G V> is what d tau is made of.
+        let acc_u = self.sums(U.acc, out[0], [n, m], dim)?;
         let acc_v = match out[1] {
-            Out::Set(at) => Some(at),
-            Out::Add(_) => Some(self.arena.get(V.acc, m * dim)?),
             Out::None => None,
+            out => Some(self.sums(V.acc, out, [m, n], dim)?),
         };
         self.pull(call, parts, gain, sums, acc_u, acc_v)?;
         let along: *mut f64 = self.arena.get("along", n.div_ceil(8))?;
@@ -923,8 +937,8 @@ impl<C: Card> Cuda<C> {
         parts: &[Part],
         gain: f64,
         sums: Option<(*mut f32, *mut f32)>,
-        acc_u: *mut f32,
-        acc_v: Option<*mut f32>,
+        acc_u: Sums,
+        acc_v: Option<Sums>,
     ) -> Result<(), CudaError> {
         let (n, m, dim) = (call.u.rows, call.v.rows, call.dim);
         let (tile, row_slots, col_slots) = self.slots();
@@ -954,10 +968,9 @@ impl<C: Card> Cuda<C> {
                     };
                     self.chunk_of_g(call, pulling, args)?;
                     let (later_col, later_row) = (col > 0 || k > 0, row > 0 || k > 0);
-                    self.product(call, false, &args, carry_v, acc_u.wrapping_add(row * dim), later_col)?;
-                    if let Some(acc) = acc_v {
-                        self.product(call, true, &args, carry_u, acc.wrapping_add(col * dim), later_row)?;
-                    }
+                    let gv = self.product(false, &args, carry_v, acc_u, later_col);
+                    let gu = acc_v.map(|acc| self.product(true, &args, carry_u, acc, later_row));
+                    self.multiply(call, [Some(gv), gu])?;
                     if let Some((row_sums, col_sums)) = sums {
                         let to = row_sums.wrapping_add(4 * row);
                         self.fold(args.row_sums.cast(), 4 * rows as u64, 4 * rows, by_row, to, later_col)?;
@@ -1043,47 +1056,86 @@ impl<C: Card> Cuda<C> {
         self.run(kernel, [blocks(cols, abi::TILE as usize), blocks(rows, abi::TILE as usize), 1], &args)
     }
 
-    /// `out (+)= G other`, or with `transposed` G' times the rows of the chunk.
-    fn product(
-        &self,
-        call: &Call,
-        transposed: bool,
-        chunk: &abi::Pull,
-        other: Carried,
-        out: *mut f32,
-        add: bool,
-    ) -> Result<(), CudaError> {
-        let (rows, cols) = (chunk.rows as usize, chunk.cols as usize);
-        let (m, k, first) =
-            if transposed { (cols, rows, chunk.row as usize) } else { (rows, cols, chunk.col as usize) };
-        let Carried { at, dim, pitch } = other;
-        let at = at.wrapping_add(first * pitch);
-        let gemm = abi::Gemm {
-            a: chunk.g.cast_const().cast(),
-            b: at.cast(),
-            c: out,
-            m: m as u32,
-            n: dim as u32,
-            k: k as u32,
-            depth: k.next_multiple_of(8) as u32,
-            pitch_a: chunk.pitch,
-            pitch_b: pitch as u32,
-            pitch_c: dim as u32,
-            add: u32::from(add),
-            part: 0,
+    /// Where the sums of `[rows, others]` pairs' G times rows of `dim` numbers are: in `out`, if they may be and one part
+    /// suffices. A chunk of narrow embeddings has fewer tiles than the card has room for: then k is cut into parts.
+    fn sums(
+        &mut self,
+        slot: &'static str,
+        out: Out,
+        [rows, others]: [usize; 2],
+        dim: usize,
+    ) -> Result<Sums, CudaError> {
+        let tile = if self.hopper { abi::HOPPER_COLS } else { abi::TILE };
+        let down = [rows, others].map(|len| len.min(self.chunk).div_ceil(abi::TILE as usize));
+        let tiles = (down[0] + down[1]) * dim.div_ceil(tile as usize);
+        let k = others.min(self.chunk);
+        let parts = (self.card.multiprocessors() as usize / tiles).clamp(1, MOST_PARTS);
+        let depth = k.div_ceil(parts).next_multiple_of(64);
+        let parts = k.div_ceil(depth);
+        let at = match out {
+            Out::Set(at) if parts == 1 => at,
+            _ => self.arena.get(slot, parts * rows * dim)?,
         };
-        if self.hopper {
-            let tile = if transposed { 64 } else { abi::HOPPER_ROWS };
-            let maps = [
-                self.map(call, chunk.g, [rows, cols], chunk.pitch as usize, tile)?,
-                self.map(call, at, [k, dim], pitch, 64)?,
-            ];
-            let kernel = if transposed { &call.kernels.hopper.gu } else { &call.kernels.hopper.gv };
-            let tiles = m.div_ceil(abi::HOPPER_ROWS as usize) * dim.div_ceil(abi::HOPPER_COLS as usize);
-            return self.run(kernel, [self.resident(tiles), 1, 1], &abi::HopperGemm { maps, gemm });
+        Ok(Sums { at, rows, dim, depth, parts })
+    }
+
+    /// `acc (+)= G other`, or with `transposed` G' times the rows of the chunk.
+    fn product(&self, transposed: bool, chunk: &abi::Pull, other: Carried, acc: Sums, add: bool) -> abi::Gemm {
+        let (rows, cols) = ((chunk.rows, chunk.row as usize), (chunk.cols, chunk.col as usize));
+        let ((m, to), (k, first)) = if transposed { (cols, rows) } else { (rows, cols) };
+        abi::Gemm {
+            a: chunk.g.cast_const().cast(),
+            b: other.at.wrapping_add(first * other.pitch).cast(),
+            c: acc.at.wrapping_add(to * acc.dim),
+            m,
+            n: acc.dim as u32,
+            k,
+            depth: acc.depth.min(k.next_multiple_of(64) as usize) as u32,
+            pitch_a: chunk.pitch,
+            pitch_b: other.pitch as u32,
+            pitch_c: acc.dim as u32,
+            add: u32::from(add),
+            part: (acc.rows * acc.dim) as u64,
         }
-        let kernel = if transposed { &call.kernels.gu } else { &call.kernels.gv };
-        self.run(kernel, [blocks(dim, abi::TILE as usize), blocks(m, abi::TILE as usize), 1], &gemm)
+    }
+
+    /// [`Self::product`]s of a chunk, the plain one and the transposed.
+    fn multiply(&self, call: &Call, gemms: [Option<abi::Gemm>; 2]) -> Result<(), CudaError> {
+        let tile = if self.hopper { abi::HOPPER_COLS } else { abi::TILE } as usize;
+        // Down, across, parts.
+        let tiles = |g: &abi::Gemm| {
+            let [m, n, k, depth] = [g.m, g.n, g.k, g.depth].map(|x| x as usize);
+            [blocks(m, abi::TILE as usize), blocks(n, tile), blocks(k, depth)]
+        };
+        if !self.hopper {
+            for (gemm, kernel) in gemms.iter().zip([&call.kernels.gv, &call.kernels.gu]) {
+                if let Some(gemm) = gemm {
+                    let [down, across, parts] = tiles(gemm);
+                    self.run(kernel, [across, down, parts], gemm)?;
+                }
+            }
+            return Ok(());
+        }
+        let map = |g: &abi::Gemm, transposed: bool| {
+            let [m, n, k] = [g.m, g.n, g.k].map(|x| x as usize);
+            let (stored, tile) = if transposed { ([k, m], 64) } else { ([m, k], abi::HOPPER_ROWS) };
+            Ok([
+                self.map(call, g.a.cast(), stored, g.pitch_a as usize, tile)?,
+                self.map(call, g.b.cast(), [k, n], g.pitch_b as usize, 64)?,
+            ])
+        };
+        let count = gemms.iter().flatten().map(|g| tiles(g).iter().product::<u32>() as usize).sum();
+        // What is not wanted has the other's maps and no rows.
+        let Some(any) = gemms[0].or(gemms[1]) else { return Ok(()) };
+        let [one, other] = gemms.map(|g| g.unwrap_or(abi::Gemm { m: 0, ..any }));
+        let maps = match gemms {
+            [Some(gv), Some(gu)] => [map(&gv, false)?, map(&gu, true)?],
+            [_, Some(gu)] => [map(&gu, true)?; 2],
+            _ => [map(&any, false)?; 2],
+        };
+        let [[a, b], [c, d]] = maps;
+        let args = abi::HopperGemm { maps: [a, b, c, d], gemms: [one, other] };
+        self.run(&call.kernels.hopper.gemm, [self.resident(count), 1, 1], &args)
     }
 
     #[allow(clippy::too_many_arguments, reason = "one launch")]
@@ -1092,7 +1144,7 @@ impl<C: Card> Cuda<C> {
         call: &Call,
         side: &Side,
         gain: f64,
-        acc: *const f32,
+        acc: Sums,
         out: Out,
         g_sums: Option<(*mut f32, u32)>,
         along: *mut f64,
@@ -1105,7 +1157,7 @@ impl<C: Card> Cuda<C> {
         let scale = if call.squared { -2.0 * call.tilt } else { call.tilt };
         let (g_sums, g_stride) = g_sums.unwrap_or((null_mut(), 0));
         let args = abi::Finish {
-            acc,
+            acc: acc.at,
             x: side.halves,
             inverse: side.inverse,
             g_sums,
@@ -1119,7 +1171,7 @@ impl<C: Card> Cuda<C> {
             gain: gain as f32,
             g_stride,
             add,
-            reserved: 0,
+            parts: acc.parts as u32,
         };
         self.run(&call.kernels.finish, [blocks(side.rows, 8), 1, 1], &args)
     }

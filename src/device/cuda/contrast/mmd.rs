@@ -9,7 +9,7 @@
 //! and the same by rows. The joint loss has one residual, F_u' (exp(S - z) - T) F_v, small enough for the host.
 //! A softmax less its target is rounded after the subtraction, so nothing is lost where they are close.
 
-use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, blocks, only_cpu, scalar};
+use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, Sums, blocks, only_cpu, scalar};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::{Card, Element};
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
@@ -381,16 +381,18 @@ impl<C: Card> Cuda<C> {
         let gain = super::gain(most);
         let (n, m, dim) = (call.u.rows, call.v.rows, features.rows.dim);
         debug_assert_eq!(features.count, if transposed { n } else { m });
-        let acc: *mut f32 = self.arena.get(slot, if transposed { m } else { n } * dim)?;
+        let rows = if transposed { m } else { n };
+        let acc = Sums::whole(self.arena.get(slot, rows * dim)?, rows, dim);
         for row in (0..n).step_by(self.chunk) {
             for col in (0..m).step_by(self.chunk) {
                 let args = self.chunk_at(call, &part, gain, [row, col])?;
                 self.chunk_of_g(call, Pulling::Softmax, args)?;
-                let (to, add) = if transposed { (col, row > 0) } else { (row, col > 0) };
-                self.product(call, transposed, &args, features.rows, acc.wrapping_add(to * dim), add)?;
+                let add = if transposed { row > 0 } else { col > 0 };
+                let product = self.product(transposed, &args, features.rows, acc, add);
+                self.multiply(call, if transposed { [None, Some(product)] } else { [Some(product), None] })?;
             }
         }
-        Ok((acc, gain))
+        Ok((acc.at, gain))
     }
 
     /// `left' right` over `n` rows of f32, to `slot`.
