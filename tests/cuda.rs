@@ -221,7 +221,7 @@ fn conforms(capability: [u32; 2], precision: Precision) {
 const SHAPES: &[(usize, usize, usize)] = &[(1, 1, 1), (17, 31, 5), (131, 67, 33), (300, 300, 64)];
 
 /// Besides, on a card.
-const LARGE: &[(usize, usize, usize)] = &[(1000, 1300, 128), (777, 1029, 256), (1500, 1200, 515), (640, 2000, 1024)];
+const LARGE: &[(usize, usize, usize)] = &[(520, 700, 128), (391, 517, 256), (640, 530, 515), (260, 650, 1024)];
 
 #[test]
 fn portable_kernels_conform_in_bf16() {

@@ -20,9 +20,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Blocks of a kernel whose threads take elements in turn.
 const BLOCKS: usize = 1024;
 /// Least summed dimension of a part of a product.
-const LEAST_DEPTH: usize = 512;
-/// Rows whose sum is one slot.
-const PART: usize = 1024;
+const LEAST_DEPTH: usize = 128;
+/// The same for a dense layer, which in one part is one launch with its bias and activation.
+const LEAST_DENSE: usize = 512;
+/// Rows whose sum is one slot, at least and at most.
+const PART: [usize; 2] = [8, 1024];
 
 /// Scratch of the verbs, and the first failure.
 #[derive(Debug)]
@@ -141,6 +143,12 @@ impl<C: Card> Cuda<C> {
         let wanted = (self.card.multiprocessors() as usize).div_ceil(tiles.max(1));
         wanted.min(depth / least).max(1)
     }
+
+    /// How a sum over rows is cut so that `across` blocks of columns fill the card: rows of a part, and how many parts.
+    fn row_parts(&self, across: usize, rows: usize) -> (usize, usize) {
+        let part = rows.div_ceil(self.parts(across, rows, PART[0])).clamp(1, PART[1]);
+        (part, rows.div_ceil(part))
+    }
 }
 
 impl<C: Card> Device for Cuda<C> {
@@ -221,7 +229,7 @@ impl<C: Card> Device for Cuda<C> {
         pre: Option<ViewMut<'_, Buf<C>>>,
         out: ViewMut<'_, Buf<C>>,
     ) {
-        let whole = self.parts(tiles(rows) * tiles(outputs), inputs, LEAST_DEPTH) == 1;
+        let whole = self.parts(tiles(rows) * tiles(outputs), inputs, LEAST_DENSE) == 1;
         if let Some(bias) = bias.as_ref().filter(|_| whole) {
             return self.attempt(|_| {
                 let args = abi::Dense {
@@ -293,7 +301,7 @@ impl<C: Card> Device for Cuda<C> {
             let len = rows * channels * pixels;
             let d = write(d)?;
             if let Some(d_bias) = d_bias.take_if(|_| activation != Activation::None && pixels == 1) {
-                let parts = rows.div_ceil(PART);
+                let (part, parts) = self.row_parts(channels.div_ceil(32), rows);
                 let slots: *mut f32 = arena.get("parts", parts * channels)?;
                 let args = abi::MaskColumns {
                     saved: read(&saved)?,
@@ -301,7 +309,7 @@ impl<C: Card> Device for Cuda<C> {
                     out: slots,
                     rows: count(rows)?,
                     channels: count(channels)?,
-                    part: PART as u32,
+                    part: count(part)?,
                     activation: code(activation),
                 };
                 self.run(&e::MASK_COLUMNS, [channels.div_ceil(32) as u32, parts as u32, 1], &args)?;
@@ -313,7 +321,8 @@ impl<C: Card> Device for Cuda<C> {
                 self.over(&e::ACTIVATE_BACKWARD, len, &args)?;
             }
             let Some(d_bias) = d_bias else { return Ok(()) };
-            let parts = rows.div_ceil(PART);
+            let across = if pixels == 1 { channels.div_ceil(32) } else { channels };
+            let (part, parts) = self.row_parts(across, rows);
             let slots: *mut f32 = arena.get("parts", parts * channels)?;
             if pixels == 1 {
                 let args = abi::SumColumns {
@@ -321,10 +330,10 @@ impl<C: Card> Device for Cuda<C> {
                     out: slots,
                     rows: count(rows)?,
                     dim: count(channels)?,
-                    part: PART as u32,
+                    part: count(part)?,
                     scale: 1.0,
                 };
-                self.run(&e::SUM_COLUMNS_F32, [channels.div_ceil(32) as u32, parts as u32, 1], &args)?;
+                self.run(&e::SUM_COLUMNS_F32, [across as u32, parts as u32, 1], &args)?;
             } else {
                 let args = abi::SumChannels {
                     x: d,
@@ -332,9 +341,9 @@ impl<C: Card> Device for Cuda<C> {
                     rows: count(rows)?,
                     channels: count(channels)?,
                     pixels: count(pixels)?,
-                    part: PART as u32,
+                    part: count(part)?,
                 };
-                self.run(&e::SUM_CHANNELS, [channels as u32, parts as u32, 1], &args)?;
+                self.run(&e::SUM_CHANNELS, [across as u32, parts as u32, 1], &args)?;
             }
             self.sum_slots(slots, parts, channels, target(d_bias)?)
         });
@@ -417,7 +426,8 @@ impl<C: Card> Device for Cuda<C> {
     ) {
         self.attempt(|arena| {
             let (down, across) = (tiles(conv.outputs), tiles(conv.patch()));
-            let part = rows.div_ceil(self.parts(down * across, rows, 1));
+            // Two blocks a multiprocessor: each waits for what it gathers.
+            let part = rows.div_ceil(2 * self.parts(down * across, rows, 1));
             let parts = rows.div_ceil(part.max(1)).max(1);
             let len = conv.outputs * conv.patch();
             let slots: *mut f32 = arena.get("parts", parts * len)?;
@@ -495,7 +505,7 @@ impl<C: Card> Device for Cuda<C> {
         d_affine: Write<ViewMut<'_, Buf<C>>>,
     ) {
         self.attempt(|arena| {
-            let parts = rows.div_ceil(PART);
+            let (part, parts) = self.row_parts(norm.width.div_ceil(32), rows);
             let slots: *mut f32 = arena.get("parts", parts * 2 * norm.width)?;
             let (dx, add) = target(dx)?;
             let args = abi::LayerNormBackward {
@@ -508,7 +518,7 @@ impl<C: Card> Device for Cuda<C> {
                 rows: count(rows)?,
                 width: count(norm.width)?,
                 stride: count(norm.stride)?,
-                part: PART as u32,
+                part: count(part)?,
                 add: u32::from(add),
                 reserved: 0,
             };
