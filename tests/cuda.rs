@@ -211,7 +211,7 @@ fn conforms(capability: [u32; 2], precision: Precision) {
             };
             assert!(off < most, "{precision:?} {off:e}, {found:?}: {case:?}");
             if off > largest.0 {
-                largest = (off, Some(case.clone()));
+                largest = (off, Some(*case));
             }
         }
     }

@@ -481,7 +481,7 @@ pub unsafe fn gemm<T: Half>(a: &HopperGemm, at: u64) {
 #[inline(always)]
 unsafe fn add_to(g: &Gemm, w: &Work, tile: &Wide<'_>) {
     let c = g.c.wrapping_add(w.part as usize * g.part as usize);
-    let even = g.pitch_c % 2 == 0;
+    let even = g.pitch_c.is_multiple_of(2);
     let mut p = 0;
     while p < 32 {
         let mut r = 0;
