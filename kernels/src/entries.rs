@@ -258,7 +258,7 @@ entries! {
         hopper_pull_plain_f16 / HOPPER_PULL_PLAIN_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_plain::<F16>;
         /// A chunk of G of the MMD losses, f16.
         hopper_pull_factored_f16 / HOPPER_PULL_FACTORED_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_factored::<F16>;
-        /// [`hopper::gemm`].
+        /// G by rows, and G transposed by rows, bf16.
         hopper_gemm_bf16 / HOPPER_GEMM_BF16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm::<Bf16>;
         /// Row tallies of f16 logits.
         hopper_tally_f16 / HOPPER_TALLY_F16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<F16, false>;
@@ -270,7 +270,7 @@ entries! {
         hopper_pull_softmax_sums_f16 / HOPPER_PULL_SOFTMAX_SUMS_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, true>;
         /// A chunk of G of the sigmoid loss, f16.
         hopper_pull_sigmoid_f16 / HOPPER_PULL_SIGMOID_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_sigmoid::<F16>;
-        /// [`hopper::gemm`].
+        /// G by rows, and G transposed by rows, f16.
         hopper_gemm_f16 / HOPPER_GEMM_F16 (abi::HopperGemm), threads 384, blocks 1, shared abi::HOPPER_SHARED_GEMM, hopper::gemm::<F16>;
     }
 }
