@@ -31,6 +31,19 @@ struct Got {
     offset: Vec<f32>,
 }
 
+impl Got {
+    fn wide(&self) -> reference::Reference {
+        reference::Reference {
+            loss: self.value.loss,
+            grad_u: wide(&self.u),
+            grad_v: wide(&self.v),
+            grad_tau: self.value.grad_tau,
+            grad_bias: self.value.grad_bias,
+            grad_offset_v: wide(&self.offset),
+        }
+    }
+}
+
 fn evaluate(engine: &mut impl Engine, loss: &Loss, batch: &Batch<'_>) -> Got {
     let (n, m, d) = (batch.u.rows, batch.v.rows, batch.u.dim);
     let mut got =
@@ -190,15 +203,7 @@ fn conforms(capability: [u32; 2], precision: Precision) {
             })
             .collect();
         for (case, (data, want, naive)) in cases.iter().zip(known) {
-            let got = evaluate(&mut engine, &case.loss(), &data.batch(case));
-            let got = reference::Reference {
-                loss: got.value.loss,
-                grad_u: wide(&got.u),
-                grad_v: wide(&got.v),
-                grad_tau: got.value.grad_tau,
-                grad_bias: got.value.grad_bias,
-                grad_offset_v: wide(&got.offset),
-            };
+            let got = evaluate(&mut engine, &case.loss(), &data.batch(case)).wide();
             let found = errors(&got, &want, case);
             let most = 1e-2;
             // What is left when unit rows and features are rounded first is the engine's own: the rounding of G.
@@ -335,14 +340,7 @@ fn blocks_add_up_to_the_whole() {
                     sum[first * d..].iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
                 }
             }
-            let got = reference::Reference {
-                loss: got.value.loss,
-                grad_u: wide(&got.u),
-                grad_v: wide(&got.v),
-                grad_tau: got.value.grad_tau,
-                grad_bias: got.value.grad_bias,
-                grad_offset_v: want.grad_offset_v.clone(),
-            };
+            let got = reference::Reference { grad_offset_v: want.grad_offset_v.clone(), ..got.wide() };
             let judge = if tilting == Tilting::Cosine { careful(&case, &data, precision) } else { want };
             let off = worst(errors(&got, &judge, &case));
             assert!(off < 1e-2, "{precision:?} {off:e}: {case:?}");

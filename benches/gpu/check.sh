@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a host with an NVIDIA card, in the folder that build.sh made: correctness of the kernels against f64, the same bits
-# twice, what compute-sanitizer says if it is there, then times, beside PyTorch's if that is there.
+# twice, times, beside PyTorch's if that is there, then what compute-sanitizer says if it is there.
 #
 #     check.sh [RESULTS] [CARD]
 #

@@ -3,8 +3,8 @@ our own times; and LeNet's training at batch 512, eager and as a CUDA graph.
 
     peers.py LOSS.jsonl LENET.jsonl OUT.json
 
-and what part of the library's matrix product 8 N M D in our time are. LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
-at which a peer runs out of memory has null.
+LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
+at which a peer runs out of memory has null. `part_of_ceiling`: our 8 N M D operations a second over the library's product's.
 """
 
 import json
@@ -170,7 +170,8 @@ def main():
     rates = {"ours": own, **lenet()}
     rates.update(ratio_eager=own / rates["eager"], ratio_graph=own / rates["graph"])
     print(rates, flush=True)
-    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "tflops": ceiling, "rows": rows, "lenet_samples_per_s": rates}
+    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "tflops": ceiling}
+    found.update(rows=rows, lenet_samples_per_s=rates)
     with open(out, "w") as file:
         json.dump(found, file, indent=1)
 

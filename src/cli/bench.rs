@@ -67,6 +67,7 @@ const FEATURES: usize = 64;
 /// Rows and columns of the ceiling's product, at most.
 const CEILING: usize = 4096;
 
+/// Input sets for sides of so many numbers.
 fn sets_of(numbers: usize) -> u64 {
     if numbers >= BEYOND_CACHES { 1 } else { SETS as u64 }
 }
@@ -85,10 +86,11 @@ impl Set {
             (0..rows * d).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
         };
         let f32 = [draw(n), draw(m)];
-        let features = [0, 1].map(|s: usize| match mmd {
-            true => random_fourier(&f32[s], d, (d as f64).sqrt(), FEATURES, seed),
-            false => Vec::new(),
-        });
+        let features = if mmd {
+            [0, 1].map(|s: usize| random_fourier(&f32[s], d, (d as f64).sqrt(), FEATURES, seed))
+        } else {
+            Default::default()
+        };
         let mut set = Set { bf16: Default::default(), f16: Default::default(), f32, features };
         match precision {
             Precision::F32 => {}
