@@ -333,6 +333,11 @@ pub trait Law: Copy {
     unsafe fn row(&self, a: &Pull, i: u32) -> Self::Row;
     /// (G, value) of a pair in a column of norm and target `col`.
     fn of(&self, a: &Pull, row: &Self::Row, col: (&Norm, f32), positive: bool, x: f32) -> (f32, f32);
+    /// By what a pair's G counts in d tau: its logit `x` without a bias, or that less what changes nothing.
+    #[inline(always)]
+    fn lever(&self, _row: &Self::Row, _col: &Norm, x: f32) -> f32 {
+        x
+    }
 }
 
 /// Conditional and joint losses, and plain probabilities: a sum of a row and a column softmax.
@@ -416,15 +421,22 @@ pub struct FactoredLaw;
 impl Law for FactoredLaw {
     const NORMS: bool = true;
     const FACTORED: bool = true;
-    type Row = (Norm, f32);
+    type Row = Norm;
     #[inline(always)]
-    unsafe fn row(&self, a: &Pull, i: u32) -> Self::Row {
+    unsafe fn row(&self, a: &Pull, i: u32) -> Norm {
         // SAFETY: the launch contract.
-        unsafe { SoftmaxLaw.row(a, i) }
+        unsafe { norm(a.norm_u, i) }
     }
     #[inline(always)]
-    fn of(&self, a: &Pull, row: &Self::Row, col: (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
-        SoftmaxLaw.of(a, row, col, positive, x)
+    fn of(&self, _: &Pull, row: &Norm, (col, _): (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
+        let weight = if positive { row[3] + col[3] } else { row[1] + col[1] };
+        (softmax(0.0, weight, self.lever(row, col, x)), 0.0)
+    }
+    /// From the maximum of the one softmax that is there: along it G adds up to nothing, but for rounding, whose sum is not
+    /// to be multiplied by what all its logits have in common.
+    #[inline(always)]
+    fn lever(&self, row: &Norm, col: &Norm, x: f32) -> f32 {
+        x - row[0].min(col[0])
     }
 }
 
@@ -489,7 +501,8 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
                     let g_ij = if counts { g_ij } else { 0.0 };
                     value[r] += if counts { v_ij } else { 0.0 };
                     sum[r] += g_ij;
-                    moment[r] = fma(g_ij, x - bias, moment[r]);
+                    let lever = if counts { law.lever(&sides[r], &norm, x - bias) } else { 0.0 };
+                    moment[r] = fma(g_ij, lever, moment[r]);
                     by_col += g_ij;
                     g[r][c] = g_ij * a.gain;
                     r += 1;

@@ -26,6 +26,8 @@ enum Kind {
     },
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable {
         pairs: bool,
     },
@@ -54,6 +56,10 @@ impl Isa {
                 found.push(Isa(Kind::Avx2));
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            found.push(Isa(Kind::Neon));
+        }
         found.extend([false, true].map(|pairs| Isa(Kind::Portable { pairs })));
         found
     }
@@ -63,7 +69,7 @@ impl Isa {
         Isa::available()[0]
     }
 
-    /// For people: `avx512+bf16`, `avx512`, `avx2+fma`, `portable`, `portable+bf16`.
+    /// For people: `avx512+bf16`, `avx512`, `avx2+fma`, `neon`, `portable`, `portable+bf16`.
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -72,6 +78,8 @@ impl Isa {
             Kind::Avx512 { pairs: false } => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => "avx2+fma",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "neon",
             Kind::Portable { pairs: false } => "portable",
             Kind::Portable { pairs: true } => "portable+bf16",
         }
@@ -87,6 +95,9 @@ impl Isa {
             // SAFETY: `Isa::available` saw every feature that `avx2` enables.
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => unsafe { avx2(op) },
+            // SAFETY: `Isa::available` saw the feature that `neon` enables.
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => unsafe { neon(op) },
             Kind::Portable { .. } => op.run::<Portable>(),
         }
     }
@@ -154,6 +165,12 @@ fn avx512_pairs<O: PairOp>(op: O) -> O::Out {
 #[target_feature(enable = "fma,avx2")]
 fn avx2<O: Op>(op: O) -> O::Out {
     op.run::<Avx2>()
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn neon<O: Op>(op: O) -> O::Out {
+    op.run::<Neon>()
 }
 
 /// A register of `LANES` operands.
@@ -624,7 +641,7 @@ macro_rules! simd {
     };
 }
 
-// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32, 16 and 16 registers. The second
+// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32 registers, with AVX2 and unknown ones 16. The second
 // heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
 simd!(Avx512, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
@@ -632,6 +649,8 @@ simd!(Avx512, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 simd!(Avx512Pairs, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
 simd!(Avx2, x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
+#[cfg(target_arch = "aarch64")]
+simd!(Neon, arm::Quad, Pack<f64, 2>, Neon, [12, 8, 4, 1]);
 simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, Portable, [4, 2, 1]);
 
 #[cfg(target_arch = "x86_64")]
@@ -772,128 +791,132 @@ impl<const L: usize> Num for Pack<f32, L> {
     }
 }
 
+/// A register of f32 by its intrinsics. What differs more than in names is the type's own: `fma_raw`, `max_raw` (the
+/// second operand where they are not ordered), `where_lt_raw`, `where_eq_raw`, `zero_lt_raw`, `select_lt_raw`, `scale2_raw`
+/// and `interleave_raw`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! register {
+    ($name:ident, $raw:ty, $lanes:literal, $load:ident, $store:ident, $set1:ident, $add:ident, $sub:ident,
+     $mul:ident, $div:ident) => {
+        #[derive(Clone, Copy)]
+        pub struct $name($raw);
+
+        impl Register<f32> for $name {
+            const LANES: usize = $lanes;
+            #[inline(always)]
+            fn load(from: &[f32]) -> Self {
+                let from = &from[..$lanes];
+                // SAFETY: the slice holds LANES numbers; unaligned loads are allowed; CPU features as in the module's note.
+                $name(unsafe { $load(from.as_ptr()) })
+            }
+            #[inline(always)]
+            fn broadcast(x: f32) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { $set1(x) })
+            }
+        }
+
+        impl Vector<f32> for $name {
+            #[inline(always)]
+            fn store(self, to: &mut [f32]) {
+                let to = &mut to[..$lanes];
+                // SAFETY: the slice holds LANES numbers; unaligned stores are allowed; CPU features as in the module's note.
+                unsafe { $store(to.as_mut_ptr(), self.0) }
+            }
+            #[inline(always)]
+            fn plus(self, b: Self) -> Self {
+                self.add(b)
+            }
+            #[inline(always)]
+            fn minus(self, b: Self) -> Self {
+                self.sub(b)
+            }
+            #[inline(always)]
+            fn fma(self, b: Self, c: Self) -> Self {
+                self.mul_add(b, c)
+            }
+            #[inline(always)]
+            fn larger(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note. The second operand where they are not ordered.
+                $name(unsafe { Self::max_raw(b.0, self.0) })
+            }
+            #[inline(always)]
+            fn where_lt(self, a: Self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::where_lt_raw(self.0, a.0, b.0) })
+            }
+            #[inline(always)]
+            fn where_eq(self, a: Self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::where_eq_raw(self.0, a.0, b.0) })
+            }
+            #[inline(always)]
+            fn interleave(self, b: Self) -> [Self; 2] {
+                // SAFETY: CPU features as in the module's note.
+                unsafe { Self::interleave_raw(self.0, b.0) }.map($name)
+            }
+        }
+
+        impl Num for $name {
+            #[inline(always)]
+            fn splat(x: f32) -> Self {
+                Self::broadcast(x)
+            }
+            #[inline(always)]
+            fn add(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { $add(self.0, b.0) })
+            }
+            #[inline(always)]
+            fn sub(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { $sub(self.0, b.0) })
+            }
+            #[inline(always)]
+            fn mul(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { $mul(self.0, b.0) })
+            }
+            #[inline(always)]
+            fn div(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { $div(self.0, b.0) })
+            }
+            #[inline(always)]
+            fn mul_add(self, b: Self, c: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::fma_raw(self.0, b.0, c.0) })
+            }
+            #[inline(always)]
+            fn max(self, b: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::max_raw(self.0, b.0) })
+            }
+            #[inline(always)]
+            fn scale2(self, n: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::scale2_raw(self.0, n.0) })
+            }
+            #[inline(always)]
+            fn select_lt(self, b: Self, x: Self, y: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::select_lt_raw(self.0, b.0, x.0, y.0) })
+            }
+            #[inline(always)]
+            fn zero_lt(self, x: Self, low: Self) -> Self {
+                // SAFETY: CPU features as in the module's note.
+                $name(unsafe { Self::zero_lt_raw(self.0, x.0, low.0) })
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! Registers of the x86-64 extensions. Their values come only from code that `Isa::run` entered.
 
     use super::{Num, Pair, Register, Vector};
     use std::arch::x86_64::*;
-
-    macro_rules! register {
-        ($name:ident, $raw:ty, $lanes:literal, $load:ident, $store:ident, $set1:ident, $add:ident, $sub:ident,
-         $mul:ident, $div:ident, $fma:ident, $max:ident) => {
-            #[derive(Clone, Copy)]
-            pub struct $name($raw);
-
-            impl Register<f32> for $name {
-                const LANES: usize = $lanes;
-                #[inline(always)]
-                fn load(from: &[f32]) -> Self {
-                    let from = &from[..$lanes];
-                    // SAFETY: the slice holds LANES numbers; unaligned loads are allowed; CPU features as in the module's note.
-                    $name(unsafe { $load(from.as_ptr()) })
-                }
-                #[inline(always)]
-                fn broadcast(x: f32) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $set1(x) })
-                }
-            }
-
-            impl Vector<f32> for $name {
-                #[inline(always)]
-                fn store(self, to: &mut [f32]) {
-                    let to = &mut to[..$lanes];
-                    // SAFETY: the slice holds LANES numbers; unaligned stores are allowed; CPU features as in the module's note.
-                    unsafe { $store(to.as_mut_ptr(), self.0) }
-                }
-                #[inline(always)]
-                fn plus(self, b: Self) -> Self {
-                    self.add(b)
-                }
-                #[inline(always)]
-                fn minus(self, b: Self) -> Self {
-                    self.sub(b)
-                }
-                #[inline(always)]
-                fn fma(self, b: Self, c: Self) -> Self {
-                    self.mul_add(b, c)
-                }
-                #[inline(always)]
-                fn larger(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note. The second operand where they are not ordered.
-                    $name(unsafe { $max(b.0, self.0) })
-                }
-                #[inline(always)]
-                fn where_lt(self, a: Self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::where_raw::<_CMP_LT_OQ>(self.0, a.0, b.0) })
-                }
-                #[inline(always)]
-                fn where_eq(self, a: Self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::where_raw::<_CMP_EQ_OQ>(self.0, a.0, b.0) })
-                }
-                #[inline(always)]
-                fn interleave(self, b: Self) -> [Self; 2] {
-                    // SAFETY: CPU features as in the module's note.
-                    unsafe { Self::interleave_raw(self.0, b.0) }.map($name)
-                }
-            }
-
-            impl Num for $name {
-                #[inline(always)]
-                fn splat(x: f32) -> Self {
-                    Self::broadcast(x)
-                }
-                #[inline(always)]
-                fn add(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $add(self.0, b.0) })
-                }
-                #[inline(always)]
-                fn sub(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $sub(self.0, b.0) })
-                }
-                #[inline(always)]
-                fn mul(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $mul(self.0, b.0) })
-                }
-                #[inline(always)]
-                fn div(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $div(self.0, b.0) })
-                }
-                #[inline(always)]
-                fn mul_add(self, b: Self, c: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $fma(self.0, b.0, c.0) })
-                }
-                #[inline(always)]
-                fn max(self, b: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { $max(self.0, b.0) })
-                }
-                #[inline(always)]
-                fn scale2(self, n: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::scale2_raw(self.0, n.0) })
-                }
-                #[inline(always)]
-                fn select_lt(self, b: Self, x: Self, y: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::select_lt_raw(self.0, b.0, x.0, y.0) })
-                }
-                #[inline(always)]
-                fn zero_lt(self, x: Self, low: Self) -> Self {
-                    // SAFETY: CPU features as in the module's note.
-                    $name(unsafe { Self::where_raw::<_CMP_NLT_UQ>(self.0, x.0, low.0) })
-                }
-            }
-        };
-    }
 
     register!(
         Zmm,
@@ -905,9 +928,7 @@ mod x86 {
         _mm512_add_ps,
         _mm512_sub_ps,
         _mm512_mul_ps,
-        _mm512_div_ps,
-        _mm512_fmadd_ps,
-        _mm512_max_ps
+        _mm512_div_ps
     );
     register!(
         Ymm,
@@ -919,9 +940,7 @@ mod x86 {
         _mm256_add_ps,
         _mm256_sub_ps,
         _mm256_mul_ps,
-        _mm256_div_ps,
-        _mm256_fmadd_ps,
-        _mm256_max_ps
+        _mm256_div_ps
     );
 
     impl Zmm {
@@ -945,9 +964,37 @@ mod x86 {
         /// # Safety
         /// Needs avx512f.
         #[inline(always)]
-        unsafe fn where_raw<const CMP: i32>(y: __m512, a: __m512, b: __m512) -> __m512 {
+        unsafe fn where_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
             // SAFETY: the caller's.
-            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<CMP>(a, b), y) }
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn where_eq_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn zero_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn fma_raw(a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        /// # Safety
+        /// Needs avx512f.
+        #[inline(always)]
+        unsafe fn max_raw(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_max_ps(a, b) }
         }
         /// # Safety
         /// Needs avx512f.
@@ -1048,9 +1095,37 @@ mod x86 {
         /// # Safety
         /// Needs avx2.
         #[inline(always)]
-        unsafe fn where_raw<const CMP: i32>(y: __m256, a: __m256, b: __m256) -> __m256 {
+        unsafe fn where_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
             // SAFETY: the caller's.
-            unsafe { _mm256_and_ps(_mm256_cmp_ps::<CMP>(a, b), y) }
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx2.
+        #[inline(always)]
+        unsafe fn where_eq_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs avx2.
+        #[inline(always)]
+        unsafe fn zero_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b), y) }
+        }
+        /// # Safety
+        /// Needs fma.
+        #[inline(always)]
+        unsafe fn fma_raw(a: __m256, b: __m256, c: __m256) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        /// # Safety
+        /// Needs avx2.
+        #[inline(always)]
+        unsafe fn max_raw(a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_max_ps(a, b) }
         }
         /// # Safety
         /// Needs avx2.
@@ -1062,6 +1137,87 @@ mod x86 {
                 let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
                 [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
             }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    //! Registers of NEON. Their values come only from code that `Isa::run` entered.
+
+    use super::{Num, Register, Vector};
+    use std::arch::aarch64::*;
+
+    register!(Quad, float32x4_t, 4, vld1q_f32, vst1q_f32, vdupq_n_f32, vaddq_f32, vsubq_f32, vmulq_f32, vdivq_f32);
+
+    impl Quad {
+        /// `y` where all bits of `mask` are set, else 0.
+        ///
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn masked(y: float32x4_t, mask: uint32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(y), mask)) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn where_lt_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { Self::masked(y, vcltq_f32(a, b)) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn where_eq_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { Self::masked(y, vceqq_f32(a, b)) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn zero_lt_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { Self::masked(y, vmvnq_u32(vcltq_f32(a, b))) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn fma_raw(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { vfmaq_f32(c, a, b) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn max_raw(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's. FMAX would make NaN of a NaN on either side.
+            unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn select_lt_raw(a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe { vbslq_f32(vcltq_f32(a, b), x, y) }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn scale2_raw(x: float32x4_t, n: float32x4_t) -> float32x4_t {
+            // SAFETY: the caller's.
+            unsafe {
+                let n = vshlq_n_s32::<23>(vreinterpretq_s32_f32(n));
+                vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), n))
+            }
+        }
+        /// # Safety
+        /// Needs neon.
+        #[inline(always)]
+        unsafe fn interleave_raw(a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
+            // SAFETY: the caller's.
+            unsafe { [vzip1q_f32(a, b), vzip2q_f32(a, b)] }
         }
     }
 }

@@ -534,7 +534,7 @@ impl<C: Card> Cuda<C> {
     ) -> Result<f64, CudaError> {
         let (n, m, dim) = (call.u.rows, call.v.rows, call.dim);
         let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
-        let with_sums = call.squared || with_columns || matches!(call.form, Form::Sigmoid { .. });
+        let with_sums = call.levered() || with_columns || matches!(call.form, Form::Sigmoid { .. });
         let sums = if with_sums {
             let row: *mut f32 = self.arena.get("row sums", 4 * n)?;
             let col: *mut f32 = self.arena.get("column sums", m)?;
@@ -543,7 +543,7 @@ impl<C: Card> Cuda<C> {
             None
         };
         let gain = gain(bound);
-        // Also without a gradient: <u, G V> is what d tau is made of.
+        // Also without a gradient: d tau is made of <u, G V>, or of sums on the way.
         let acc_u = self.sums(U.acc, out[0], [n, m], dim)?;
         let acc_v = match out[1] {
             Out::None => None,
@@ -621,8 +621,8 @@ impl<C: Card> Cuda<C> {
             out,
             weights: weights.map(|w| w as f32),
             constant: constant as f32,
-            along: if by_scale && !call.squared { (call.tilt / *gain) as f32 } else { 0.0 },
-            moment: if by_scale && call.squared { LN_2 as f32 } else { 0.0 },
+            along: if by_scale && !call.levered() { (call.tilt / *gain) as f32 } else { 0.0 },
+            moment: if by_scale && call.levered() { LN_2 as f32 } else { 0.0 },
             bias: u32::from(matches!(call.form, Form::Sigmoid { .. })),
             reserved: 0,
         };
@@ -654,7 +654,7 @@ impl<C: Card> Cuda<C> {
             None => {}
         }
         // Sum of G times what tau divides of S.
-        let moment = if call.squared {
+        let moment = if call.levered() {
             let offset = batch.offset_v.unwrap_or_default();
             let shifted: f64 = offset.iter().zip(&col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum();
             s[scalar::SUMS + 2] * LN_2 - shifted
@@ -1362,6 +1362,12 @@ struct Call {
 }
 
 impl Call {
+    /// Whether d tau is made of sums of G times its lever: where that is G V's `<u, dU>` instead, it has what rounding G to
+    /// halves left of its sum, which for MMD should be nothing, times what all logits have in common.
+    fn levered(&self) -> bool {
+        self.squared || matches!(self.form, Form::Mmd { .. } | Form::JointMmd)
+    }
+
     fn logits(&self, rows: &Side, cols: &Side) -> Logits {
         // |u - v|^2 = |u|^2 + |v|^2 - 2 <u, v>; the norms are the shifts.
         let scale = if self.squared { -2.0 * self.tilt } else { self.tilt };
