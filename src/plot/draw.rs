@@ -202,13 +202,13 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
     }
     let middle = (left + right) / 2.0;
     heading(out, [middle, top - 12.0], (middle - x).min(x + PANEL[0] - middle), &panel.title);
-    let names = |axis: &super::Axis, scale: &Scale| -> Vec<(f64, String)> {
+    let names = |axis: &super::Axis, ticks: Vec<(f64, String)>| -> Vec<(f64, String)> {
         if axis.names.is_empty() {
-            return scale.ticks();
+            return ticks;
         }
         axis.names.iter().enumerate().map(|(i, name)| (i as f64, name.clone())).collect()
     };
-    for (value, label) in names(&panel.x, &sx) {
+    for (value, label) in names(&panel.x, sx.spaced(12.0 * LETTER)) {
         let Some(at) = sx.at(value) else { continue };
         let _ = writeln!(out, "<path d=\"M{} {}V{}\" stroke=\"#e4e4e4\"/>", N(at), N(top), N(bottom));
         // Names that would touch their neighbours lean.
@@ -222,7 +222,7 @@ fn draw_panel(out: &mut String, panel: &Panel, [x, y]: [f64; 2], id: &str) {
             text(out, [at, bottom + 17.0], 12.0, "middle", "", &label);
         }
     }
-    for (value, label) in names(&panel.y, &sy) {
+    for (value, label) in names(&panel.y, sy.ticks()) {
         let Some(at) = sy.at(value) else { continue };
         let _ = writeln!(out, "<path d=\"M{} {}H{}\" stroke=\"#e4e4e4\"/>", N(left), N(at), N(right));
         text(out, [left - 6.0, at + 4.0], 12.0, "end", "", &label);

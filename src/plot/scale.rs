@@ -44,6 +44,30 @@ impl Scale {
         let share = (x - self.ends[0]) / (self.ends[1] - self.ends[0]);
         share.is_finite().then(|| self.page[0] + share * (self.page[1] - self.page[0]))
     }
+    /// [`Scale::ticks`] along a line of text whose letters are `letter` wide: where labels would touch, a logarithmic axis
+    /// leaves some out, powers of ten last.
+    pub fn spaced(&self, letter: f64) -> Vec<(f64, String)> {
+        let mut ticks = self.ticks();
+        if self.log {
+            let reach = |(x, label): &(f64, String)| {
+                let half = 0.5 * letter * label.chars().count() as f64;
+                self.at(*x).map_or([0.0; 2], |at| [at - half, at + half])
+            };
+            let mut taken: Vec<[f64; 2]> = vec![];
+            // Powers of ten first, then what is twice one.
+            for first in ['1', '2', '5'] {
+                for tick in ticks.iter_mut().filter(|(_, label)| label.starts_with(first)) {
+                    let [low, high] = reach(tick);
+                    if taken.iter().any(|[a, b]| low < *b && *a < high) {
+                        tick.1.clear();
+                    } else {
+                        taken.push([low, high]);
+                    }
+                }
+            }
+        }
+        ticks
+    }
     /// Values with labels, about five.
     pub fn ticks(&self) -> Vec<(f64, String)> {
         let inside = |x: &f64| (self.ends[0] - 1e-9..=self.ends[1] + 1e-9).contains(x);

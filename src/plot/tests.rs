@@ -122,6 +122,14 @@ fn ticks_are_round_numbers_inside_the_axis() {
     assert_eq!(labels(&axis("", true), &[1e-4, 1.0]), ["10⁻⁴", "10⁻³", "10⁻²", "0.1", "1"]);
     assert_eq!(labels(&axis("", true), &[128.0, 1024.0]), ["200", "500", "1000"]);
     assert_eq!(labels(&axis("", true), &[2e3, 1e5]), ["2000", "5000", "10,000", "20,000", "50,000", "100,000"]);
+    // Where labels would touch, powers of ten stay.
+    let spaced = |width: f64| -> Vec<String> {
+        let scale = scale::Scale::new(&axis("", true), [2e3, 1e5].into_iter(), [0.0, width]);
+        scale.spaced(7.0).into_iter().map(|(_, label)| label).collect()
+    };
+    assert_eq!(spaced(290.0), ["2000", "5000", "10,000", "20,000", "", "100,000"]);
+    assert_eq!(spaced(150.0), ["2000", "", "10,000", "", "", "100,000"]);
+    assert_eq!(spaced(600.0), labels(&axis("", true), &[2e3, 1e5]));
     // Nothing to draw is an empty axis, not a panic.
     assert!(!labels(&axis("", true), &[-1.0, 0.0, f64::NAN]).is_empty());
     assert!(!labels(&axis("", false), &[3.0]).is_empty());

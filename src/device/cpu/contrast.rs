@@ -113,57 +113,60 @@ impl<'a> Tilted<'a> {
     }
 
     /// Turns `acc = G other` into the gradient of `side`'s rows, in place or added to `out`:
-    /// times dS/d product, through the product's other factor and the row normalisation.
+    /// times dS/d product, through the product's other factor and the row normalisation. Returns the sum of `<row, acc>`.
     pub(super) fn finish(
         &self,
         side: &Side<'_>,
         acc: Accumulated<'_>,
         g_sum: impl Fn(usize) -> f64 + Sync,
         threads: &Threads,
-    ) {
+    ) -> f64 {
         let dim = side.rows.dim;
-        let transform = |first: usize, acc: &mut [f32]| {
+        let transform = |first: usize, acc: &mut [f32]| -> f64 {
             threads.with(|ws| {
                 let rows = acc.len() / dim;
                 let x = ws.rows(rows * dim);
                 side.read(first..first + rows, x);
-                for (i, (acc, x)) in acc.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).enumerate() {
-                    self.transform_row(side, first + i, g_sum(first + i), x, acc);
-                }
-            });
+                let pairs = acc.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).enumerate();
+                pairs.map(|(i, (acc, x))| self.transform_row(side, first + i, g_sum(first + i), x, acc)).sum()
+            })
         };
-        match acc {
+        let along: Vec<f64> = match acc {
             Accumulated::InPlace(out) => {
-                out.par_chunks_mut(CHUNK * dim).enumerate().for_each(|(c, out)| transform(c * CHUNK, out));
+                out.par_chunks_mut(CHUNK * dim).enumerate().map(|(c, out)| transform(c * CHUNK, out)).collect()
             }
-            Accumulated::AddTo { acc, out } => {
-                acc.par_chunks_mut(CHUNK * dim).zip(out.par_chunks_mut(CHUNK * dim)).enumerate().for_each(
-                    |(c, (acc, out))| {
-                        transform(c * CHUNK, acc);
-                        out.iter_mut().zip(&*acc).for_each(|(o, a)| *o += a);
-                    },
-                );
-            }
-        }
+            Accumulated::AddTo { acc, out } => acc
+                .par_chunks_mut(CHUNK * dim)
+                .zip(out.par_chunks_mut(CHUNK * dim))
+                .enumerate()
+                .map(|(c, (acc, out))| {
+                    let along = transform(c * CHUNK, acc);
+                    out.iter_mut().zip(&*acc).for_each(|(o, a)| *o += a);
+                    along
+                })
+                .collect(),
+        };
+        along.into_iter().sum()
     }
 
-    fn transform_row(&self, side: &Side<'_>, i: usize, g_sum: f64, x: &[f32], acc: &mut [f32]) {
+    fn transform_row(&self, side: &Side<'_>, i: usize, g_sum: f64, x: &[f32], acc: &mut [f32]) -> f64 {
+        let along = inner(acc, x);
         match self.product {
             Product::Inner => {
-                let mut scale = self.scale as f32;
-                let mut along = 0.0;
+                let (mut scale, mut own) = (self.scale as f32, 0.0);
                 if let Some(&inverse) = side.inverse.get(i) {
                     // d(x/|x|): off the row's own direction, over its norm.
-                    along = inner(acc, x) as f32;
+                    own = along as f32;
                     scale *= inverse;
                 }
-                acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (*a - along * x));
+                acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (*a - own * x));
             }
             Product::SquaredDistance => {
                 let (scale, g_sum) = (2.0 * self.scale as f32, g_sum as f32);
                 acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (g_sum * x - *a));
             }
         }
+        along
     }
 }
 
@@ -330,6 +333,10 @@ fn softmax<T: Element>(
         Over::Each { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
         Over::All => Want { rows: true, cols: false },
     };
+    // The sum of G S is that of <u, G v>, where S is linear in u and G not rounded before it meets v.
+    logits.exponentials = logits.anchor.is_some()
+        && (want.rows && want.cols && smoothing == 0.0)
+        && (tilted.product == Product::Inner && !T::ROUNDS && gradients.u.is_some());
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
 
@@ -418,6 +425,7 @@ impl<'a> Tilted<'a> {
             anchor: ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32),
             grid: T::ROUNDS.then(|| Grid::new(low, high)).flatten(),
             kept: None,
+            exponentials: false,
             pairs: &batch.pairs,
             origin: [0, 0],
             threads,
@@ -473,9 +481,7 @@ pub(super) fn conclude<T: Element>(
     row_sums: &[RowSums],
     col_sums: &[f32],
 ) -> Sums {
-    if let Some(out) = out_u {
-        tilted.finish(&tilted.u, out, |i| row_sums[i].g, logits.threads);
-    }
+    let along = out_u.map(|out| tilted.finish(&tilted.u, out, |i| row_sums[i].g, logits.threads));
     if let Some(out) = out_v {
         tilted.finish(&tilted.v, out, |j| f64::from(col_sums[j]), logits.threads);
     }
@@ -491,8 +497,10 @@ pub(super) fn conclude<T: Element>(
         sums.g += row.g;
         gs += row.gs;
     }
-    // The offset is part of S, but not of what tau divides.
-    if let Some(offset) = logits.offset {
+    if let (true, Some(along)) = (logits.exponentials, along) {
+        gs = tilted.scale * along;
+    } else if let Some(offset) = logits.offset {
+        // The offset is part of S, but not of what tau divides.
         gs -= offset.iter().zip(col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
     }
     sums.grad_tau = -gs / tilted.tau;

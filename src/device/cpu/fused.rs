@@ -12,7 +12,8 @@
 //!
 //! Exponentials are taken against an [`Logits::anchor`] that all logits share where their spread is known to be small
 //! enough: then one of them serves its row and its column. Otherwise each row and each column has its own maximum.
-//! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: a quarter less work.
+//! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: a quarter less work; where G is
+//! all that pass 2 makes of them, their exponentials ([`Logits::exponentials`]).
 //!
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
@@ -285,6 +286,9 @@ pub struct Logits<'a, T: Element = f32> {
     pub grid: Option<Grid>,
     /// What pass 1 left of these logits.
     pub kept: Option<&'a Kept>,
+    /// Whether it leaves `exp(S - anchor)` and not S (of special pairs S all the same): where there is an anchor and no grid,
+    /// both sides have a softmax without smoothing, and of [`RowSums`] nothing is wanted.
+    pub exponentials: bool,
     pub pairs: &'a Pairs<'a>,
     /// Where this block lies in the matrix that `pairs` speaks of.
     pub origin: [usize; 2],
@@ -509,7 +513,7 @@ impl<T: Element> Logits<'_, T> {
         rows.clear(self.u.rows.rows, self.anchor);
         cols.clear(self.m, self.anchor);
         let cut = self.cut();
-        let worth = T::count(self.u.rows.dim) > Kept::SHALLOW;
+        let worth = self.exponentials || T::count(self.u.rows.dim) > Kept::SHALLOW;
         kept.fit(cut, self.u.rows.rows, self.m, self.grid, if worth { budget } else { 0 });
         let slots =
             kept.data.sized(kept.turns * kept.slot).chunks_mut(kept.slot.max(1)).map(Mutex::new).collect::<Vec<_>>();
@@ -649,9 +653,13 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                 }
                 let at_rows = rows.start - row.first..rows.end - row.first;
                 let at_cols = cols.start - col.first..cols.end - col.first;
+                let mut exponentials: &mut [f32] = &mut [];
+                if let (true, Some(Slot::Plain(slot))) = (logits.exponentials, &mut keep) {
+                    exponentials = slot.split_off_mut(..s.len()).expect(ALL_TILES);
+                }
                 if let Some(anchor) = logits.anchor {
                     let (by_row, by_col) = (&mut row.sum[at_rows], &mut col.sum[at_cols]);
-                    tally_anchored::<S>(s, stride, wide, anchor, by_row, by_col);
+                    tally_anchored::<S>(s, stride, wide, anchor, exponentials, by_row, by_col);
                 } else {
                     if want.rows {
                         tally_rows::<S>(s, stride, wide, &mut row.max[at_rows.clone()], &mut row.sum[at_rows]);
@@ -660,10 +668,12 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                         tally_cols::<S>(s, stride, &mut col.max[at_cols.clone()], &mut col.sum[at_cols]);
                     }
                 }
-                if let Some(keep) = &mut keep {
-                    for &(i, j, logit, _) in &ws.specials {
-                        s[(i - rows.start) * stride + j - cols.start] = logit;
-                    }
+                let Some(keep) = &mut keep else { continue };
+                let kept = if logits.exponentials { exponentials } else { &mut *s };
+                for &(i, j, logit, _) in &ws.specials {
+                    kept[(i - rows.start) * stride + j - cols.start] = logit;
+                }
+                if !logits.exponentials {
                     keep.write(s);
                 }
             }
@@ -671,15 +681,28 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
     }
 }
 
-/// Adds each row's and each column's `exp(s - anchor)` to their sums.
+/// Adds each row's and each column's `exp(s - anchor)` to their sums, and leaves it in `kept`, a tile or nothing.
 #[inline(always)]
-fn tally_anchored<S: Simd>(s: &[f32], stride: usize, wide: usize, anchor: f32, rows: &mut [f32], cols: &mut [f32]) {
+fn tally_anchored<S: Simd>(
+    s: &[f32],
+    stride: usize,
+    wide: usize,
+    anchor: f32,
+    kept: &mut [f32],
+    rows: &mut [f32],
+    cols: &mut [f32],
+) {
     let anchor = S::F32::splat(anchor);
     let mut by_col = [0.0; COLS];
+    let mut kept = kept.chunks_exact_mut(stride);
     for (row, sum) in s.chunks_exact(stride).zip(rows) {
         let mut part = S::F32::splat(0.0);
+        let mut kept = kept.next().map(lanes_mut::<S>);
         for (s, col) in lanes::<S>(&row[..wide]).zip(lanes_mut::<S>(&mut by_col)) {
             let e = law::exp_uncapped(S::F32::load(s).sub(anchor));
+            if let Some(kept) = kept.as_mut().and_then(Iterator::next) {
+                e.store(kept);
+            }
             part = part.add(e);
             S::F32::load(col).add(e).store(col);
         }
@@ -737,6 +760,16 @@ fn tally_cols<S: Simd>(s: &[f32], stride: usize, max: &mut [f32], sum: &mut [f32
     }
     max.copy_from_slice(&old_max[..w]);
     sum.copy_from_slice(&old_sum[..w]);
+}
+
+/// What a tile holds before [`Law::apply`] makes G of it.
+#[derive(Clone, Copy)]
+enum Holds<'a> {
+    Logits,
+    /// Logits, of which one exponential serves both sides and G is all that is wanted.
+    Shared,
+    /// Nothing yet: these are the exponentials, and of special pairs the logits.
+    Exponentials(&'a [f32]),
 }
 
 /// How G follows from S.
@@ -849,7 +882,7 @@ impl Norms {
     }
 }
 
-/// Sums along a row, in f64.
+/// Sums along a row, in f64; zeros where exponentials are kept.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RowSums {
     /// `sum_j G_ij S_ij`.
@@ -938,15 +971,25 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                 let at_cols = cols.start - first_col..cols.end - first_col;
                 let stride = stride(&cols);
                 let tile = ws.tile.sized(rows.len() * stride);
-                match &mut kept {
-                    Some(kept) => kept.read(tile),
-                    None => T::tile(logits, u, tile, &rows, &cols),
-                }
+                let holds = match &mut kept {
+                    Some(Slot::Plain(slot)) if logits.exponentials => {
+                        Holds::Exponentials(slot.split_off(..tile.len()).expect(ALL_TILES))
+                    }
+                    Some(kept) => {
+                        kept.read(tile);
+                        Holds::Logits
+                    }
+                    None => {
+                        T::tile(logits, u, tile, &rows, &cols);
+                        if logits.exponentials { Holds::Shared } else { Holds::Logits }
+                    }
+                };
+                let at_specials = if let Holds::Exponentials(kept) = holds { kept } else { &*tile };
                 let sums = &mut row.sums[at_rows.clone()];
-                take_specials(logits, law, &rows, &cols, tile, sums, &mut ws.specials);
+                take_specials(logits, law, &rows, &cols, at_specials, sums, &mut ws.specials);
                 let by_col = col.sums.as_deref_mut().map(|sums| &mut sums[at_cols.clone()]);
                 let factors = law.factors::<S>(&rows, &cols, [&mut ws.by_row, &mut ws.by_col]);
-                law.apply::<S>([&rows, &cols], tile, factors, &ws.specials, sums, by_col);
+                law.apply::<S>([&rows, &cols], tile, holds, factors, &ws.specials, sums, by_col);
                 let inverse = [(carry_u, &rows), (carry_v, &cols)].map(|(side, range)| side.inverse_of(range.clone()));
                 let [by_row, by_col] = T::lefts(tile, rows.len(), cols.len(), inverse, &mut ws.halves);
                 if let Some(out) = &mut row.out {
@@ -1059,14 +1102,15 @@ impl Law<'_> {
         tiles
     }
 
-    /// Turns the tile of S into that of G, and adds its sums: the value's where the law has any, `sum_j G S` and `sum_j G`
-    /// to its rows, `sum_i G` to its columns.
+    /// Turns the tile into that of G, and adds its sums: the value's where the law has any, `sum_j G S` and `sum_j G` to its
+    /// rows, `sum_i G` to its columns.
     #[inline(always)]
     #[allow(clippy::too_many_arguments, reason = "operands and outputs of one tile")]
     fn apply<S: Simd>(
         &self,
         [rows, cols]: [&Range<usize>; 2],
         tile: &mut [f32],
+        holds: Holds<'_>,
         [by_row, by_col]: [&[f32]; 2],
         specials: &[(usize, usize, f32, f32)],
         sums: &mut [RowSums],
@@ -1086,7 +1130,11 @@ impl Law<'_> {
             let (own, rest) = specials.split_at(specials.iter().take_while(|special| special.0 == i).count());
             specials = rest;
             own.iter().for_each(|&(_, j, ..)| row[j - cols.start] = HOLE);
-            if let Law::Softmax { rows: Some(by_row), cols: Some(_) } = self
+            if let (Law::Softmax { rows: Some(by_row), .. }, Holds::Shared | Holds::Exponentials(_)) = (self, holds) {
+                let kept = if let Holds::Exponentials(kept) = holds { Some(&kept[r * stride..][..wide]) } else { None };
+                bare_row::<S>(by_row, i, &columns, kept, row);
+                own.iter().for_each(|&(_, j, _, g)| row[j - cols.start] = g);
+            } else if let Law::Softmax { rows: Some(by_row), cols: Some(_) } = self
                 && columns.shares_exponentials(by_row, i)
             {
                 let (mut gs, mut g_sum) = shared_row::<S>(by_row, i, &columns, row);
@@ -1202,6 +1250,23 @@ fn shared_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, row: &mut [
         g.store(to);
     }
     (f64::from(fold::<S>(gs, |a, b| a + b)), f64::from(fold::<S>(sum, |a, b| a + b)))
+}
+
+/// Row `i` of `R + C` where one exponential serves both; it is there already, if it was `kept`.
+#[inline(always)]
+fn bare_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, kept: Option<&[f32]>, row: &mut [f32]) {
+    let (anchor, weight) = (S::F32::splat(part.max[i]), S::F32::splat(part.weight[i]));
+    let weights = lanes::<S>(&columns.weight[..row.len()]);
+    if let Some(kept) = kept {
+        for ((to, e), w) in lanes_mut::<S>(row).zip(lanes::<S>(kept)).zip(weights) {
+            S::F32::load(e).mul(S::F32::load(w).add(weight)).store(to);
+        }
+    } else {
+        for (to, w) in lanes_mut::<S>(row).zip(weights) {
+            let e = law::exp_uncapped(S::F32::load(to).sub(anchor));
+            e.mul(S::F32::load(w).add(weight)).store(to);
+        }
+    }
 }
 
 /// Row `i` of a row softmax, times its factor `q` less its mean.

@@ -468,6 +468,7 @@ impl Gram {
             anchor: None,
             grid: None,
             kept: None,
+            exponentials: false,
             pairs: &nothing,
             origin: [0, 0],
             threads: context.threads,
