@@ -15,7 +15,7 @@ for line in sys.stdin:
         print(message["executable"], message["target"]["name"])' |
     while read -r path name; do cp "$path" "$out/$name"; done
 strip "$out/contrastive" "$out/cuda" "$out/verbs"
-cp benches/gpu/check.sh benches/gpu/peers.py "$out/"
+cp benches/gpu/check.sh benches/gpu/peers.py benches/peers/errors.py "$out/"
 git rev-parse HEAD >"$out/commit"
 
 size=$(du -sm "$out" | cut -f1)

@@ -85,6 +85,10 @@ done
 if CUDA_VISIBLE_DEVICES=$ordinal python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     check peers env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/peers.py" "$results/loss.jsonl" \
         "$results/lenet/metrics.jsonl" "$results/peers.json"
+    for precision in bf16 f16; do
+        check "errors-$precision" env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/errors.py" "$here/contrastive" --device cuda \
+            --precision $precision --seeds 4 --out "$results/errors-$precision.json"
+    done
 else
     skip peers "python3 has no torch that sees the card"
 fi
@@ -120,13 +124,17 @@ def lines(name):
     return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
 
 
-peers = os.path.join(folder, "peers.json")
+def whole(name):
+    path = os.path.join(folder, name)
+    return json.load(open(path)) if os.path.exists(path) else None
+
+
 date = datetime.date.today().isoformat()
 found = {
     "card": card, "date": date, "commit": commit, "checks": lines("checks.jsonl"), "loss": lines("loss.jsonl"),
     "mmd": lines("mmd.jsonl"), "retrieve": lines("retrieve.jsonl"),
     "lenet_samples_per_s": [line["samples_per_s"] for line in lines("lenet/metrics.jsonl")],
-    "peers": json.load(open(peers)) if os.path.exists(peers) else None,
+    "peers": whole("peers.json"), "errors": [whole(f"errors-{precision}.json") for precision in ("bf16", "f16")],
 }
 name = "-".join([card["name"], card["driver_version"], date, commit[:8]])
 path = os.path.join(folder, re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".json")

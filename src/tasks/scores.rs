@@ -116,16 +116,18 @@ impl<'a> Scorer<'a> {
     /// Has `device` hold the items, made ready.
     pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, DeviceError> {
         let (count, dim) = (self.items.count(), self.items.dim());
-        let mut slack = Slack::new(device.terms(dim));
+        let (mut slack, isa) = (Slack::new(device.terms(dim)), Isa::best());
         device.hold(count, dim, &mut |first, rows, offsets| {
             self.items.read(first, rows);
-            let ready = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
+            let sizes = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
                 self.shift(row);
-                let (added, size) = prepare(self.tilting, row);
+                let mut square = [0.0];
+                search::squares::<f32>(isa, row, dim, self.tilting.unit_rows(), &mut square);
+                let (added, size) = ready(self.tilting, square[0]);
                 *offset = added;
                 (size, added)
             });
-            let (size, added) = ready.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
+            let (size, added) = sizes.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
             (slack.longest, slack.lowest) = (slack.longest.max(size), slack.lowest.min(added));
         })?;
         Ok(slack)
@@ -164,9 +166,11 @@ impl<'a> Scorer<'a> {
                     rows.resize(offset.len() * dim, 0.0);
                     distances.resize(offset.len(), 0.0);
                     self.items.read(first_item + part * search::COLS, rows);
-                    for ((row, offset), (size, _)) in rows.chunks_exact_mut(dim).zip(offset).zip(&mut *sizes) {
-                        self.shift(row);
-                        (*offset, *size) = prepare(self.tilting, row);
+                    rows.chunks_exact_mut(dim).for_each(|row| self.shift(row));
+                    let squares = &mut *distances;
+                    search::squares::<O>(isa, rows, dim, self.tilting.unit_rows(), squares);
+                    for ((square, offset), (size, _)) in squares.iter().zip(offset).zip(&mut *sizes) {
+                        (*offset, *size) = ready(self.tilting, *square);
                     }
                     search::pack_items(isa, O::of(isa, rows, dim, operands, distances), dim, packed);
                     sizes.iter_mut().zip(distances).for_each(|((_, rounded), distance)| *rounded = *distance);
@@ -199,18 +203,13 @@ impl<'a> Scorer<'a> {
     }
 }
 
-/// Makes an item ready for an inner product with a query; returns what to add to that, and its norm then.
-fn prepare(tilting: Tilting, item: &mut [f32]) -> (f32, f64) {
-    let square = inner(item, item);
-    let mut norm = square.sqrt();
-    if tilting.unit_rows() && square > 0.0 {
-        item.iter_mut().for_each(|x| *x = (f64::from(*x) / square.sqrt()) as f32);
-        norm = 1.0;
-    }
+/// What to add to an item's inner product with a query, and the item's norm in it, of an item of squared norm `square`.
+fn ready(tilting: Tilting, square: f64) -> (f32, f64) {
     match tilting.product() {
         // -|q - x|^2/2 = <q, x> - |x|^2/2 - |q|^2/2.
-        Product::SquaredDistance => ((-0.5 * square) as f32, norm),
-        Product::Inner => (0.0, norm),
+        Product::SquaredDistance => ((-0.5 * square) as f32, square.sqrt()),
+        Product::Inner if tilting.unit_rows() && square > 0.0 => (0.0, 1.0),
+        Product::Inner => (0.0, square.sqrt()),
     }
 }
 

@@ -28,6 +28,7 @@ use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 use std::sync::{Mutex, PoisonError};
 
 /// `<a, b>` of two rows in f64, in eight sums: one would wait for each addition.
+#[inline(always)]
 pub(crate) fn inner(a: &[f32], b: &[f32]) -> f64 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let mut sums = [0f64; 8];

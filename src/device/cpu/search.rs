@@ -1,6 +1,7 @@
 //! Inner products of queries with many items, a tile at a time: what exact search reduces.
 
 use super::fused::PackTransposed;
+use super::inner;
 use super::operand::{Element, ElementOp, Operands};
 pub use super::simd::Pair;
 use super::simd::{self, Isa, Left, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
@@ -70,6 +71,35 @@ impl PairOp for Round<'_> {
                 out.copy_from_slice(&pairs[..out.len()]);
             }
             *distance = sums.iter().sum::<f64>().sqrt();
+        }
+    }
+}
+
+/// Squared norms of `rows` `[_, dim]`; with `unit` rows are divided by their norms then, but for those of length zero.
+pub fn squares<T: Operand>(isa: T::Isa, rows: &mut [f32], dim: usize, unit: bool, out: &mut [f64]) {
+    T::run(isa, Squares { rows, dim, unit, out });
+}
+
+struct Squares<'a> {
+    rows: &'a mut [f32],
+    dim: usize,
+    unit: bool,
+    out: &'a mut [f64],
+}
+
+impl<T: Element> ElementOp<T> for Squares<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        for (row, square) in self.rows.chunks_exact_mut(self.dim).zip(self.out) {
+            *square = inner(row, row);
+            if self.unit && *square > 0.0 {
+                let norm = square.sqrt();
+                row.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
+            }
         }
     }
 }
