@@ -125,7 +125,7 @@ fn ticks_are_round_numbers_inside_the_axis() {
     // Where labels would touch, powers of ten stay.
     let spaced = |width: f64| -> Vec<String> {
         let scale = scale::Scale::new(&axis("", true), [2e3, 1e5].into_iter(), [0.0, width]);
-        scale.spaced(7.0).into_iter().map(|(_, label)| label).collect()
+        scale.spaced(7.44).into_iter().map(|(_, label)| label).collect()
     };
     assert_eq!(spaced(290.0), ["2000", "5000", "10,000", "20,000", "", "100,000"]);
     assert_eq!(spaced(150.0), ["2000", "", "10,000", "", "", "100,000"]);
