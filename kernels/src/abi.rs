@@ -138,11 +138,12 @@ pub struct Pull {
     pub norm_v: *const Norm,
     /// `[m]`.
     pub target_v: *const f32,
-    /// Of the factored law: G is multiplied by it, halves `[rows, pitch]`.
+    /// Of the factored law, which has the softmax of one side and no targets: G is multiplied by it, halves `[rows, pitch]`.
     pub factor: *const u16,
     /// The chunk, halves `[rows, pitch]`: `gain G`.
     pub g: *mut u16,
-    /// `[2 column tiles of the chunk, rows]`: sums over the part's columns of value, G, G x; or null.
+    /// `[2 column tiles of the chunk, rows]`: sums over the part's columns of value, G, G x (of the factored law x counts from
+    /// the softmax's maximum); or null.
     pub row_sums: *mut [f32; 4],
     /// `[4 row tiles of the chunk, cols]`: sums of G over the part's rows; or null.
     pub col_sums: *mut f32,

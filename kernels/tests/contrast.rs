@@ -312,6 +312,9 @@ fn chunks_of_g_are_those_of_f64() {
                 let (norm_u, norm_v) = (norm(&mut rng, s.n, &by_row), norm(&mut rng, s.m, &by_col));
                 let (target_u, target_v) = (rng.vec(s.n, 1.0), rng.vec(s.m, 1.0));
                 let (bias, smoothing) = if law == SIGMOID { (0.7f32, 0.1f32) } else { (0.0, 0.0) };
+                // A factored law has the softmax of one side, the rows' and the columns' in turns.
+                let of_rows = which % 2 == 0;
+                let one = |i: usize, j: usize| if of_rows { &norm_u[i] } else { &norm_v[j] };
                 let g_of = |i: usize, j: usize| -> (f64, f64) {
                     let x = b.x[i * s.m + j];
                     let positive = b.positive[i * s.m + j];
@@ -331,6 +334,10 @@ fn chunks_of_g_are_those_of_f64() {
                     }
                     if law == PLAIN {
                         return (x, 0.0);
+                    }
+                    if law == FACTORED {
+                        let [max, negative, _, own] = one(i, j).map(f64::from);
+                        return ((x - max).exp2() * if positive { own } else { negative }, 0.0);
                     }
                     let side = |n: &[f32; 4], t: f32| {
                         let p = (x - f64::from(n[0])).exp2();
@@ -358,9 +365,9 @@ fn chunks_of_g_are_those_of_f64() {
                     let sums = law != PLAIN;
                     let args = Pull {
                         logits: b.logits(s.ignore),
-                        norm_u: if law == SIGMOID { null() } else { a_u.ptr() },
+                        norm_u: if law == SIGMOID || law == FACTORED && !of_rows { null() } else { a_u.ptr() },
                         target_u: t_u.ptr(),
-                        norm_v: if law == SIGMOID { null() } else { a_v.ptr() },
+                        norm_v: if law == SIGMOID || law == FACTORED && of_rows { null() } else { a_v.ptr() },
                         target_v: t_v.ptr(),
                         factor: factor.ptr(),
                         g: g.ptr_mut(),
@@ -387,8 +394,9 @@ fn chunks_of_g_are_those_of_f64() {
                             let g = g * by(i, j);
                             want[i * cols + j] = g;
                             let x = b.x[(row + i) * s.m + col + j];
-                            let x = if x.is_nan() { 0.0 } else { x };
-                            by_row[i] = [by_row[i][0] + value, by_row[i][1] + g, by_row[i][2] + g * x];
+                            let from = if law == FACTORED { f64::from(one(row + i, col + j)[0]) } else { 0.0 };
+                            let lever = if x.is_nan() { 0.0 } else { x - from };
+                            by_row[i] = [by_row[i][0] + value, by_row[i][1] + g, by_row[i][2] + g * lever];
                             by_col[j] += g;
                         }
                     }
