@@ -395,13 +395,6 @@ fn is_deterministic<E: Engine + Send>(make: impl Fn() -> E + Sync) {
                     offset_v: (wanted & 4 > 0).then_some(Write::Set(&mut offset)),
                 };
                 let value = used.loss(&loss, &batch, gradients).unwrap();
-                // Without dL/du its sum over rows is not at hand for d tau: another sum, rounded otherwise.
-                let tau = relative(&[value.grad_tau], &[one.value.grad_tau], 1.0);
-                assert!(
-                    tau < if wanted & 1 > 0 { f64::MIN_POSITIVE } else { 1e-6 },
-                    "gradients {wanted:03b}: {case:?}"
-                );
-                let value = Value { grad_tau: one.value.grad_tau, ..value };
                 assert_eq!(value, one.value, "gradients {wanted:03b}: {case:?}");
                 for (bit, got, all) in [(1, &u, &one.u), (2, &v, &one.v), (4, &offset, &one.offset)] {
                     let untouched = || got.iter().all(|x| x.is_nan());

@@ -336,7 +336,7 @@ fn softmax<T: Element>(
     // The sum of G S is that of <u, G v>, where S is linear in u and G not rounded before it meets v.
     logits.exponentials = logits.anchor.is_some()
         && (want.rows && want.cols && smoothing == 0.0)
-        && (tilted.product == Product::Inner && !T::ROUNDS && gradients.u.is_some());
+        && (tilted.product == Product::Inner && !T::ROUNDS);
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
 
@@ -452,7 +452,15 @@ pub(super) fn pull_gradients<T: Element>(
     grad_u: &mut Vec<f32>,
     grad_v: &mut Vec<f32>,
 ) -> Sums {
-    let mut out_u = Accumulated::new(gradients.u, grad_u);
+    let mut out_u = match gradients.u {
+        // Also without a gradient: d tau is made of it.
+        None if logits.exponentials => {
+            let len = tilted.u.rows.rows * tilted.u.rows.dim;
+            grow(grad_u, len);
+            Some(Accumulated::InPlace(&mut grad_u[..len]))
+        }
+        out => Accumulated::new(out, grad_u),
+    };
     let mut out_v = Accumulated::new(gradients.v, grad_v);
     let want_cols =
         gradients.offset_v.is_some() || logits.offset.is_some() || tilted.product == Product::SquaredDistance;
