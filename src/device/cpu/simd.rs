@@ -641,7 +641,7 @@ macro_rules! simd {
     };
 }
 
-// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32 registers, with AVX2 and unknown ones 16. The second
+// Accumulators (rows x 2), two of B and one broadcast fill the register file: 32 registers, of AVX2 and unknown ones 16. The second
 // heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
 simd!(Avx512, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
@@ -791,13 +791,13 @@ impl<const L: usize> Num for Pack<f32, L> {
     }
 }
 
-/// A register of f32 by its intrinsics. What differs more than in names is the type's own: `fma_raw`, `max_raw` (the
-/// second operand where they are not ordered), `where_lt_raw`, `where_eq_raw`, `zero_lt_raw`, `select_lt_raw`, `scale2_raw`
-/// and `interleave_raw`.
+/// A register of f32 by its intrinsics; `max` is the second operand where they are not ordered. What differs more than in
+/// names is the type's own: `where_raw`, `select_lt_raw`, `scale2_raw` and `interleave_raw`; and the module's: which numbers
+/// `LT`, `EQ` and `NOT_LT` mean a comparison to `where_raw`.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! register {
     ($name:ident, $raw:ty, $lanes:literal, $load:ident, $store:ident, $set1:ident, $add:ident, $sub:ident,
-     $mul:ident, $div:ident) => {
+     $mul:ident, $div:ident, $fma:ident, $max:ident) => {
         #[derive(Clone, Copy)]
         pub struct $name($raw);
 
@@ -838,17 +838,17 @@ macro_rules! register {
             #[inline(always)]
             fn larger(self, b: Self) -> Self {
                 // SAFETY: CPU features as in the module's note. The second operand where they are not ordered.
-                $name(unsafe { Self::max_raw(b.0, self.0) })
+                $name(unsafe { $max(b.0, self.0) })
             }
             #[inline(always)]
             fn where_lt(self, a: Self, b: Self) -> Self {
                 // SAFETY: CPU features as in the module's note.
-                $name(unsafe { Self::where_lt_raw(self.0, a.0, b.0) })
+                $name(unsafe { Self::where_raw::<LT>(self.0, a.0, b.0) })
             }
             #[inline(always)]
             fn where_eq(self, a: Self, b: Self) -> Self {
                 // SAFETY: CPU features as in the module's note.
-                $name(unsafe { Self::where_eq_raw(self.0, a.0, b.0) })
+                $name(unsafe { Self::where_raw::<EQ>(self.0, a.0, b.0) })
             }
             #[inline(always)]
             fn interleave(self, b: Self) -> [Self; 2] {
@@ -885,12 +885,12 @@ macro_rules! register {
             #[inline(always)]
             fn mul_add(self, b: Self, c: Self) -> Self {
                 // SAFETY: CPU features as in the module's note.
-                $name(unsafe { Self::fma_raw(self.0, b.0, c.0) })
+                $name(unsafe { $fma(self.0, b.0, c.0) })
             }
             #[inline(always)]
             fn max(self, b: Self) -> Self {
                 // SAFETY: CPU features as in the module's note.
-                $name(unsafe { Self::max_raw(self.0, b.0) })
+                $name(unsafe { $max(self.0, b.0) })
             }
             #[inline(always)]
             fn scale2(self, n: Self) -> Self {
@@ -905,7 +905,7 @@ macro_rules! register {
             #[inline(always)]
             fn zero_lt(self, x: Self, low: Self) -> Self {
                 // SAFETY: CPU features as in the module's note.
-                $name(unsafe { Self::zero_lt_raw(self.0, x.0, low.0) })
+                $name(unsafe { Self::where_raw::<NOT_LT>(self.0, x.0, low.0) })
             }
         }
     };
@@ -918,6 +918,10 @@ mod x86 {
     use super::{Num, Pair, Register, Vector};
     use std::arch::x86_64::*;
 
+    const LT: i32 = _CMP_LT_OQ;
+    const EQ: i32 = _CMP_EQ_OQ;
+    const NOT_LT: i32 = _CMP_NLT_UQ;
+
     register!(
         Zmm,
         __m512,
@@ -928,7 +932,9 @@ mod x86 {
         _mm512_add_ps,
         _mm512_sub_ps,
         _mm512_mul_ps,
-        _mm512_div_ps
+        _mm512_div_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps
     );
     register!(
         Ymm,
@@ -940,7 +946,9 @@ mod x86 {
         _mm256_add_ps,
         _mm256_sub_ps,
         _mm256_mul_ps,
-        _mm256_div_ps
+        _mm256_div_ps,
+        _mm256_fmadd_ps,
+        _mm256_max_ps
     );
 
     impl Zmm {
@@ -964,37 +972,9 @@ mod x86 {
         /// # Safety
         /// Needs avx512f.
         #[inline(always)]
-        unsafe fn where_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
+        unsafe fn where_raw<const CMP: i32>(y: __m512, a: __m512, b: __m512) -> __m512 {
             // SAFETY: the caller's.
-            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs avx512f.
-        #[inline(always)]
-        unsafe fn where_eq_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
-            // SAFETY: the caller's.
-            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs avx512f.
-        #[inline(always)]
-        unsafe fn zero_lt_raw(y: __m512, a: __m512, b: __m512) -> __m512 {
-            // SAFETY: the caller's.
-            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs avx512f.
-        #[inline(always)]
-        unsafe fn fma_raw(a: __m512, b: __m512, c: __m512) -> __m512 {
-            // SAFETY: the caller's.
-            unsafe { _mm512_fmadd_ps(a, b, c) }
-        }
-        /// # Safety
-        /// Needs avx512f.
-        #[inline(always)]
-        unsafe fn max_raw(a: __m512, b: __m512) -> __m512 {
-            // SAFETY: the caller's.
-            unsafe { _mm512_max_ps(a, b) }
+            unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<CMP>(a, b), y) }
         }
         /// # Safety
         /// Needs avx512f.
@@ -1095,37 +1075,9 @@ mod x86 {
         /// # Safety
         /// Needs avx2.
         #[inline(always)]
-        unsafe fn where_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
+        unsafe fn where_raw<const CMP: i32>(y: __m256, a: __m256, b: __m256) -> __m256 {
             // SAFETY: the caller's.
-            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs avx2.
-        #[inline(always)]
-        unsafe fn where_eq_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
-            // SAFETY: the caller's.
-            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs avx2.
-        #[inline(always)]
-        unsafe fn zero_lt_raw(y: __m256, a: __m256, b: __m256) -> __m256 {
-            // SAFETY: the caller's.
-            unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b), y) }
-        }
-        /// # Safety
-        /// Needs fma.
-        #[inline(always)]
-        unsafe fn fma_raw(a: __m256, b: __m256, c: __m256) -> __m256 {
-            // SAFETY: the caller's.
-            unsafe { _mm256_fmadd_ps(a, b, c) }
-        }
-        /// # Safety
-        /// Needs avx2.
-        #[inline(always)]
-        unsafe fn max_raw(a: __m256, b: __m256) -> __m256 {
-            // SAFETY: the caller's.
-            unsafe { _mm256_max_ps(a, b) }
+            unsafe { _mm256_and_ps(_mm256_cmp_ps::<CMP>(a, b), y) }
         }
         /// # Safety
         /// Needs avx2.
@@ -1148,52 +1100,54 @@ mod arm {
     use super::{Num, Register, Vector};
     use std::arch::aarch64::*;
 
-    register!(Quad, float32x4_t, 4, vld1q_f32, vst1q_f32, vdupq_n_f32, vaddq_f32, vsubq_f32, vmulq_f32, vdivq_f32);
+    const LT: i32 = 0;
+    const EQ: i32 = 1;
+    const NOT_LT: i32 = 2;
+
+    register!(
+        Quad,
+        float32x4_t,
+        4,
+        vld1q_f32,
+        vst1q_f32,
+        vdupq_n_f32,
+        vaddq_f32,
+        vsubq_f32,
+        vmulq_f32,
+        vdivq_f32,
+        fma,
+        max
+    );
+
+    /// # Safety
+    /// Needs neon.
+    #[inline(always)]
+    unsafe fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: the caller's.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+    /// # Safety
+    /// Needs neon.
+    #[inline(always)]
+    unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: the caller's. FMAX would make NaN of a NaN on either side.
+        unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+    }
 
     impl Quad {
-        /// `y` where all bits of `mask` are set, else 0.
-        ///
         /// # Safety
         /// Needs neon.
         #[inline(always)]
-        unsafe fn masked(y: float32x4_t, mask: uint32x4_t) -> float32x4_t {
+        unsafe fn where_raw<const CMP: i32>(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
             // SAFETY: the caller's.
-            unsafe { vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(y), mask)) }
-        }
-        /// # Safety
-        /// Needs neon.
-        #[inline(always)]
-        unsafe fn where_lt_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-            // SAFETY: the caller's.
-            unsafe { Self::masked(y, vcltq_f32(a, b)) }
-        }
-        /// # Safety
-        /// Needs neon.
-        #[inline(always)]
-        unsafe fn where_eq_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-            // SAFETY: the caller's.
-            unsafe { Self::masked(y, vceqq_f32(a, b)) }
-        }
-        /// # Safety
-        /// Needs neon.
-        #[inline(always)]
-        unsafe fn zero_lt_raw(y: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-            // SAFETY: the caller's.
-            unsafe { Self::masked(y, vmvnq_u32(vcltq_f32(a, b))) }
-        }
-        /// # Safety
-        /// Needs neon.
-        #[inline(always)]
-        unsafe fn fma_raw(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
-            // SAFETY: the caller's.
-            unsafe { vfmaq_f32(c, a, b) }
-        }
-        /// # Safety
-        /// Needs neon.
-        #[inline(always)]
-        unsafe fn max_raw(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-            // SAFETY: the caller's. FMAX would make NaN of a NaN on either side.
-            unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+            unsafe {
+                let mask = match CMP {
+                    LT => vcltq_f32(a, b),
+                    EQ => vceqq_f32(a, b),
+                    _ => vmvnq_u32(vcltq_f32(a, b)),
+                };
+                vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(y), mask))
+            }
         }
         /// # Safety
         /// Needs neon.
