@@ -247,6 +247,27 @@ const SHAPES: &[(usize, usize, usize)] = &[(1, 1, 1), (17, 31, 5), (131, 67, 33)
 /// Besides, on a card.
 const LARGE: &[(usize, usize, usize)] = &[(520, 700, 128), (391, 517, 256), (640, 530, 515), (260, 650, 1024)];
 
+/// Batches large enough for plain pairs, which Hopper tallies by one exponential for both sides: at ordinary temperatures, at
+/// one at which the sums from the anchor do not hold, with pairs of which none is plain, and one-sided.
+#[test]
+fn plain_pairs_conform() {
+    for precision in [Precision::Bf16, Precision::F16] {
+        let card = Arc::new(Machine::new(HOPPER, 7));
+        let mut engine = Cuda::new(&card, precision).with_chunk(512);
+        let case = |objective| Case::new(Tilting::Cosine, objective, 520, 790, 20);
+        let one_sided = Objective::Conditional { lambda_u: 1.5, lambda_v: 0.0 };
+        let cases = [
+            Case { tau: 0.01, ..case(OBJECTIVES[0]) },
+            Case { tau: 1e-4, ..case(OBJECTIVES[0]) },
+            Case { positive: Positive::Groups, ..case(OBJECTIVES[0]) },
+            case(one_sided),
+            case(Objective::Joint),
+        ];
+        let (largest, at) = hold(&mut engine, precision, &cases);
+        println!("{precision:?}: largest error {largest:.1e} at {at:?}");
+    }
+}
+
 #[test]
 fn portable_kernels_conform_in_bf16() {
     conforms(PORTABLE, Precision::Bf16);

@@ -85,6 +85,13 @@ pub struct Logits {
     pub ignore_v: *const u32,
     /// See [`Temper::live`]; or null: a factor of 1, and nothing added.
     pub live: *const f32,
+    /// The least and the largest id of each [`SPAN`] rows, `[ceil(n / SPAN)]`: where those of rows and of columns lie apart,
+    /// pairs are *plain*, neither positive nor ignored nor outside of the matrix. Null: nothing is known to be plain.
+    pub span_u: *const [u32; 2],
+    /// `[ceil(m / SPAN)]`.
+    pub span_v: *const [u32; 2],
+    /// `[blocks]` of [`HopperTallyBoth`], which has tallied the plain pairs; or null, then nobody has.
+    pub flags: *const u32,
     /// Rows.
     pub n: u32,
     /// Columns.
@@ -95,9 +102,14 @@ pub struct Logits {
     pub pitch: u32,
     /// Octaves of a unit of the product.
     pub scale: f32,
-    /// Nothing; to a multiple of 8 bytes.
-    pub reserved: u32,
+    /// Number of flags.
+    pub blocks: u32,
 }
+
+/// Rows (columns) that a span is of.
+pub const SPAN: u32 = 256;
+/// The span of rows that have no plain pairs.
+pub const NO_SPAN: [u32; 2] = [0, u32::MAX];
 
 /// A logit that stands for no pair: its exponential is 0 whatever is subtracted, and it is finite.
 pub const HOLE: f32 = -1e30;
@@ -365,10 +377,24 @@ pub struct Merge {
     pub row_all: *mut [f32; 2],
     /// `[ceil(n / 256)]`: (max, sum) of all the block's logits.
     pub block: *mut [f32; 2],
+    /// See [`HopperTallyBoth::row_sums`], `[sum_slots, n]`; or null.
+    pub sums: *const f32,
+    /// See [`Logits::flags`].
+    pub flags: *const u32,
+    /// See [`Logits::live`].
+    pub live: *const f32,
+    /// See [`Logits::scale`].
+    pub scale: f32,
+    /// Of `sums`.
+    pub sum_slots: u32,
+    /// Number of flags.
+    pub blocks: u32,
     /// Rows.
     pub n: u32,
     /// Slots of a row.
     pub slots: u32,
+    /// Nothing; to a multiple of 8 bytes.
+    pub reserved: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Merge {}
@@ -495,6 +521,8 @@ const HOPPER_STAGE: u32 = (HOPPER_ROWS + HOPPER_COLS) * 64 * 2;
 pub const HOPPER_SHARED_GEMM: u32 = HOPPER_STAGES_GEMM * (HOPPER_STAGE + 16);
 /// Shared memory of a Hopper tally.
 pub const HOPPER_SHARED_TALLY: u32 = HOPPER_SHARED_GEMM + 2 * HOPPER_COLS * COLUMN_TALLY;
+/// Shared memory of a Hopper tally of both sides: sums of columns of eight warps, in turns, and a word a warp.
+pub const HOPPER_SHARED_BOTH: u32 = HOPPER_SHARED_GEMM + 2 * 8 * HOPPER_COLS * 4 + 8 * 4;
 /// Shared memory of a Hopper pull.
 pub const HOPPER_SHARED_PULL: u32 =
     HOPPER_STAGES_PULL * (HOPPER_STAGE + 16) + HOPPER_ROWS * HOPPER_COLS * 2 + 2 * HOPPER_COLS * COLUMN_PULL;
@@ -510,6 +538,34 @@ pub struct HopperTally {
 }
 // SAFETY: scalars, device pointers and maps.
 unsafe impl Args for HopperTally {}
+
+/// Row and column sums of the exponentials `2^(x - anchor)` of plain pairs, for logits without shifts none of which is much
+/// beyond `scale`: unit rows. One exponential serves both sides. The anchor lies [`ANCHOR`] octaves below the largest logit
+/// there may be. A sum so small that what exponentials lost below 2^-126 could matter, or one beyond f32, raises a flag:
+/// then none of the sums is used, and tallies are of all pairs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperTallyBoth {
+    /// u, v: as [`HopperTally`].
+    pub maps: [TensorMap; 2],
+    /// What is tallied; `flags` is not read.
+    pub logits: Logits,
+    /// `[splits, n]`.
+    pub row_sums: *mut f32,
+    /// `[groups, m]`, or null.
+    pub col_sums: *mut f32,
+    /// `[groups, splits]`.
+    pub flags: *mut u32,
+    /// Row tiles of a group; the grid is (splits, groups).
+    pub down: u32,
+    /// Column tiles of a split.
+    pub across: u32,
+}
+// SAFETY: scalars, device pointers and maps.
+unsafe impl Args for HopperTallyBoth {}
+
+/// Octaves from the anchor to the largest logit: exponentials may be up to 2^ANCHOR, a sum of 2^30 of them is still finite.
+pub const ANCHOR: f32 = 96.0;
 
 /// [`Pull`] with its maps: as [`HopperTally`], and the chunk of G in boxes of 64 x 64.
 #[repr(C)]

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! tally   rows of S: (max, sums over negatives and positives) of a part of the columns, one slot each
+//! both    rows and columns of plain pairs by one exponential, sums over tiles to slots (Hopper, unit rows)
 //! merge   slots -> the row's softmax (`rows.rs`); columns are the rows of the swapped logits
 //! pull    a chunk of G = dL/dS from the tile of S, rounded to halves; its products are `gemm`s
 //! ```
@@ -17,7 +18,7 @@
 //!   `pos = 0` and `t` holds `-(1 - P)` made from the sum over negatives, because P may round to one,
 //! * 0 at an ignored pair.
 
-use crate::abi::{COLUMN_PULL, COLUMN_TALLY, HOLE, Logits, Norm, Pull, TILE, TILE_SHARED, Tally};
+use crate::abi::{ANCHOR, COLUMN_PULL, COLUMN_TALLY, HOLE, Logits, Norm, Pull, SPAN, TILE, TILE_SHARED, Tally};
 use crate::law::{self, Num, Softmax};
 use crate::simt::*;
 use crate::tile::{Acc, ByK, Halves, Place, product};
@@ -29,6 +30,100 @@ const NO_PAIR: f32 = 0.5 * HOLE;
 pub(crate) unsafe fn optional<T: Word>(array: *const T, i: u32, none: T) -> T {
     // SAFETY: the launch contract: an array that is there has an element for every row (column).
     if array.is_null() { none } else { unsafe { load(array.wrapping_add(i as usize)) } }
+}
+
+/// A whole number of octaves, [`ANCHOR`] or a little less below a logit of `scale`.
+#[inline(always)]
+pub fn anchor(scale: f32) -> f32 {
+    (scale as i32 + 1) as f32 - ANCHOR
+}
+
+/// Whether the plain pairs have been tallied from the anchor, and no block raised its flag; all lanes of a warp ask.
+///
+/// # Safety
+/// The launch contract: `blocks` flags, or null.
+#[inline(always)]
+pub unsafe fn anchored(flags: *const u32, blocks: u32) -> bool {
+    let (mut raised, mut b) = (u32::from(flags.is_null()), lane());
+    while b < blocks {
+        // SAFETY: the caller's promise.
+        raised |= unsafe { load(flags.wrapping_add(b as usize)) };
+        b += 32;
+    }
+    ballot(raised != 0) == 0
+}
+
+/// Which column tiles of [`SPAN`] columns a walk along a row tile takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    /// All.
+    All,
+    /// Plain ones.
+    Plain,
+    /// The others.
+    Rest,
+}
+
+/// A walk along the column tiles of one row tile, the same in all lanes of a warp.
+pub struct Walk {
+    take: Take,
+    span: [u32; 2],
+    spans: *const [u32; 2],
+    at: u32,
+    end: u32,
+    first: u32,
+    mask: u32,
+}
+
+impl Walk {
+    /// Along the column tiles from `at` to `end` of the row tile whose first row is `row`.
+    ///
+    /// # Safety
+    /// The launch contract of `l`, which has spans unless all are taken; the tiles are of `l`.
+    #[inline(always)]
+    pub unsafe fn new(l: &Logits, take: Take, row: u32, at: u32, end: u32) -> Self {
+        // SAFETY: the caller's promise.
+        let span = if take == Take::All { [0; 2] } else { unsafe { load(l.span_u.wrapping_add((row / SPAN) as usize)) } };
+        Walk { take, span, spans: l.span_v, at, end, first: at, mask: 0 }
+    }
+
+    /// The next tile, or `end`; all lanes of a warp ask.
+    #[inline(always)]
+    pub fn next(&mut self) -> u32 {
+        while self.mask == 0 {
+            if self.at >= self.end {
+                return self.end;
+            }
+            // 32 tiles at a time, one a lane.
+            let tile = self.at + lane();
+            let mut taken = tile < self.end;
+            if self.take != Take::All {
+                let tile = if taken { tile } else { self.at };
+                // SAFETY: the tile is one of the logits'.
+                let [low, high] = unsafe { load(self.spans.wrapping_add(tile as usize)) };
+                let plain = (self.span[1] < low) | (high < self.span[0]);
+                taken &= plain == (self.take == Take::Plain);
+            }
+            self.mask = ballot(taken);
+            (self.first, self.at) = (self.at, self.at + 32);
+        }
+        let tile = self.first + self.mask.trailing_zeros();
+        self.mask &= self.mask - 1;
+        tile
+    }
+}
+
+/// Whether all pairs of the tile at (`row`, `col`), inside one span each way, are plain.
+///
+/// # Safety
+/// The launch contract of `l`, which has spans.
+#[inline(always)]
+pub unsafe fn plain(l: &Logits, row: u32, col: u32) -> bool {
+    // SAFETY: the caller's promise.
+    let (u, v): ([u32; 2], [u32; 2]) = unsafe {
+        (load(l.span_u.wrapping_add((row / SPAN) as usize)), load(l.span_v.wrapping_add((col / SPAN) as usize)))
+    };
+    (u[1] < v[0]) | (v[1] < u[0])
 }
 
 /// What the block knows of a tile's columns: staged in shared memory, so that the epilogue, which is all unrolled, reads
@@ -85,6 +180,23 @@ impl Columns {
                 store_shared(to + 16 * self.count + 4 * t, optional(a.target_v, from, 0.0));
             }
         }
+    }
+
+    /// What [`pull_plain_pairs`] needs instead of all: each column's weight.
+    ///
+    /// # Safety
+    /// As [`Columns::stage_norms`]; column `col + t` is one.
+    #[inline(always)]
+    pub unsafe fn stage_weights(self, a: &Pull, anchor: f32, col: u32, t: u32) {
+        if t < self.count {
+            // SAFETY: the caller's promise.
+            unsafe { store_shared(self.at + 4 * t, anchored_weight(a, &norm(a.norm_v, col + t), anchor)) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn weights(self, j: u32) -> [f32; 2] {
+        // SAFETY: staged.
+        unsafe { load_shared(self.at + 4 * j) }
     }
 
     /// The pair whose first is column `j` of the tile.
@@ -324,6 +436,8 @@ pub trait Law: Copy {
     const NORMS: bool;
     /// Whether G is multiplied by [`Pull::factor`].
     const FACTORED: bool;
+    /// Whether G of a plain pair is its exponential times weights of its row and its column: [`pull_plain_pairs`].
+    const WEIGHTED: bool;
     /// What it knows of a row.
     type Row: Copy;
     /// Of row `i`.
@@ -359,6 +473,7 @@ fn softmax(max: f32, weight: f32, x: f32) -> f32 {
 impl Law for SoftmaxLaw {
     const NORMS: bool = true;
     const FACTORED: bool = false;
+    const WEIGHTED: bool = true;
     type Row = (Norm, f32);
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> (Norm, f32) {
@@ -380,6 +495,7 @@ pub struct SigmoidLaw;
 impl Law for SigmoidLaw {
     const NORMS: bool = false;
     const FACTORED: bool = false;
+    const WEIGHTED: bool = false;
     type Row = f32;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> f32 {
@@ -404,6 +520,7 @@ pub struct PlainLaw;
 impl Law for PlainLaw {
     const NORMS: bool = false;
     const FACTORED: bool = false;
+    const WEIGHTED: bool = false;
     type Row = ();
     #[inline(always)]
     unsafe fn row(&self, _: &Pull, _: u32) {}
@@ -421,6 +538,7 @@ pub struct FactoredLaw;
 impl Law for FactoredLaw {
     const NORMS: bool = true;
     const FACTORED: bool = true;
+    const WEIGHTED: bool = false;
     type Row = Norm;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> Norm {
@@ -548,6 +666,79 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
                 }
                 r += 1;
             }
+        }
+    }
+}
+
+/// What a plain pair's exponential from the anchor is multiplied by for `gain G` of one softmax.
+#[inline(always)]
+fn anchored_weight(a: &Pull, norm: &Norm, anchor: f32) -> f32 {
+    a.gain * norm[1] * exp2(anchor - norm[0])
+}
+
+/// The exponentials of the tile's logits from `anchor` in place of its products, for plain pairs without shifts; adds each
+/// row's sum.
+#[inline(always)]
+pub fn exponentials<F: Fragments<R>, const R: usize>(tile: &mut F, scale: f32, anchor: f32, sums: &mut [f32; R]) {
+    let mut own = [0f32; R];
+    let mut p = 0;
+    while p < F::PAIRS {
+        let mut c = 0;
+        while c < 2 {
+            let mut r = 0;
+            while r < R {
+                let e = exp2(fma(tile.get(r, p, c), scale, -anchor));
+                tile.set(r, p, c, e);
+                own[r] += e;
+                r += 1;
+            }
+            c += 1;
+        }
+        p += 1;
+    }
+    let mut r = 0;
+    while r < R {
+        sums[r] += own[r];
+        r += 1;
+    }
+}
+
+/// [`pull`] of softmaxes for a tile of plain pairs without shifts: one exponential from `anchor` for both sides,
+/// `gain G = 2^(x - anchor) (weight_i + weight_j)`.
+///
+/// # Safety
+/// The launch contract of [`Pull`]; columns' weights are staged.
+#[inline(always)]
+pub unsafe fn pull_plain_pairs<T: Half, F: Fragments<R>, const R: usize>(
+    a: &Pull,
+    anchor: f32,
+    tile: &mut F,
+    columns: Columns,
+    in_row: u32,
+) {
+    let l = &a.logits;
+    // SAFETY: the launch contract; a plain pair's row is one.
+    unsafe {
+        let scale = l.scale * optional(l.live, 0, 1.0);
+        let weight = |r: usize| anchored_weight(a, &norm(a.norm_u, a.row + in_row + tile.row(r)), anchor);
+        let mut by_row = [weight(0); R];
+        let mut r = 1;
+        while r < R {
+            by_row[r] = weight(r);
+            r += 1;
+        }
+        let mut p = 0;
+        while p < F::PAIRS {
+            let by_col = columns.weights(tile.col(p));
+            let mut words = [0; R];
+            let mut r = 0;
+            while r < R {
+                let g = |c: usize| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]);
+                words[r] = T::pack(g(0), g(1));
+                r += 1;
+            }
+            tile.put(p, words);
+            p += 1;
         }
     }
 }

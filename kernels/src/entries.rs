@@ -244,6 +244,8 @@ entries! {
         hopper_tally_bf16 / HOPPER_TALLY_BF16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<Bf16, false>;
         /// Row tallies of bf16 logits, sums over all of them too.
         hopper_tally_all_bf16 / HOPPER_TALLY_ALL_BF16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<Bf16, true>;
+        /// Row and column sums of anchored exponentials of bf16 logits.
+        hopper_tally_both_bf16 / HOPPER_TALLY_BOTH_BF16 (abi::HopperTallyBoth), threads 384, blocks 1, shared abi::HOPPER_SHARED_BOTH, hopper::tally_both::<Bf16>;
         /// A chunk of G of the softmax losses, bf16.
         hopper_pull_softmax_bf16 / HOPPER_PULL_SOFTMAX_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, false>;
         /// A chunk of G of the softmax losses with its sums, bf16.
@@ -264,6 +266,8 @@ entries! {
         hopper_tally_f16 / HOPPER_TALLY_F16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<F16, false>;
         /// Row tallies of f16 logits, sums over all of them too.
         hopper_tally_all_f16 / HOPPER_TALLY_ALL_F16 (abi::HopperTally), threads 384, blocks 1, shared abi::HOPPER_SHARED_TALLY, hopper::tally::<F16, true>;
+        /// Row and column sums of anchored exponentials of f16 logits.
+        hopper_tally_both_f16 / HOPPER_TALLY_BOTH_F16 (abi::HopperTallyBoth), threads 384, blocks 1, shared abi::HOPPER_SHARED_BOTH, hopper::tally_both::<F16>;
         /// A chunk of G of the softmax losses, f16.
         hopper_pull_softmax_f16 / HOPPER_PULL_SOFTMAX_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, false>;
         /// A chunk of G of the softmax losses with its sums, f16.

@@ -11,10 +11,11 @@
 
 use crate::abi::{
     COLUMN_PULL, COLUMN_TALLY, Gemm, HOPPER_COLS, HOPPER_ROWS, HOPPER_STAGES_GEMM, HOPPER_STAGES_PULL, HopperGemm,
-    HopperPull, HopperTally,
+    HopperPull, HopperTally, HopperTallyBoth,
 };
 use crate::contrast::{
-    Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, SigmoidLaw, SoftmaxLaw, pull, rows_of,
+    Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
+    exponentials, optional, plain, pull, pull_plain_pairs, rows_of,
 };
 use crate::simt::*;
 
@@ -238,8 +239,8 @@ fn warpgroup_barrier() {
     }
 }
 
-/// [`crate::abi::Tally`] of a row tile against `tiles` column tiles of 256; grid (splits, row tiles), one slot a split;
-/// with ALL, [`crate::abi::Tally::all`] too.
+/// [`crate::abi::Tally`] of a row tile against `tiles` column tiles of 256, or those of them whose plain pairs nobody has
+/// tallied; grid (splits, row tiles), one slot a split; with ALL, [`crate::abi::Tally::all`] too.
 ///
 /// # Safety
 /// The launch contract; `at` is the address of the argument.
@@ -250,19 +251,24 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
     let base = shared_base();
     let bars = base + STAGES * STAGE;
     let row = block_y() * HOPPER_ROWS;
+    let l = &a.logits;
     let first = block_x() * a.tiles;
-    let (l, end) = (&a.logits, first + a.tiles);
+    let end = (first + a.tiles).min(l.m.div_ceil(HOPPER_COLS));
     // SAFETY: the launch contract.
     unsafe {
         set_up::<STAGES>(bars);
+        let take = if anchored(l.flags, l.blocks) { Take::Rest } else { Take::All };
+        let mut walk = Walk::new(l, take, row, first, end);
+        let mut t = walk.next();
         if warp() >= 8 {
             registers_down::<PRODUCER>();
-            if warp() == 8 && lane() == 0 {
+            if warp() == 8 {
                 let mut ring = Ring::new(base, bars, 1);
-                let mut t = first;
-                while t < end && t * HOPPER_COLS < l.m {
-                    produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, 0, l.depth);
-                    t += 1;
+                while t < end {
+                    if lane() == 0 {
+                        produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, 0, l.depth);
+                    }
+                    t = walk.next();
                 }
             }
         } else {
@@ -271,17 +277,166 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
             let mut acc = accumulator::<128>();
             let mut tallies = RowTallies::<2, ALL>::none();
             let rows = rows_of(l, &Wide::new(&mut acc, 0), row);
-            let mut t = first;
-            while t < end && t * HOPPER_COLS < l.m {
-                let columns = Columns::new(bars + STAGES * 16, t, HOPPER_COLS, COLUMN_TALLY);
+            let mut turn = 0;
+            while t < end {
+                let columns = Columns::new(bars + STAGES * 16, turn, HOPPER_COLS, COLUMN_TALLY);
                 columns.stage(l, t * HOPPER_COLS, thread());
                 consumer_barrier();
                 consume::<T, STAGES, 0, 0>(&mut ring, &mut acc, l.depth);
                 let mut tile = Wide::new(&mut acc, 0);
                 tallies.add(a, &rows, &mut tile, columns);
-                t += 1;
+                turn += 1;
+                t = walk.next();
             }
             tallies.store(a, &Wide::new(&mut acc, 0), row, block_x());
+        }
+    }
+}
+
+/// Sums of the tile's columns over the warp's 16 rows, to `to` `[256]` in shared memory: with each exchange a lane hands half
+/// of its columns to the other.
+#[inline(always)]
+unsafe fn sum_columns(tile: &Wide<'_>, to: u32) {
+    let mut sums = [0f32; 64];
+    let mut p = 0;
+    while p < 32 {
+        let mut c = 0;
+        while c < 2 {
+            // So that a lane is left with columns 64 apart, and those of a warp are side by side.
+            sums[8 * (p % 8) + 2 * (p / 8) + c] = tile.get(0, p, c) + tile.get(1, p, c);
+            c += 1;
+        }
+        p += 1;
+    }
+    let (mut half, mut mask) = (32, 16);
+    while half >= 8 {
+        let upper = lane() & mask != 0;
+        let mut k = 0;
+        while k < half {
+            let (keep, give) = if upper { (sums[k + half], sums[k]) } else { (sums[k], sums[k + half]) };
+            sums[k] = keep + shuffle_xor(give, mask);
+            k += 1;
+        }
+        (half, mask) = (half / 2, mask / 2);
+    }
+    let first = 8 * (lane() >> 2) + 2 * (lane() & 3);
+    let mut q = 0;
+    while q < 4 {
+        // SAFETY: the caller's 1024 bytes.
+        unsafe { store_shared(to + 4 * (first + 64 * q as u32), [sums[2 * q], sums[2 * q + 1]]) };
+        q += 1;
+    }
+}
+
+/// [`HopperTallyBoth`] of `down` row tiles against `across` column tiles; grid (splits, groups). A group's sums of a column
+/// are one thread's, which adds to them from row tile to row tile.
+///
+/// # Safety
+/// The launch contract; `at` is the address of the argument.
+#[inline(always)]
+pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
+    const STAGES: u32 = HOPPER_STAGES_GEMM;
+    let (l, maps) = (&a.logits, [at, at + 128]);
+    let base = shared_base();
+    let bars = base + STAGES * STAGE;
+    let buffers = bars + STAGES * 16;
+    let words = buffers + 2 * 8 * HOPPER_COLS * 4;
+    let (mut r, first) = (block_y() * a.down, block_x() * a.across);
+    let bottom = (r + a.down).min(l.n.div_ceil(HOPPER_ROWS));
+    let end = (first + a.across).min(l.m.div_ceil(HOPPER_COLS));
+    // SAFETY: the launch contract.
+    unsafe {
+        set_up::<STAGES>(bars);
+        if warp() >= 8 {
+            registers_down::<PRODUCER>();
+            if warp() == 8 {
+                let mut ring = Ring::new(base, bars, 1);
+                while r < bottom {
+                    let mut walk = Walk::new(l, Take::Plain, r * HOPPER_ROWS, first, end);
+                    let mut t = walk.next();
+                    while t < end {
+                        if lane() == 0 {
+                            produce::<STAGES, 0, 0>(&mut ring, maps, r * HOPPER_ROWS, t * HOPPER_COLS, 0, l.depth);
+                        }
+                        t = walk.next();
+                    }
+                    r += 1;
+                }
+            }
+        } else {
+            registers_up::<CONSUMER>();
+            let mut ring = Ring::new(base, bars, 0);
+            let mut acc = accumulator::<128>();
+            let scale = l.scale * optional(l.live, 0, 1.0);
+            let anchor = anchor(scale);
+            // Below it the exponentials lost below 2^-126 could be 2^-20 of a sum.
+            let least = if l.n > l.m { l.n } else { l.m } as f32 * exp2(-106.0);
+            let column = |t: u32| {
+                let col = t * HOPPER_COLS + thread();
+                let to = a.col_sums.wrapping_add(block_y() as usize * l.m as usize + col as usize);
+                (to, !a.col_sums.is_null() && col < l.m)
+            };
+            let mut t = first;
+            while t < end {
+                let (to, there) = column(t);
+                store_where(to.cast(), 0, there);
+                t += 1;
+            }
+            let (mut raised, mut turn) = (false, 0);
+            while r < bottom {
+                let row = r * HOPPER_ROWS;
+                let (mut sums, mut any) = ([0f32; 2], false);
+                let mut walk = Walk::new(l, Take::Plain, row, first, end);
+                let mut t = walk.next();
+                while t < end {
+                    let (to, there) = column(t);
+                    // Early, as it takes as long as the products.
+                    let before = if there { load(to) } else { 0.0 };
+                    consume::<T, STAGES, 0, 0>(&mut ring, &mut acc, l.depth);
+                    let mut tile = Wide::new(&mut acc, 0);
+                    exponentials(&mut tile, scale, anchor, &mut sums);
+                    if !a.col_sums.is_null() {
+                        let buffer = buffers + (turn & 1) * 8 * HOPPER_COLS * 4;
+                        sum_columns(&tile, buffer + warp() * HOPPER_COLS * 4);
+                        consumer_barrier();
+                        let (mut sum, mut w) = (0f32, 0);
+                        while w < 8 {
+                            sum += load_shared::<f32>(buffer + (w * HOPPER_COLS + thread()) * 4);
+                            w += 1;
+                        }
+                        store_where(to.cast(), (before + sum).to_bits(), there);
+                        raised |= !(sum >= least && before + sum < f32::MAX);
+                    }
+                    any = true;
+                    turn += 1;
+                    t = walk.next();
+                }
+                let tile = Wide::new(&mut acc, 0);
+                let mut q = 0;
+                while q < 2 {
+                    let sum = sum_lanes(sums[q], 4);
+                    raised |= any && !(sum >= least && sum < f32::MAX);
+                    let i = row + tile.row(q);
+                    let to = a.row_sums.wrapping_add(block_x() as usize * l.n as usize + i as usize);
+                    store_where(to.cast(), sum.to_bits(), lane() & 3 == 0 && i < l.n);
+                    q += 1;
+                }
+                r += 1;
+            }
+            let raised = u32::from(ballot(raised) != 0);
+            let warp = warp();
+            if lane() == 0 {
+                store_shared(words + 4 * warp, raised);
+            }
+            consumer_barrier();
+            if thread() == 0 {
+                let (mut any, mut w) = (0, 0);
+                while w < 8 {
+                    any |= load_shared::<u32>(words + 4 * w);
+                    w += 1;
+                }
+                store(a.flags.wrapping_add((block_y() * grid_x() + block_x()) as usize), any);
+            }
         }
     }
 }
@@ -319,13 +474,21 @@ unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64,
             let mut acc = accumulator::<128>();
             let group = warp() >> 2;
             let staging = staging + group * 4 * BLOCK;
+            let l = &a.logits;
+            let weighted = L::WEIGHTED && !SUMS && anchored(l.flags, l.blocks);
+            let anchor = anchor(l.scale * optional(l.live, 0, 1.0));
             let (mut t, mut turn) = (block_x(), 0);
             while t < down * across {
                 let (in_row, in_col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS);
                 let columns = Columns::new(bars + STAGES * 16, turn, HOPPER_COLS, COLUMN_PULL);
-                columns.stage(&a.logits, a.col + in_col, thread());
-                if L::NORMS {
-                    columns.stage_norms(a, a.col + in_col, thread());
+                let weighted = weighted && plain(l, a.row + in_row, a.col + in_col);
+                if weighted {
+                    columns.stage_weights(a, anchor, a.col + in_col, thread());
+                } else {
+                    columns.stage(l, a.col + in_col, thread());
+                    if L::NORMS {
+                        columns.stage_norms(a, a.col + in_col, thread());
+                    }
                 }
                 consumer_barrier();
                 consume::<T, STAGES, 0, 0>(&mut ring, &mut acc, depth);
@@ -337,7 +500,11 @@ unsafe fn pull_tiles<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64,
                 warpgroup_barrier();
                 let slots = [t % across, t / across * 8 + warp()];
                 let mut tile = Wide::new(&mut acc, staging);
-                pull::<T, L, _, 2, SUMS>(a, law, &mut tile, columns, [in_row, in_col], slots);
+                if weighted {
+                    pull_plain_pairs::<T, _, 2>(a, anchor, &mut tile, columns, in_row);
+                } else {
+                    pull::<T, L, _, 2, SUMS>(a, law, &mut tile, columns, [in_row, in_col], slots);
+                }
                 fence_async();
                 warpgroup_barrier();
                 if stores {

@@ -4,7 +4,7 @@
 //! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
 
 use crate::abi::{Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, SumColumns, Total, Totals, Weigh};
-use crate::contrast::optional;
+use crate::contrast::{anchor, anchored, optional};
 use crate::law;
 use crate::simt::*;
 
@@ -285,6 +285,29 @@ pub unsafe fn block_sum(x: f64) -> f64 {
     }
 }
 
+/// The row's sum over the slots of its anchored exponentials, slots in order.
+#[inline(always)]
+unsafe fn anchored_sum(a: &Merge, row: usize) -> f32 {
+    // SAFETY: the launch contract.
+    let part = |p: u32| unsafe { load(a.sums.wrapping_add(p as usize * a.n as usize + row)) };
+    let (mut sum, mut p) = (0f32, 0);
+    // Eight loads at a time: each takes longer than all the sums.
+    while p + 8 <= a.sum_slots {
+        let parts = [part(p), part(p + 1), part(p + 2), part(p + 3), part(p + 4), part(p + 5), part(p + 6), part(p + 7)];
+        let mut k = 0;
+        while k < 8 {
+            sum += parts[k];
+            k += 1;
+        }
+        p += 8;
+    }
+    while p < a.sum_slots {
+        sum += part(p);
+        p += 1;
+    }
+    sum
+}
+
 /// Slots of [`crate::contrast::tally`] into one tally a row; and the block's rows into one log-sum-exp.
 ///
 /// # Safety
@@ -295,6 +318,7 @@ pub unsafe fn merge(a: &Merge) {
     let (mut max, mut sum) = (HOLE, 0f32);
     // SAFETY: the launch contract.
     unsafe {
+        let holds = anchored(a.flags, a.blocks);
         if row < a.n {
             let at = |p: u32| p as usize * a.n as usize + row as usize;
             let mut p = 0;
@@ -302,7 +326,16 @@ pub unsafe fn merge(a: &Merge) {
                 max = law::Num::max(max, load(a.tallies.wrapping_add(at(p)))[0]);
                 p += 1;
             }
-            let (mut negatives, mut positives, mut pulled) = (0f32, 0f32, 0f32);
+            // What the plain pairs add: a power of two that no f32 need hold, times a number of one octave.
+            let plain = if holds { anchored_sum(a, row as usize) } else { 0.0 };
+            let power = ((plain.to_bits() >> 23) as i32 - 127) as f32;
+            let (plain_max, plain) = if plain > 0.0 {
+                (anchor(a.scale * optional(a.live, 0, 1.0)) + power, plain * exp2(-power))
+            } else {
+                (HOLE, 0.0)
+            };
+            max = law::Num::max(max, plain_max);
+            let (mut negatives, mut positives, mut pulled) = (plain * exp2(plain_max - max), 0f32, 0f32);
             let mut all = [0f32; 2];
             let mut p = 0;
             while p < a.slots {

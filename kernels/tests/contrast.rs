@@ -2,10 +2,12 @@
 
 mod common;
 use common::*;
-use kernels::abi::{HopperPull, HopperTally, Kernel, Logits, Pull, Residual, Tally, TensorMap};
+use kernels::abi::{
+    ANCHOR, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, NO_SPAN, Pull, Residual, Tally, TensorMap,
+};
 use kernels::entries as e;
 use kernels::simt::shim::MapSpec;
-use std::ptr::null;
+use std::ptr::{null, null_mut};
 
 /// A batch with everything that may be special about a pair, and its logits in f64.
 struct Batch {
@@ -15,6 +17,8 @@ struct Batch {
     v: Array<u16>,
     shift_u: Array<f32>,
     shift_v: Array<f32>,
+    /// Then there are no shifts.
+    unit: bool,
     id: [Array<u32>; 2],
     ignore: [Array<u32>; 2],
     /// Octaves; NaN where the pair is ignored.
@@ -68,6 +72,7 @@ impl Batch {
             v,
             shift_u: Array::of(&shift_u),
             shift_v: Array::of(&shift_v),
+            unit: false,
             id: id.map(|x| Array::of(&x)),
             ignore: ignore.map(|x| Array::of(&x)),
             x,
@@ -78,24 +83,49 @@ impl Batch {
         }
     }
 
+    /// Unit rows, the diagonal, no shifts; the positives are close.
+    fn unit(t: Type, [n, m]: [usize; 2], depth: usize, scale: f32, rng: &mut Rng) -> Self {
+        let mut b = Batch::new(t, Shape { n, m, depth, scale, groups: 0, ignore: false }, rng);
+        let mut rows = [rng.vec(n * depth, 1.0), rng.vec(m * depth, 1.0)];
+        for k in 0..n.min(m) * depth {
+            rows[1][k] = rows[0][k] + 0.5 * rows[1][k];
+        }
+        let values = rows.each_mut().map(|x| {
+            for row in x.chunks_mut(depth) {
+                let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|x| *x /= length);
+            }
+            halves(t, x, depth, b.pitch)
+        });
+        let [(u, us), (v, vs)] = values;
+        for (k, x) in b.x.iter_mut().enumerate() {
+            let (u, v) = (&us[k / m * depth..][..depth], &vs[k % m * depth..][..depth]);
+            *x = u.iter().zip(v).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
+        }
+        Batch { u, v, unit: true, ..b }
+    }
+
     fn logits(&self, ignore: bool) -> Logits {
         let [a, b] = &self.ignore;
         Logits {
             u: self.u.ptr(),
             v: self.v.ptr(),
-            shift_u: self.shift_u.ptr(),
-            shift_v: self.shift_v.ptr(),
+            shift_u: if self.unit { null() } else { self.shift_u.ptr() },
+            shift_v: if self.unit { null() } else { self.shift_v.ptr() },
             id_u: self.id[0].ptr(),
             id_v: self.id[1].ptr(),
             ignore_u: if ignore { a.ptr() } else { null() },
             ignore_v: if ignore { b.ptr() } else { null() },
             live: null(),
+            span_u: null(),
+            span_v: null(),
+            flags: null(),
             n: self.n as u32,
             m: self.m as u32,
             depth: self.depth as u32,
             pitch: self.pitch as u32,
             scale: self.scale,
-            reserved: 0,
+            blocks: 0,
         }
     }
 }
@@ -244,6 +274,141 @@ fn tallies_are_those_of_f64() {
                 assert!(off < bound, "{kernel} {}x{}x{} in {splits}: {off:e}", s.n, s.m, s.depth);
             }
         }
+    }
+}
+
+/// Plain pairs by one exponential for both sides and the rest by rows, merged: the softmaxes of rows and of columns, and G of
+/// a chunk, against f64; the same where sums from the anchor do not hold, and all is tallied by rows.
+#[test]
+fn plain_pairs_are_tallied_once() {
+    let types = [
+        (Type::Bf16, e::HOPPER_TALLY_BOTH_BF16, e::HOPPER_TALLY_BF16, e::HOPPER_PULL_SOFTMAX_BF16),
+        (Type::F16, e::HOPPER_TALLY_BOTH_F16, e::HOPPER_TALLY_F16, e::HOPPER_PULL_SOFTMAX_F16),
+    ];
+    // The third has a block with nothing plain; of the last the logits reach beyond what f32 can hold from one anchor.
+    let shapes = [(512, 770, 24, 20.0, 1), (600, 512, 72, 144.0, 3), (257, 515, 5, 3.0, 2), (512, 512, 8, 3000.0, 2)];
+    for ((t, both, tally, pull), (n, m, depth, scale, down)) in
+        types.iter().flat_map(|t| shapes.iter().map(move |&s| (t, s)))
+    {
+        let seed = n as u64 + depth as u64;
+        let b = Batch::unit(*t, [n, m], depth, scale, &mut Rng(seed));
+        let spans = [n, m].map(|len: usize| -> Array<[u32; 2]> {
+            let span = |k: usize| if 256 * (k + 1) <= len { [256 * k as u32, 256 * k as u32 + 255] } else { NO_SPAN };
+            Array::of(&(0..len.div_ceil(256)).map(span).collect::<Vec<_>>())
+        });
+        let (tiles, across) = ([n.div_ceil(128), m.div_ceil(256)], 2);
+        let [groups, splits] = [tiles[0].div_ceil(down), tiles[1].div_ceil(across)];
+        let sums = [Array::<f32>::poison(splits * n), Array::<f32>::poison(groups * m)];
+        let flags = Array::<u32>::poison(groups * splits);
+        let plain = Logits { span_u: spans[0].ptr(), span_v: spans[1].ptr(), blocks: (groups * splits) as u32, ..b.logits(false) };
+        let maps = [map(b.u.ptr(), [n, depth], b.pitch, 128), map(b.v.ptr(), [m, depth], b.pitch, 256)];
+        let args = HopperTallyBoth {
+            maps,
+            logits: plain,
+            row_sums: sums[0].ptr_mut(),
+            col_sums: sums[1].ptr_mut(),
+            flags: flags.ptr_mut(),
+            down: down as u32,
+            across: across as u32,
+        };
+        launch(both, [splits as u32, groups as u32, 1], &args, seed);
+        let name = format!("{} {n}x{m}x{depth} by {scale}", both.name);
+        let raised = flags.get().iter().any(|&f| f != 0);
+        assert_eq!(raised, f64::from(scale) > f64::from(ANCHOR) * 10.0, "{name}: flags");
+        let known = Logits { flags: flags.ptr(), ..plain };
+        let swapped = Logits {
+            u: known.v,
+            v: known.u,
+            id_u: known.id_v,
+            id_v: known.id_u,
+            span_u: known.span_v,
+            span_v: known.span_u,
+            n: known.m,
+            m: known.n,
+            ..known
+        };
+        let mut norms = vec![];
+        for (which, logits) in [known, swapped].into_iter().enumerate() {
+            let rows = [n, m][which];
+            let slots = Array::<[f32; 4]>::poison(rows);
+            let args = Tally { logits, slots: slots.ptr_mut(), all: null_mut(), tiles: 64, reserved: 0 };
+            let boxes = [[b.u.ptr(), b.v.ptr()][which], [b.v.ptr(), b.u.ptr()][which]];
+            let maps = [map(boxes[0], [rows, depth], b.pitch, 128), map(boxes[1], [n + m - rows, depth], b.pitch, 256)];
+            launch(tally, [1, rows.div_ceil(128) as u32, 1], &HopperTally { maps, tally: args }, seed);
+            let merged = Array::<[f32; 4]>::poison(rows);
+            let block = Array::<[f32; 2]>::poison(rows.div_ceil(256));
+            let args = Merge {
+                tallies: slots.ptr(),
+                all: null(),
+                row: merged.ptr_mut(),
+                row_all: null_mut(),
+                block: block.ptr_mut(),
+                sums: sums[which].ptr(),
+                flags: flags.ptr(),
+                live: null(),
+                scale,
+                sum_slots: [splits, groups][which] as u32,
+                blocks: known.blocks,
+                n: rows as u32,
+                slots: 1,
+                reserved: 0,
+            };
+            launch(&e::MERGE, [rows.div_ceil(256) as u32, 1, 1], &args, seed);
+            let line = |i: usize| -> Vec<(f64, bool)> {
+                let at = |k: usize| if which == 0 { i * m + k } else { k * m + i };
+                (0..n + m - rows).map(|k| (b.x[at(k)], b.positive[at(k)])).collect()
+            };
+            let (mut got, mut want) = (vec![], vec![]);
+            let merged = merged.get();
+            for (i, &[max, negatives, positives, pulled]) in merged.iter().enumerate() {
+                let of = |positive: bool| {
+                    let pairs = line(i).into_iter().filter(move |x| x.1 == positive);
+                    pairs.map(|x| (x.0 - f64::from(max)).exp2()).sum::<f64>()
+                };
+                assert!((1.0..1e6).contains(&(negatives + positives)) || negatives + positives > 0.9, "{name}: row {i}");
+                got.extend([f64::from(negatives), f64::from(positives), f64::from(pulled)]);
+                want.extend([of(false), of(true), line(i).iter().filter(|x| x.1).map(|x| x.0).sum::<f64>()]);
+            }
+            let off = distance(got, &want);
+            let bound = if scale > 1000.0 { 1e-3 } else { 2e-5 };
+            assert!(off < bound, "{name}: tallies of side {which} {off:e}");
+            norms.push(merged.iter().map(|t| [t[0], 1.0 / (t[1] + t[2]), 0.0, 1.0 / (t[1] + t[2])]).collect::<Vec<_>>());
+        }
+
+        let (targets, g) = ([n, m].map(|len| Array::of(&vec![-1f32; len])), Array::<u16>::poison(n * m.next_multiple_of(8)));
+        let [norm_u, norm_v] = [&norms[0], &norms[1]].map(|x| Array::of(x));
+        let pitch = m.next_multiple_of(8);
+        let args = Pull {
+            logits: known,
+            norm_u: norm_u.ptr(),
+            target_u: targets[0].ptr(),
+            norm_v: norm_v.ptr(),
+            target_v: targets[1].ptr(),
+            factor: null(),
+            g: g.ptr_mut(),
+            row_sums: null_mut(),
+            col_sums: null_mut(),
+            row: 0,
+            col: 0,
+            rows: n as u32,
+            cols: m as u32,
+            pitch: pitch as u32,
+            gain: 4.0,
+            bias: 0.0,
+            smoothing: 0.0,
+        };
+        let maps = [maps[0], maps[1], map(g.ptr(), [n, m], pitch, 64)];
+        launch(pull, [3, 1, 1], &HopperPull { maps, pull: args }, seed);
+        let g = g.get();
+        let got = (0..n * m).map(|k| t.value(g[k / m * pitch + k % m]) / 4.0);
+        let want: Vec<f64> = (0..n * m)
+            .map(|k| {
+                let side = |norm: &[f32; 4]| (b.x[k] - f64::from(norm[0])).exp2() * f64::from(norm[1]);
+                side(&norms[0][k / m]) + side(&norms[1][k % m]) - if b.positive[k] { 2.0 } else { 0.0 }
+            })
+            .collect();
+        let off = distance(got, &want);
+        assert!(off < if *t == Type::Bf16 { 4e-3 } else { 6e-4 }, "{}: {name}: G {off:e}", pull.name);
     }
 }
 

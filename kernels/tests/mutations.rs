@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use kernels::abi::{
-    Args, Gemm, HopperGemm, HopperPull, HopperTally, Kernel, Logits, Merge, Pull, Residual, Search, Tally, TensorMap,
+    Args, Gemm, HopperGemm, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, Pull, Residual, Search, Tally, TensorMap,
 };
 use kernels::entries as e;
 use kernels::simt::shim::{self, Call, MapSpec, Omission};
@@ -73,12 +73,15 @@ fn every_barrier_is_needed_and_missed() {
         ignore_u: null(),
         ignore_v: null(),
         live: null(),
+        span_u: null(),
+        span_v: null(),
+        flags: null(),
         n: ROWS as u32,
         m: COLS as u32,
         depth: DEPTH as u32,
         pitch: DEPTH as u32,
         scale: 1.0,
-        reserved: 0,
+        blocks: 0,
     };
     let mut missed = vec![];
 
@@ -89,6 +92,42 @@ fn every_barrier_is_needed_and_missed() {
     // One slot a row: the second half of the array stays poison, run for run.
     let hopper = HopperTally { maps, tally };
     missed.extend(unnoticed(&e::HOPPER_TALLY_BF16, [1, 2, 1], &hopper, &|| slots.refill(), &|| words(&slots)));
+
+    // Two row tiles and two column tiles, in one block, all of it plain.
+    let spans = [Array::of(&[[0u32, 255]]), Array::of(&[[256u32, 511], [512, 767]])];
+    let (many, _) = halves(Type::Bf16, &rng.vec(512 * 72, 0.1), 72, 72);
+    let plain = Logits {
+        u: many.ptr(),
+        v: many.ptr(),
+        span_u: spans[0].ptr(),
+        span_v: spans[1].ptr(),
+        n: 256,
+        m: 512,
+        depth: 72,
+        pitch: 72,
+        ..logits
+    };
+    let (rows, cols, flags) = (Array::<f32>::poison(256), Array::<f32>::poison(512), Array::<u32>::poison(1));
+    let of = |rows: usize, tile: u32| {
+        let size = [72, rows as u32];
+        MapSpec { address: many.ptr() as u64, size, pitch: 144, tile: [64, tile], element: 2, swizzle: true }.encode()
+    };
+    let both = HopperTallyBoth {
+        maps: [of(256, 128), of(512, 256)],
+        logits: plain,
+        row_sums: rows.ptr_mut(),
+        col_sums: cols.ptr_mut(),
+        flags: flags.ptr_mut(),
+        down: 2,
+        across: 2,
+    };
+    let again = || {
+        rows.refill();
+        cols.refill();
+        flags.refill();
+    };
+    let found = || [words(&rows), words(&cols), words(&flags)].concat();
+    missed.extend(unnoticed(&e::HOPPER_TALLY_BOTH_BF16, [1, 1, 1], &both, &again, &found));
 
     let norms = Array::of(&vec![[40f32, 1.0, 0.0, 1.0]; COLS]);
     let targets = Array::of(&rng.vec(COLS, 1.0));
@@ -220,8 +259,15 @@ fn every_barrier_is_needed_and_missed() {
         row: row.ptr_mut(),
         row_all: std::ptr::null_mut(),
         block: block.ptr_mut(),
+        sums: null(),
+        flags: null(),
+        live: null(),
+        scale: 0.0,
+        sum_slots: 0,
+        blocks: 0,
         n: 300,
         slots: 2,
+        reserved: 0,
     };
     let refill = || {
         row.refill();
@@ -257,8 +303,11 @@ const HARMLESS: [(&str, &[&str]); 6] = [
         "a ring's last slices are released to nobody",
         &[
             "hopper_tally_bf16: MbarrierArrive Some(4) of 8",
+            "hopper_tally_both_bf16: MbarrierArrive Some(4) of 8",
             "hopper_tally_bf16: WgmmaWait Some(4) of 8",
+            "hopper_tally_both_bf16: WgmmaWait Some(4) of 8",
             "hopper_tally_bf16: MbarrierArrive Some(7) of 8",
+            "hopper_tally_both_bf16: MbarrierArrive Some(7) of 8",
             "hopper_pull_softmax_sums_bf16: MbarrierArrive Some(7) of 8",
             "hopper_pull_factored_bf16: MbarrierArrive Some(7) of 8",
             "hopper_gemm_bf16: MbarrierArrive Some(13) of 14",
@@ -269,6 +318,7 @@ const HARMLESS: [(&str, &[&str]); 6] = [
         "the accumulator is fenced at a tile's first slice; later ones touch no register between",
         &[
             "hopper_tally_bf16: WgmmaFence Some(7) of 8",
+            "hopper_tally_both_bf16: WgmmaFence Some(7) of 8",
             "hopper_pull_softmax_sums_bf16: WgmmaFence Some(7) of 8",
             "hopper_pull_factored_bf16: WgmmaFence Some(7) of 8",
             "hopper_gemm_bf16: WgmmaFence Some(13) of 14",

@@ -66,6 +66,7 @@ struct Kernels {
 
 struct Hopper {
     tally: [Kernel<abi::HopperTally>; 2],
+    both: Kernel<abi::HopperTallyBoth>,
     softmax: [Kernel<abi::HopperPull>; 2],
     sigmoid: Kernel<abi::HopperPull>,
     plain: Kernel<abi::HopperPull>,
@@ -89,6 +90,7 @@ static BF16: Kernels = Kernels {
     finish: e::FINISH_BF16,
     hopper: Hopper {
         tally: [e::HOPPER_TALLY_BF16, e::HOPPER_TALLY_ALL_BF16],
+        both: e::HOPPER_TALLY_BOTH_BF16,
         softmax: [e::HOPPER_PULL_SOFTMAX_BF16, e::HOPPER_PULL_SOFTMAX_SUMS_BF16],
         sigmoid: e::HOPPER_PULL_SIGMOID_BF16,
         plain: e::HOPPER_PULL_PLAIN_BF16,
@@ -113,6 +115,7 @@ static F16: Kernels = Kernels {
     finish: e::FINISH_F16,
     hopper: Hopper {
         tally: [e::HOPPER_TALLY_F16, e::HOPPER_TALLY_ALL_F16],
+        both: e::HOPPER_TALLY_BOTH_F16,
         softmax: [e::HOPPER_PULL_SOFTMAX_F16, e::HOPPER_PULL_SOFTMAX_SUMS_F16],
         sigmoid: e::HOPPER_PULL_SIGMOID_F16,
         plain: e::HOPPER_PULL_PLAIN_F16,
@@ -267,6 +270,8 @@ struct Side {
     shift: *const f32,
     id: *const u32,
     ignore: *const u32,
+    /// See [`Logits::span_u`].
+    span: *const [u32; 2],
     positives: *const u32,
     share: *const f32,
     norm: *const abi::Norm,
@@ -281,6 +286,7 @@ struct Slots {
     shift: &'static str,
     id: &'static str,
     ignore: &'static str,
+    span: &'static str,
     positives: &'static str,
     share: &'static str,
     norm: &'static str,
@@ -294,6 +300,7 @@ const U: Slots = Slots {
     shift: "shift of u",
     id: "id of u",
     ignore: "ignore of u",
+    span: "span of u",
     positives: "positives of u",
     share: "share of u",
     norm: "norm of u",
@@ -306,6 +313,7 @@ const V: Slots = Slots {
     shift: "shift of v",
     id: "id of v",
     ignore: "ignore of v",
+    span: "span of v",
     positives: "positives of v",
     share: "share of v",
     norm: "norm of v",
@@ -520,6 +528,7 @@ impl<C: Card> Cuda<C> {
             form: Form::of(loss)?,
             u: self.side(&U, rows[0].rows, ignore)?,
             v: self.side(&V, rows[1].rows, ignore)?,
+            anchored: None,
         })
     }
 
@@ -715,6 +724,8 @@ impl<C: Card> Cuda<C> {
         };
         self.put(U.id, &id_u)?;
         self.put(V.id, &id_v)?;
+        self.put(U.span, &spans(&id_u, pairs.ignore.is_some()))?;
+        self.put(V.span, &spans(&id_v, pairs.ignore.is_some()))?;
         if let Some((u, v)) = pairs.ignore {
             let (u, v) = dense(u, v);
             self.put(U.ignore, &u)?;
@@ -738,6 +749,7 @@ impl<C: Card> Cuda<C> {
             shift: null(),
             id: self.arena.get(slots.id, rows)?,
             ignore: if ignore { self.arena.get(slots.ignore, rows)? } else { null() },
+            span: self.arena.get(slots.span, rows.div_ceil(abi::SPAN as usize))?,
             positives: self.arena.get(slots.positives, rows)?,
             share: self.arena.get(slots.share, rows)?,
             norm: null(),
@@ -813,6 +825,7 @@ impl<C: Card> Cuda<C> {
             call.u.target = call.u.share;
         }
         let (lambdas, joint) = call.form.softmaxes();
+        call.anchored = self.tally_both(call, lambdas)?;
         for (which, lambda) in lambdas.into_iter().enumerate() {
             if lambda > 0.0 {
                 let row_all = self.tallied(call, which, joint)?;
@@ -832,7 +845,23 @@ impl<C: Card> Cuda<C> {
         let row: *mut [f32; 4] = self.arena.get("tally", n)?;
         let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
         let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
-        let args = abi::Merge { tallies, all, row, row_all, block, n: n as u32, slots: count as u32 };
+        let logits = call.logits(&this, &other);
+        let args = abi::Merge {
+            tallies,
+            all,
+            row,
+            row_all,
+            block,
+            sums: call.anchored.map_or(null(), |a| a.sums[which]),
+            flags: logits.flags,
+            live: logits.live,
+            scale: logits.scale,
+            sum_slots: call.anchored.map_or(0, |a| a.slots[which] as u32),
+            blocks: logits.blocks,
+            n: n as u32,
+            slots: count as u32,
+            reserved: 0,
+        };
         self.run(&e::MERGE, [blocks(n, 256), 1, 1], &args)?;
         if joint {
             let out = self.arena.get("joint", 1)?;
@@ -896,7 +925,40 @@ impl<C: Card> Cuda<C> {
         Ok(loss)
     }
 
-    /// Row tallies of `this` against `other`: slots, sums over all logits, and how many slots.
+    /// Sums over the plain pairs of both sides, where unit rows bound the logits and one exponential can serve both.
+    fn tally_both(&mut self, call: &Call, lambdas: [f64; 2]) -> Result<Option<Anchored>, CudaError> {
+        let (u, v) = (&call.u, &call.v);
+        let bounded = call.unit && u.shift.is_null() && v.shift.is_null() && call.smoothing == 0.0;
+        // With fewer rows than two spans there are no plain pairs.
+        let span = abi::SPAN as usize;
+        let some = u.rows.max(v.rows) >= 2 * span && u.rows.min(v.rows) >= span && !u.span.is_null();
+        if !(self.hopper && bounded && some && lambdas != [0.0; 2]) {
+            return Ok(None);
+        }
+        let tiles = [u.rows.div_ceil(abi::HOPPER_ROWS as usize), v.rows.div_ceil(abi::HOPPER_COLS as usize)];
+        let [down, across] = rectangle(tiles, self.card.multiprocessors() as usize);
+        let [groups, splits] = [tiles[0].div_ceil(down), tiles[1].div_ceil(across)];
+        let row_sums: *mut f32 = self.arena.get("anchored sums of rows", splits * u.rows)?;
+        let col_sums: *mut f32 =
+            if lambdas[1] > 0.0 { self.arena.get("anchored sums of columns", groups * v.rows)? } else { null_mut() };
+        let flags: *mut u32 = self.arena.get("flags", groups * splits)?;
+        let args = abi::HopperTallyBoth {
+            maps: [
+                self.map(call, u.halves, [u.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
+                self.map(call, v.halves, [v.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
+            ],
+            logits: call.logits(u, v),
+            row_sums,
+            col_sums,
+            flags,
+            down: down as u32,
+            across: across as u32,
+        };
+        self.run(&call.kernels.hopper.both, [splits as u32, groups as u32, 1], &args)?;
+        Ok(Some(Anchored { sums: [row_sums, col_sums], slots: [splits, groups], flags, blocks: groups * splits }))
+    }
+
+    /// Row tallies of `this` against `other`, but of the plain pairs if those have been tallied: slots, sums over all logits, and how many slots.
     #[allow(clippy::type_complexity, reason = "two arrays and their length")]
     fn tally(
         &mut self,
@@ -1359,6 +1421,17 @@ struct Call {
     form: Form,
     u: Side,
     v: Side,
+    anchored: Option<Anchored>,
+}
+
+/// What [`abi::HopperTallyBoth`] made of the plain pairs.
+#[derive(Clone, Copy)]
+struct Anchored {
+    /// Of rows and of columns.
+    sums: [*const f32; 2],
+    slots: [usize; 2],
+    flags: *const u32,
+    blocks: usize,
 }
 
 impl Call {
@@ -1381,12 +1454,15 @@ impl Call {
             ignore_u: rows.ignore,
             ignore_v: cols.ignore,
             live: self.live,
+            span_u: rows.span,
+            span_v: cols.span,
+            flags: self.anchored.map_or(null(), |a| a.flags),
             n: rows.rows as u32,
             m: cols.rows as u32,
             depth: self.dim as u32,
             pitch: self.pitch as u32,
             scale: (scale * LOG2_E) as f32,
-            reserved: 0,
+            blocks: self.anchored.map_or(0, |a| a.blocks as u32),
         }
     }
 
@@ -1412,6 +1488,26 @@ impl Call {
             Form::Mmd { .. } | Form::JointMmd => unreachable!("its residuals bound it"),
         }
     }
+}
+
+/// The least and the largest id of each span of rows, see [`Logits::span_u`]. An `ignored` pair could be anywhere.
+fn spans(ids: &[u32], ignored: bool) -> Vec<[u32; 2]> {
+    let span = |ids: &[u32]| match (ids.iter().min(), ids.iter().max()) {
+        (Some(&low), Some(&high)) if ids.len() == abi::SPAN as usize && !ignored => [low, high],
+        _ => abi::NO_SPAN,
+    };
+    ids.chunks(abi::SPAN as usize).map(span).collect()
+}
+
+/// Rows and columns of tiles a block takes of `tiles`, at most `blocks` of them: the blocks with most have as few as can be,
+/// and then each tile row and column is cut as seldom as can be.
+fn rectangle([rows, cols]: [usize; 2], blocks: usize) -> [usize; 2] {
+    let of = |groups: usize| {
+        let (down, most) = (rows.div_ceil(groups), blocks / groups);
+        [down, cols.div_ceil(most.min(cols))]
+    };
+    let cost = |[down, across]: &[usize; 2]| (down * across, rows.div_ceil(*down) + cols.div_ceil(*across));
+    (1..=blocks.min(rows)).map(of).min_by_key(cost).unwrap_or([rows, cols])
 }
 
 /// A power of two that brings G as close to the end of f16's range as its bound allows.

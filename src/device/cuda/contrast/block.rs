@@ -183,6 +183,8 @@ impl<C: Card> Cuda<C> {
             }
         }
         let mut call = self.call(loss, T::PRECISION.unwrap_or(self.precision), rows, false, null())?;
+        // Nobody looks for its plain pairs.
+        (call.u.span, call.v.span) = (null(), null());
         self.prepare(&mut call, rows, null())?;
         Ok((call, batch))
     }
