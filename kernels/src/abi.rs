@@ -377,7 +377,7 @@ pub struct Merge {
     pub row_all: *mut [f32; 2],
     /// `[ceil(n / 256)]`: (max, sum) of all the block's logits.
     pub block: *mut [f32; 2],
-    /// See [`HopperTallyBoth::row_sums`], `[sum_slots, n]`; or null.
+    /// See [`HopperTallyBoth::row_sums`] and `col_sums`, `[sum_slots, n]`; or null.
     pub sums: *const f32,
     /// See [`Logits::flags`].
     pub flags: *const u32,
@@ -512,20 +512,31 @@ unsafe impl Args for SumColumns {}
 pub const HOPPER_ROWS: u32 = 128;
 /// Columns of a Hopper tile.
 pub const HOPPER_COLS: u32 = 256;
-/// Stages of a Hopper product's ring.
+/// Stages of a ring of slices that the warpgroups share.
 pub const HOPPER_STAGES_GEMM: u32 = 4;
-/// Stages where a tile of G has to find room beside them.
+/// Stages of a ring of slices of half a tile, each of one warpgroup.
+pub const HOPPER_STAGES_BOTH: u32 = 6;
+/// Stages where a tile of G has to find room beside them: shared ones,
 pub const HOPPER_STAGES_PULL: u32 = 3;
+/// and ones of each warpgroup.
+pub const HOPPER_STAGES_TURNS: u32 = 4;
 const HOPPER_STAGE: u32 = (HOPPER_ROWS + HOPPER_COLS) * 64 * 2;
+const HOPPER_STAGE_HALF: u32 = (HOPPER_ROWS + HOPPER_COLS / 2) * 64 * 2;
+/// Bytes of a ring's barriers.
+pub const HOPPER_BARS: u32 = 128;
 /// Shared memory of a Hopper product.
-pub const HOPPER_SHARED_GEMM: u32 = HOPPER_STAGES_GEMM * (HOPPER_STAGE + 16);
+pub const HOPPER_SHARED_GEMM: u32 = HOPPER_STAGES_GEMM * HOPPER_STAGE + HOPPER_BARS;
 /// Shared memory of a Hopper tally.
 pub const HOPPER_SHARED_TALLY: u32 = HOPPER_SHARED_GEMM + 2 * HOPPER_COLS * COLUMN_TALLY;
-/// Shared memory of a Hopper tally of both sides: sums of columns of eight warps, in turns, and a word a warp.
-pub const HOPPER_SHARED_BOTH: u32 = HOPPER_SHARED_GEMM + 2 * 8 * HOPPER_COLS * 4 + 8 * 4;
+/// Shared memory of a Hopper tally of both sides: sums of columns of four warps each, in turns, and a word a warp.
+pub const HOPPER_SHARED_BOTH: u32 =
+    HOPPER_STAGES_BOTH * HOPPER_STAGE_HALF + HOPPER_BARS + 2 * 4 * HOPPER_COLS * 4 + 8 * 4;
+/// Shared memory of a tile of G, and what is known of its columns, in turns.
+const HOPPER_G: u32 = HOPPER_ROWS * HOPPER_COLS * 2 + HOPPER_BARS + 2 * HOPPER_COLS * COLUMN_PULL;
 /// Shared memory of a Hopper pull.
-pub const HOPPER_SHARED_PULL: u32 =
-    HOPPER_STAGES_PULL * (HOPPER_STAGE + 16) + HOPPER_ROWS * HOPPER_COLS * 2 + 2 * HOPPER_COLS * COLUMN_PULL;
+pub const HOPPER_SHARED_PULL: u32 = HOPPER_STAGES_PULL * HOPPER_STAGE + HOPPER_G;
+/// Shared memory of the one without sums.
+pub const HOPPER_SHARED_TURNS: u32 = HOPPER_STAGES_TURNS * HOPPER_STAGE_HALF + HOPPER_G;
 
 /// [`Tally`] with its maps, 128-byte swizzle: u in boxes of 64 k x 128 rows, v of 64 k x 256 rows.
 #[repr(C)]
@@ -546,11 +557,11 @@ unsafe impl Args for HopperTally {}
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperTallyBoth {
-    /// u, v: as [`HopperTally`].
+    /// u, v, both in boxes of 64 k x 128 rows.
     pub maps: [TensorMap; 2],
     /// What is tallied; `flags` is not read.
     pub logits: Logits,
-    /// `[splits, n]`.
+    /// `[2 splits, n]`.
     pub row_sums: *mut f32,
     /// `[groups, m]`, or null.
     pub col_sums: *mut f32,
@@ -567,7 +578,8 @@ unsafe impl Args for HopperTallyBoth {}
 /// Octaves from the anchor to the largest logit: exponentials may be up to 2^ANCHOR, a sum of 2^30 of them is still finite.
 pub const ANCHOR: f32 = 96.0;
 
-/// [`Pull`] with its maps: as [`HopperTally`], and the chunk of G in boxes of 64 x 64.
+/// [`Pull`] with its maps: as [`HopperTally`], of the softmax losses without sums as [`HopperTallyBoth`]; and the chunk of G in
+/// boxes of 64 x 64.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperPull {

@@ -436,8 +436,6 @@ pub trait Law: Copy {
     const NORMS: bool;
     /// Whether G is multiplied by [`Pull::factor`].
     const FACTORED: bool;
-    /// Whether G of a plain pair is its exponential times weights of its row and its column: [`pull_plain_pairs`].
-    const WEIGHTED: bool;
     /// What it knows of a row.
     type Row: Copy;
     /// Of row `i`.
@@ -473,7 +471,6 @@ fn softmax(max: f32, weight: f32, x: f32) -> f32 {
 impl Law for SoftmaxLaw {
     const NORMS: bool = true;
     const FACTORED: bool = false;
-    const WEIGHTED: bool = true;
     type Row = (Norm, f32);
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> (Norm, f32) {
@@ -495,7 +492,6 @@ pub struct SigmoidLaw;
 impl Law for SigmoidLaw {
     const NORMS: bool = false;
     const FACTORED: bool = false;
-    const WEIGHTED: bool = false;
     type Row = f32;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> f32 {
@@ -520,7 +516,6 @@ pub struct PlainLaw;
 impl Law for PlainLaw {
     const NORMS: bool = false;
     const FACTORED: bool = false;
-    const WEIGHTED: bool = false;
     type Row = ();
     #[inline(always)]
     unsafe fn row(&self, _: &Pull, _: u32) {}
@@ -538,7 +533,6 @@ pub struct FactoredLaw;
 impl Law for FactoredLaw {
     const NORMS: bool = true;
     const FACTORED: bool = true;
-    const WEIGHTED: bool = false;
     type Row = Norm;
     #[inline(always)]
     unsafe fn row(&self, a: &Pull, i: u32) -> Norm {

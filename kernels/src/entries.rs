@@ -247,7 +247,7 @@ entries! {
         /// Row and column sums of anchored exponentials of bf16 logits.
         hopper_tally_both_bf16 / HOPPER_TALLY_BOTH_BF16 (abi::HopperTallyBoth), threads 384, blocks 1, shared abi::HOPPER_SHARED_BOTH, hopper::tally_both::<Bf16>;
         /// A chunk of G of the softmax losses, bf16.
-        hopper_pull_softmax_bf16 / HOPPER_PULL_SOFTMAX_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, false>;
+        hopper_pull_softmax_bf16 / HOPPER_PULL_SOFTMAX_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_TURNS, hopper::pull_softmax::<Bf16, false>;
         /// A chunk of G of the softmax losses with its sums, bf16.
         hopper_pull_softmax_sums_bf16 / HOPPER_PULL_SOFTMAX_SUMS_BF16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<Bf16, true>;
         /// A chunk of G of the sigmoid loss, bf16.
@@ -269,7 +269,7 @@ entries! {
         /// Row and column sums of anchored exponentials of f16 logits.
         hopper_tally_both_f16 / HOPPER_TALLY_BOTH_F16 (abi::HopperTallyBoth), threads 384, blocks 1, shared abi::HOPPER_SHARED_BOTH, hopper::tally_both::<F16>;
         /// A chunk of G of the softmax losses, f16.
-        hopper_pull_softmax_f16 / HOPPER_PULL_SOFTMAX_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, false>;
+        hopper_pull_softmax_f16 / HOPPER_PULL_SOFTMAX_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_TURNS, hopper::pull_softmax::<F16, false>;
         /// A chunk of G of the softmax losses with its sums, f16.
         hopper_pull_softmax_sums_f16 / HOPPER_PULL_SOFTMAX_SUMS_F16 (abi::HopperPull), threads 384, blocks 1, shared abi::HOPPER_SHARED_PULL, hopper::pull_softmax::<F16, true>;
         /// A chunk of G of the sigmoid loss, f16.

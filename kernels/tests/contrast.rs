@@ -298,10 +298,15 @@ fn plain_pairs_are_tallied_once() {
         });
         let (tiles, across) = ([n.div_ceil(128), m.div_ceil(256)], 2);
         let [groups, splits] = [tiles[0].div_ceil(down), tiles[1].div_ceil(across)];
-        let sums = [Array::<f32>::poison(splits * n), Array::<f32>::poison(groups * m)];
+        let sums = [Array::<f32>::poison(2 * splits * n), Array::<f32>::poison(groups * m)];
         let flags = Array::<u32>::poison(groups * splits);
-        let plain = Logits { span_u: spans[0].ptr(), span_v: spans[1].ptr(), blocks: (groups * splits) as u32, ..b.logits(false) };
-        let maps = [map(b.u.ptr(), [n, depth], b.pitch, 128), map(b.v.ptr(), [m, depth], b.pitch, 256)];
+        let plain = Logits {
+            span_u: spans[0].ptr(),
+            span_v: spans[1].ptr(),
+            blocks: (groups * splits) as u32,
+            ..b.logits(false)
+        };
+        let maps = [map(b.u.ptr(), [n, depth], b.pitch, 128), map(b.v.ptr(), [m, depth], b.pitch, 128)];
         let args = HopperTallyBoth {
             maps,
             logits: plain,
@@ -347,7 +352,7 @@ fn plain_pairs_are_tallied_once() {
                 flags: flags.ptr(),
                 live: null(),
                 scale,
-                sum_slots: [splits, groups][which] as u32,
+                sum_slots: [2 * splits, groups][which] as u32,
                 blocks: known.blocks,
                 n: rows as u32,
                 slots: 1,
@@ -365,17 +370,22 @@ fn plain_pairs_are_tallied_once() {
                     let pairs = line(i).into_iter().filter(move |x| x.1 == positive);
                     pairs.map(|x| (x.0 - f64::from(max)).exp2()).sum::<f64>()
                 };
-                assert!((1.0..1e6).contains(&(negatives + positives)) || negatives + positives > 0.9, "{name}: row {i}");
+                assert!(
+                    (1.0..1e6).contains(&(negatives + positives)) || negatives + positives > 0.9,
+                    "{name}: row {i}"
+                );
                 got.extend([f64::from(negatives), f64::from(positives), f64::from(pulled)]);
                 want.extend([of(false), of(true), line(i).iter().filter(|x| x.1).map(|x| x.0).sum::<f64>()]);
             }
             let off = distance(got, &want);
             let bound = if scale > 1000.0 { 1e-3 } else { 2e-5 };
             assert!(off < bound, "{name}: tallies of side {which} {off:e}");
-            norms.push(merged.iter().map(|t| [t[0], 1.0 / (t[1] + t[2]), 0.0, 1.0 / (t[1] + t[2])]).collect::<Vec<_>>());
+            norms
+                .push(merged.iter().map(|t| [t[0], 1.0 / (t[1] + t[2]), 0.0, 1.0 / (t[1] + t[2])]).collect::<Vec<_>>());
         }
 
-        let (targets, g) = ([n, m].map(|len| Array::of(&vec![-1f32; len])), Array::<u16>::poison(n * m.next_multiple_of(8)));
+        let (targets, g) =
+            ([n, m].map(|len| Array::of(&vec![-1f32; len])), Array::<u16>::poison(n * m.next_multiple_of(8)));
         let [norm_u, norm_v] = [&norms[0], &norms[1]].map(|x| Array::of(x));
         let pitch = m.next_multiple_of(8);
         let args = Pull {

@@ -938,14 +938,14 @@ impl<C: Card> Cuda<C> {
         let tiles = [u.rows.div_ceil(abi::HOPPER_ROWS as usize), v.rows.div_ceil(abi::HOPPER_COLS as usize)];
         let [down, across] = rectangle(tiles, self.card.multiprocessors() as usize);
         let [groups, splits] = [tiles[0].div_ceil(down), tiles[1].div_ceil(across)];
-        let row_sums: *mut f32 = self.arena.get("anchored sums of rows", splits * u.rows)?;
+        let row_sums: *mut f32 = self.arena.get("anchored sums of rows", 2 * splits * u.rows)?;
         let col_sums: *mut f32 =
             if lambdas[1] > 0.0 { self.arena.get("anchored sums of columns", groups * v.rows)? } else { null_mut() };
         let flags: *mut u32 = self.arena.get("flags", groups * splits)?;
         let args = abi::HopperTallyBoth {
             maps: [
                 self.map(call, u.halves, [u.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
-                self.map(call, v.halves, [v.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
+                self.map(call, v.halves, [v.rows, call.dim], call.pitch, abi::HOPPER_COLS / 2)?,
             ],
             logits: call.logits(u, v),
             row_sums,
@@ -955,7 +955,7 @@ impl<C: Card> Cuda<C> {
             across: across as u32,
         };
         self.run(&call.kernels.hopper.both, [splits as u32, groups as u32, 1], &args)?;
-        Ok(Some(Anchored { sums: [row_sums, col_sums], slots: [splits, groups], flags, blocks: groups * splits }))
+        Ok(Some(Anchored { sums: [row_sums, col_sums], slots: [2 * splits, groups], flags, blocks: groups * splits }))
     }
 
     /// Row tallies of `this` against `other`, but of the plain pairs if those have been tallied: slots, sums over all logits, and how many slots.
@@ -1092,9 +1092,12 @@ impl<C: Card> Cuda<C> {
         let (rows, cols, l) = (args.rows as usize, args.cols as usize, args.logits);
         if self.hopper {
             let (depth, pitch) = (l.depth as usize, l.pitch as usize);
+            // In turns warpgroups have half a tile each.
+            let half = matches!(pulling, Pulling::Softmax);
+            let cols_of_box = if half { abi::HOPPER_COLS / 2 } else { abi::HOPPER_COLS };
             let maps = [
                 self.map(call, l.u, [l.n as usize, depth], pitch, abi::HOPPER_ROWS)?,
-                self.map(call, l.v, [l.m as usize, depth], pitch, abi::HOPPER_COLS)?,
+                self.map(call, l.v, [l.m as usize, depth], pitch, cols_of_box)?,
                 self.map(call, args.g, [rows, cols], args.pitch as usize, 64)?,
             ];
             let hopper = &call.kernels.hopper;
