@@ -96,7 +96,7 @@ fn products() {
 
 #[test]
 fn activations() {
-    for (rows, channels, pixels) in [(1, 1, 1), (1300, 7, 1), (5, 3, 37), (3, 300, 1)] {
+    for (rows, channels, pixels) in [(1, 1, 1), (1300, 7, 1), (5, 3, 37), (3, 300, 1), (19, 2, 300)] {
         for activation in [Activation::None, Activation::Relu, Activation::Gelu] {
             for separate in [false, true] {
                 let len = rows * channels * pixels;
@@ -158,6 +158,13 @@ fn convolutions() {
         (1, Conv { inputs: 1, height: 3, width: 3, outputs: 1, kernel: 3, padding: 0 }),
         (5, Conv { inputs: 2, height: 7, width: 9, outputs: 3, kernel: 3, padding: 1 }),
         (3, Conv { inputs: 3, height: 12, width: 10, outputs: 6, kernel: 5, padding: 2 }),
+        (2, Conv { inputs: 6, height: 14, width: 14, outputs: 16, kernel: 5, padding: 0 }),
+        (70, Conv { inputs: 1, height: 6, width: 5, outputs: 2, kernel: 3, padding: 1 }),
+        // On tiles: kernels of other sides, and more channels than fit.
+        (1, Conv { inputs: 1, height: 3, width: 3, outputs: 1, kernel: 2, padding: 0 }),
+        (5, Conv { inputs: 2, height: 7, width: 9, outputs: 3, kernel: 4, padding: 1 }),
+        (3, Conv { inputs: 3, height: 12, width: 10, outputs: 6, kernel: 7, padding: 2 }),
+        (2, Conv { inputs: 40, height: 4, width: 5, outputs: 33, kernel: 3, padding: 1 }),
     ] {
         let (x, w, y) = (rows * conv.input_len(), conv.outputs * conv.patch(), rows * conv.output_len());
         let mut rng = Rng(x as u64);

@@ -1075,6 +1075,71 @@ pub struct Geometry {
     pub width_out: u32,
 }
 
+/// Channels of the result that a thread of a direct convolution makes: of 1, 3, 6, 16 or 32 of them hardly one is made
+/// for nothing.
+pub const DIRECT_GROUP: u32 = 3;
+/// Shared memory of a direct convolution: five blocks share a multiprocessor's.
+pub const DIRECT_SHARED: u32 = 40 << 10;
+/// Threads of a block that sums a weight's gradient directly.
+pub const DIRECT_WEIGHT_THREADS: u32 = 512;
+/// Shared memory of such a block.
+pub const DIRECT_WEIGHT_SHARED: u32 = 48 << 10;
+
+/// Where `direct.rs` has padded images in shared memory, in numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Padded {
+    /// Tiles (or runs) of output pixels in a row.
+    pub across: u32,
+    /// Rows of them.
+    pub down: u32,
+    /// Lines of a channel.
+    pub lines: u32,
+    /// From line to line.
+    pub pitch: u32,
+}
+
+impl Geometry {
+    /// Rows of an output image.
+    pub const fn height_out(&self) -> u32 {
+        self.height + 2 * self.padding + 1 - self.kernel
+    }
+    /// For tiles of 2 x 2 output pixels, read two numbers at a time: a row of tiles begins in the bank in which the one
+    /// above it ends.
+    pub const fn padded_tiles(&self) -> Padded {
+        let (across, down) = (self.width_out.div_ceil(2), self.height_out().div_ceil(2));
+        let width = 2 * across + self.kernel - 1;
+        let pitch = width + (across.next_multiple_of(2) + 16 - width % 16) % 16;
+        Padded { across, down, lines: 2 * down + self.kernel - 1, pitch }
+    }
+    /// For runs of 4 output pixels, read four numbers at a time: lines begin in banks of their own.
+    pub const fn padded_runs(&self) -> Padded {
+        let across = self.width_out.div_ceil(4);
+        Padded { across, down: self.height_out(), lines: self.height + 2 * self.padding, pitch: 4 * ((across + 1) | 1) }
+    }
+    /// Kernels of which direct convolutions have products in registers.
+    const fn is_direct(&self) -> bool {
+        matches!(self.kernel, 3 | 5)
+    }
+    /// Whether a direct convolution into `outputs` channels has room for its weights and an image.
+    pub const fn fits_direct(&self, outputs: u32) -> bool {
+        let (p, channels) = (self.padded_tiles(), self.channels as u64);
+        let weights = outputs.div_ceil(DIRECT_GROUP) as u64 * channels * (4 * self.kernel * self.kernel) as u64;
+        let image = channels * p.lines as u64 * p.pitch as u64;
+        self.is_direct() && 4 * (weights + image) <= DIRECT_SHARED as u64
+    }
+    /// Whether the gradient of a weight of `outputs` channels has a thread for each of its sums, and room for an image
+    /// and the output's gradient.
+    pub const fn fits_direct_weight(&self, outputs: u32) -> bool {
+        let (p, channels) = (self.padded_runs(), self.channels as u64);
+        let sums = outputs.div_ceil(DIRECT_GROUP) as u64 * channels * self.kernel as u64;
+        let image = channels * p.lines as u64 * p.pitch as u64;
+        let gradient = outputs as u64 * p.down as u64 * (4 * p.across) as u64;
+        self.is_direct()
+            && sums <= DIRECT_WEIGHT_THREADS as u64
+            && 4 * (image + gradient) <= DIRECT_WEIGHT_SHARED as u64
+    }
+}
+
 /// A convolution, or one of its gradients; see `conv.rs` for what the arrays are in each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -1092,7 +1157,7 @@ pub struct Conv {
     pub outputs: u32,
     /// How the image is read.
     pub geometry: Geometry,
-    /// Rows of a part of the weight's gradient.
+    /// Rows of a part of the weight's gradient; of a block of a direct convolution.
     pub part: u32,
 }
 // SAFETY: scalars and device pointers.

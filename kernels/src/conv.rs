@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Images are `[rows, channels, height, width]`; a pixel of the product is one of a row's output image. Products are of
-//! halves, sums f32.
+//! halves, sums f32. Where channels are few a tile is mostly empty: `direct.rs` is for these.
 
 use crate::abi::{Conv, Geometry, TILE};
 use crate::simt::*;
@@ -16,7 +16,7 @@ use core::marker::PhantomData;
 
 /// Field by field, as numbers of which the compiler knows nothing: else it copies the struct through local memory.
 #[inline(always)]
-fn geometry(a: &Conv) -> Geometry {
+pub(crate) fn geometry(a: &Conv) -> Geometry {
     let Geometry { channels, height, width, kernel, padding, pixels, width_out } = &a.geometry;
     Geometry {
         channels: opaque(*channels),

@@ -7,7 +7,7 @@ use crate::hopper;
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::{contrast, conv, gemm, layers, optim, rows, search};
+use crate::{contrast, conv, direct, gemm, layers, optim, rows, search};
 
 /// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
@@ -182,6 +182,12 @@ entries! {
         conv_data_f16 / CONV_DATA_F16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_data::<F16>;
         /// A convolution's gradient in its weight, f16.
         conv_weight_f16 / CONV_WEIGHT_F16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::backward_weight::<F16>;
+        /// A convolution of few channels.
+        conv_direct / CONV_DIRECT (abi::Conv), threads 128, blocks 5, shared abi::DIRECT_SHARED, direct::convolve::<false>;
+        /// A convolution's gradient in its input, of few channels.
+        conv_data_direct / CONV_DATA_DIRECT (abi::Conv), threads 128, blocks 5, shared abi::DIRECT_SHARED, direct::convolve::<true>;
+        /// A convolution's gradient in its weight, of few channels.
+        conv_weight_direct / CONV_WEIGHT_DIRECT (abi::Conv), threads 512, blocks 1, shared abi::DIRECT_WEIGHT_SHARED, direct::weight;
         /// Bias and activation.
         activate / ACTIVATE (abi::Activate), threads 256, blocks 1, shared 0, layers::activate;
         /// Gradient through an activation.

@@ -156,7 +156,7 @@ pub unsafe fn mask_columns(a: &MaskColumns) {
     }
 }
 
-/// `out[p, c]` = sum of `x[r, c, p]` over pixels and the rows of part p; grid (channels, parts).
+/// `out[p, c]` = sum of `x[r, c, p]` over pixels and the rows of part p, a warp a row; grid (channels, parts).
 ///
 /// # Safety
 /// The launch contract: arrays of the extents stated in [`SumChannels`].
@@ -166,17 +166,29 @@ pub unsafe fn sum_channels(a: &SumChannels) {
     let first = part * a.part;
     let end = (first + a.part).min(a.rows);
     let mut sum = 0f32;
-    let mut r = first;
+    let mut r = first + warp();
     // SAFETY: the launch contract.
     unsafe {
         while r < end {
             let row = (r as usize * a.channels as usize + channel as usize) * a.pixels as usize;
-            let mut p = thread();
+            let mut p = lane();
             while p < a.pixels {
-                sum += load(a.x.wrapping_add(row + p as usize));
+                // All on their way before the first is added; behind the last pixel it once more, for nothing.
+                let mut x = [0f32; 8];
+                let mut b = 0;
+                while b < 8 {
+                    let at = (p + 32 * b as u32).min(a.pixels - 1);
+                    x[b] = load(a.x.wrapping_add(row + at as usize));
+                    b += 1;
+                }
+                let mut b = 0;
+                while b < 8 {
+                    sum += if p + 32 * (b as u32) < a.pixels { x[b] } else { 0.0 };
+                    b += 1;
+                }
                 p += 256;
             }
-            r += 1;
+            r += WARPS;
         }
         let sum = block_sum(f64::from(sum));
         if thread() == 0 {

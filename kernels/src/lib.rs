@@ -8,7 +8,7 @@
 //! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
 //! | `tile` | the portable tile product that losses and encoders share |
 //! | `gemm` | matrix products on the tile |
-//! | `conv`, `layers`, `optim` | what encoders and their training are made of |
+//! | `conv`, `direct`, `layers`, `optim` | what encoders and their training are made of |
 //! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
@@ -33,6 +33,7 @@ macro_rules! device {
 device! {
     mod contrast;
     mod conv;
+    mod direct;
     mod gemm;
     mod hopper;
     mod layers;

@@ -23,6 +23,8 @@ const BLOCKS: usize = 1024;
 const LEAST_DEPTH: usize = 128;
 /// The same for a dense layer, which in one part is one launch with its bias and activation.
 const LEAST_DENSE: usize = 512;
+/// Blocks of a direct convolution for each multiprocessor, at most.
+const DIRECT_BLOCKS: u32 = 20;
 /// Rows whose sum is one slot, at least and at most.
 const PART: [usize; 2] = [8, 1024];
 
@@ -142,6 +144,17 @@ impl<C: Card> Cuda<C> {
     fn parts(&self, tiles: usize, depth: usize, least: usize) -> usize {
         let wanted = (self.card.multiprocessors() as usize).div_ceil(tiles.max(1));
         wanted.min(depth / least).max(1)
+    }
+
+    /// A convolution by the first kernel where it fits, else by tiles.
+    fn convolve(&self, [direct, tiled]: [&Kernel<abi::Conv>; 2], mut args: abi::Conv) -> Result<(), CudaError> {
+        let pixels = count(args.rows as usize * args.geometry.pixels as usize)?;
+        if !args.geometry.fits_direct(args.outputs) {
+            return self.run(tiled, [args.outputs.div_ceil(abi::TILE), pixels.div_ceil(abi::TILE), 1], &args);
+        }
+        // A block brings the weights once: of large batches it takes several images.
+        args.part = args.rows.div_ceil(DIRECT_BLOCKS * self.card.multiprocessors()).max(1);
+        self.run(direct, [args.rows.div_ceil(args.part), 1, 1], &args)
     }
 
     /// How a sum over rows is cut so that `across` blocks of columns fill the card: rows of a part, and how many parts.
@@ -363,19 +376,16 @@ impl<C: Card> Device for Cuda<C> {
         _: &mut Buf<C>,
     ) {
         self.attempt(|_| {
-            let geometry = geometry(conv)?;
-            let grid = [tiles(conv.outputs) as u32, tiles(rows * geometry.pixels as usize) as u32, 1];
             let args = abi::Conv {
                 x: read(&x)?,
                 weight: read(&weight)?,
                 out: write(out)?,
                 rows: count(rows)?,
                 outputs: count(conv.outputs)?,
-                geometry,
+                geometry: geometry(conv)?,
                 part: 0,
             };
-            count(rows * geometry.pixels as usize)?;
-            self.run(&self.products().conv, grid, &args)
+            self.convolve([&e::CONV_DIRECT, &self.products().conv], args)
         });
     }
     fn conv_backward_data(
@@ -401,8 +411,6 @@ impl<C: Card> Device for Cuda<C> {
                 pixels: count(conv.height * conv.width)?,
                 width_out: count(conv.width)?,
             };
-            count(rows * geometry.pixels as usize)?;
-            let grid = [tiles(conv.inputs) as u32, tiles(rows * geometry.pixels as usize) as u32, 1];
             let args = abi::Conv {
                 x: read(&d_out)?,
                 weight: read(&weight)?,
@@ -412,7 +420,7 @@ impl<C: Card> Device for Cuda<C> {
                 geometry,
                 part: 0,
             };
-            self.run(&self.products().conv_data, grid, &args)
+            self.convolve([&e::CONV_DATA_DIRECT, &self.products().conv_data], args)
         });
     }
     fn conv_backward_weight(
@@ -425,9 +433,12 @@ impl<C: Card> Device for Cuda<C> {
         _: &mut Buf<C>,
     ) {
         self.attempt(|arena| {
+            let (geometry, outputs) = (geometry(conv)?, count(conv.outputs)?);
+            let direct = geometry.fits_direct_weight(outputs);
             let (down, across) = (tiles(conv.outputs), tiles(conv.patch()));
-            // Two blocks a multiprocessor: each waits for what it gathers.
-            let part = rows.div_ceil(2 * self.parts(down * across, rows, 1));
+            // Two blocks of tiles a multiprocessor: each waits for what it gathers.
+            let blocks = if direct { self.parts(1, rows, 1) } else { 2 * self.parts(down * across, rows, 1) };
+            let part = rows.div_ceil(blocks);
             let parts = rows.div_ceil(part.max(1)).max(1);
             let len = conv.outputs * conv.patch();
             let slots: *mut f32 = arena.get("parts", parts * len)?;
@@ -436,11 +447,15 @@ impl<C: Card> Device for Cuda<C> {
                 weight: read(&d_out)?,
                 out: slots,
                 rows: count(rows)?,
-                outputs: count(conv.outputs)?,
-                geometry: geometry(conv)?,
+                outputs,
+                geometry,
                 part: count(part)?,
             };
-            self.run(&self.products().conv_weight, [across as u32, down as u32, parts as u32], &args)?;
+            if direct {
+                self.run(&e::CONV_WEIGHT_DIRECT, [parts as u32, 1, 1], &args)?;
+            } else {
+                self.run(&self.products().conv_weight, [across as u32, down as u32, parts as u32], &args)?;
+            }
             self.sum_slots(slots, parts, len, target(d_weight)?)
         });
     }
