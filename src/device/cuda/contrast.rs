@@ -318,7 +318,7 @@ mod scalar {
     pub const ROW_LOSS: usize = 0;
     pub const COL_LOSS: usize = 1;
     pub const ALONG: usize = 2;
-    /// Value, G and G x, over everything.
+    /// Of [`kernels::abi::Pull::row_sums`], over everything.
     pub const SUMS: usize = 3;
     pub const COUNT: usize = 7;
 }
@@ -655,9 +655,18 @@ impl<C: Card> Cuda<C> {
         }
         // Sum of G times what tau divides of S.
         let moment = if call.levered() {
+            // MMD's G adds up to nothing, but for rounding: logits count from their mean under the softmax, and offsets from
+            // theirs, so that it has little to multiply.
+            let [by_weight, g, moment, weight] = [0, 1, 2, 3].map(|k| s[scalar::SUMS + k]);
+            let mean = if weight > 0.0 { by_weight / weight } else { 0.0 };
             let offset = batch.offset_v.unwrap_or_default();
-            let shifted: f64 = offset.iter().zip(&col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum();
-            s[scalar::SUMS + 2] * LN_2 - shifted
+            let mean_offset = match call.form {
+                Form::Mmd { .. } | Form::JointMmd => offset.iter().map(|&o| f64::from(o)).sum::<f64>() / m as f64,
+                _ => 0.0,
+            };
+            let shifted: f64 =
+                offset.iter().zip(&col_sums).map(|(&o, &g)| (f64::from(o) - mean_offset) * f64::from(g)).sum();
+            (moment - g * mean) * LN_2 - shifted
         } else {
             call.tilt * s[scalar::ALONG] / gain
         };
