@@ -1199,7 +1199,7 @@ impl<C: Card> Cuda<C> {
         self.run(&e::FOLD, [blocks(len, 256), 1, 1], &args)
     }
 
-    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts.
+    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts where there are several.
     fn total(
         &mut self,
         singles: *const f32,
@@ -1208,12 +1208,16 @@ impl<C: Card> Cuda<C> {
         columns: usize,
         out: *mut f64,
     ) -> Result<(), CudaError> {
-        let parts = n.div_ceil(256).min(PARTS);
-        let slots: *mut f64 = self.arena.get("totals of parts", PARTS * 4)?;
+        // Four rows a thread are less than another launch.
+        let parts = n.div_ceil(1024).min(PARTS);
+        let slots = if parts > 1 { self.arena.get("totals of parts", PARTS * 4)? } else { out };
         let args = abi::Totals { singles, doubles, out: slots, n: n as u32, columns: columns as u32 };
         self.run(&e::TOTALS, [parts as u32, 1, 1], &args)?;
-        let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
-        self.run(&e::TOTALS, [1, 1, 1], &args)
+        if parts > 1 {
+            let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
+            self.run(&e::TOTALS, [1, 1, 1], &args)?;
+        }
+        Ok(())
     }
 
     fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
