@@ -234,7 +234,6 @@ fn hold<C: Card>(engine: &mut Cuda<C>, precision: Precision, cases: &[Case]) -> 
 }
 
 #[test]
-#[ignore = "d tau is beyond its bound: docs/gpu.md, What the sweeps found"]
 fn joint_mmd_of_raw_data_is_within_its_bound() {
     let card = Arc::new(Machine::new(PORTABLE, 7));
     let case = Case::new(Tilting::Dot, Objective::JointMmd, 17, 31, 5);

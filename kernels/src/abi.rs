@@ -154,8 +154,8 @@ pub struct Pull {
     pub factor: *const u16,
     /// The chunk, halves `[rows, pitch]`: `gain G`.
     pub g: *mut u16,
-    /// `[2 column tiles of the chunk, rows]`: sums over the part's columns of value, G, G x (of the factored law x counts from
-    /// the softmax's maximum); or null.
+    /// `[2 column tiles of the chunk, rows]`: sums over the part's columns of value, G, G x and nothing; of the factored law,
+    /// whose x counts from the softmax's maximum, of P x, G, G x and P. Or null.
     pub row_sums: *mut [f32; 4],
     /// `[4 row tiles of the chunk, cols]`: sums of G over the part's rows; or null.
     pub col_sums: *mut f32,
@@ -939,7 +939,7 @@ unsafe impl Args for Temper {}
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Settle {
-    /// Loss by rows, loss by columns, `sum <u, gain G v>`, then the sums of value, G and G x.
+    /// Loss by rows, loss by columns, `sum <u, gain G v>`, then the four of [`Pull::row_sums`].
     pub scalars: *const f64,
     /// (max, sum) of all logits for the joint loss, else null.
     pub joint: *const [f32; 2],
@@ -953,7 +953,7 @@ pub struct Settle {
     pub constant: f32,
     /// `d loss/d log(1/tau)` is this times `<u, gain G v> / tau`; 0: that is not made.
     pub along: f32,
-    /// And this times the sum of G x; 0: that is not made.
+    /// And this times the sum of G x, x from its mean under P where there is one; 0: that is not made.
     pub moment: f32,
     /// Not 0: there is a bias.
     pub bias: u32,

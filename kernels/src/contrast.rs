@@ -542,10 +542,13 @@ impl Law for FactoredLaw {
     #[inline(always)]
     fn of(&self, _: &Pull, row: &Norm, (col, _): (&Norm, f32), positive: bool, x: f32) -> (f32, f32) {
         let weight = if positive { row[3] + col[3] } else { row[1] + col[1] };
-        (softmax(0.0, weight, self.lever(row, col, x)), 0.0)
+        let lever = self.lever(row, col, x);
+        let p = softmax(0.0, weight, lever);
+        // Over the sum of P its mean, from which d tau's levers count in the end.
+        (p, p * lever)
     }
     /// From the maximum of the one softmax that is there: along it G adds up to nothing, but for rounding, whose sum is not
-    /// to be multiplied by what all its logits have in common.
+    /// to be multiplied by what all its logits have in common. Their mean is not known before the sums are.
     #[inline(always)]
     fn lever(&self, row: &Norm, col: &Norm, x: f32) -> f32 {
         x - row[0].min(col[0])
@@ -581,7 +584,7 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
         let scale = l.scale * optional(l.live, 0, 1.0);
         // No softmax has a bias, nor a register for one.
         let bias = if L::NORMS { 0.0 } else { a.bias + optional(l.live, 1, 0.0) };
-        let (mut value, mut sum, mut moment) = ([0f32; R], [0f32; R], [0f32; R]);
+        let (mut value, mut sum, mut moment, mut weight) = ([0f32; R], [0f32; R], [0f32; R], [0f32; R]);
         let mut p = 0;
         while p < F::PAIRS {
             let mut g = [[0f32; 2]; R];
@@ -608,11 +611,12 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
                     let counts = x > NO_PAIR;
                     let x = if counts { x + bias } else { 0.0 };
                     let positive = pair.id[c] == rows[r].id;
-                    let (g_ij, v_ij) = law.of(a, &sides[r], (&norm, targets[c]), positive, x);
-                    let g_ij = if L::FACTORED { g_ij * factor[r][c] } else { g_ij };
+                    let (p_ij, v_ij) = law.of(a, &sides[r], (&norm, targets[c]), positive, x);
+                    let g_ij = if L::FACTORED { p_ij * factor[r][c] } else { p_ij };
                     let g_ij = if counts { g_ij } else { 0.0 };
                     value[r] += if counts { v_ij } else { 0.0 };
                     sum[r] += g_ij;
+                    weight[r] += if L::FACTORED & counts { p_ij } else { 0.0 };
                     let lever = if counts { law.lever(&sides[r], &norm, x - bias) } else { 0.0 };
                     moment[r] = fma(g_ij, lever, moment[r]);
                     by_col += g_ij;
@@ -642,6 +646,9 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
                 let mut r = 0;
                 while r < R {
                     (value[r], sum[r], moment[r]) = (pin(value[r]), pin(sum[r]), pin(moment[r]));
+                    if L::FACTORED {
+                        weight[r] = pin(weight[r]);
+                    }
                     r += 1;
                 }
                 if R == 4 {
@@ -653,7 +660,8 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
             let slot = row_slot as usize * a.rows as usize;
             let mut r = 0;
             while r < R {
-                let sums = [sum_lanes(value[r], 4), sum_lanes(sum[r], 4), sum_lanes(moment[r], 4), 0.0];
+                let weight = if L::FACTORED { sum_lanes(weight[r], 4) } else { 0.0 };
+                let sums = [sum_lanes(value[r], 4), sum_lanes(sum[r], 4), sum_lanes(moment[r], 4), weight];
                 let i = in_row + tile.row(r);
                 if lane() & 3 == 0 && i < a.rows {
                     store(a.row_sums.wrapping_add(slot + i as usize), sums);

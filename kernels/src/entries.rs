@@ -121,7 +121,7 @@ entries! {
         /// Embeddings of bf16 to the same.
         prepare_bf16_bf16 / PREPARE_BF16_BF16 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<Bf16, true>;
         /// Gradients of bf16 embeddings.
-        finish_bf16 / FINISH_BF16 (abi::Finish), threads 256, blocks 1, shared 64, rows::finish::<Bf16>;
+        finish_bf16 / FINISH_BF16 (abi::Finish), threads 256, blocks 4, shared 64, rows::finish::<Bf16>;
         /// Column sums of bf16.
         sum_columns_bf16 / SUM_COLUMNS_BF16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<Bf16, true>;
         /// Row tallies of f16 logits.
@@ -155,7 +155,7 @@ entries! {
         /// Embeddings of f16 to the same.
         prepare_f16_f16 / PREPARE_F16_F16 (abi::Prepare), threads 256, blocks 1, shared 0, rows::prepare::<F16, true>;
         /// Gradients of f16 embeddings.
-        finish_f16 / FINISH_F16 (abi::Finish), threads 256, blocks 1, shared 64, rows::finish::<F16>;
+        finish_f16 / FINISH_F16 (abi::Finish), threads 256, blocks 4, shared 64, rows::finish::<F16>;
         /// Column sums of f16.
         sum_columns_f16 / SUM_COLUMNS_F16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<F16, true>;
         /// Column sums of f32.

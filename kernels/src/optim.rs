@@ -213,7 +213,9 @@ pub unsafe fn settle(a: &Settle) {
             loss += f64::from(log2(sum)) * core::f64::consts::LN_2;
         }
         let inverse = load(a.live);
-        let by_scale = of(a.along, 2) * f64::from(inverse) + of(a.moment, 5);
+        let weight = of(a.moment, 6);
+        let mean = if weight > 0.0 { of(a.moment, 3) / weight } else { 0.0 };
+        let by_scale = of(a.along, 2) * f64::from(inverse) + of(a.moment, 5) - of(a.moment, 4) * mean;
         store(a.out, loss as f32);
         store(a.out.wrapping_add(1), by_scale as f32);
         store(a.out.wrapping_add(2), of(if a.bias != 0 { 1.0 } else { 0.0 }, 4) as f32);

@@ -29,6 +29,145 @@ pub(crate) fn bits<T: Half>(x: f32) -> u16 {
     T::pack(x, 0.0) as u16
 }
 
+/// Steps of a row whose numbers a lane brings at once, and holds: loads that wait for none before them, and a row of up to
+/// 512 numbers is read but once.
+const HELD: usize = 4;
+
+/// Numbers of all of a warp's held steps, W neighbours a lane and step.
+const fn held<const W: usize>() -> u32 {
+    (HELD * 32 * W) as u32
+}
+
+/// First number of a lane's step `h` from `first`.
+#[inline(always)]
+fn step_at<const W: usize>(first: u32, h: usize) -> u32 {
+    first + (h as u32 * 32 + lane()) * W as u32
+}
+
+/// What [`step_at`] names, or the row's first numbers where there are none: loads without branches.
+#[inline(always)]
+fn inside<const W: usize>(first: u32, h: usize, dim: u32) -> u32 {
+    let k = step_at::<W>(first, h);
+    if k < dim { k } else { 0 }
+}
+
+/// Whether rows of `dim` may be taken by four: `addresses`, or'ed, are of 16 bytes.
+#[inline(always)]
+fn by_four(dim: u32, addresses: usize) -> bool {
+    (dim.is_multiple_of(4)) & (addresses.is_multiple_of(16))
+}
+
+/// W neighbours, 1 or 4, in one load.
+#[inline(always)]
+unsafe fn singles<const W: usize>(from: *const f32) -> [f32; W] {
+    let mut x = [0.0; W];
+    // SAFETY: the launch contract; four where they are aligned.
+    unsafe {
+        if W == 4 {
+            let all: [f32; 4] = load(from.cast());
+            let mut c = 0;
+            while c < W {
+                x[c] = all[c];
+                c += 1;
+            }
+        } else {
+            x[0] = load(from);
+        }
+    }
+    x
+}
+
+/// [`singles`] of halves.
+#[inline(always)]
+unsafe fn halves<T: Half, const W: usize>(from: *const u16) -> [f32; W] {
+    let mut x = [0.0; W];
+    // SAFETY: as in [`singles`].
+    unsafe {
+        if W == 4 {
+            let words: [u32; 2] = load(from.cast());
+            let mut c = 0;
+            while c < W {
+                x[c] = T::unpack(words[c / 2])[c % 2];
+                c += 1;
+            }
+        } else {
+            x[0] = T::unpack(u32::from(load(from)))[0];
+        }
+    }
+    x
+}
+
+/// The opposite of [`singles`].
+#[inline(always)]
+unsafe fn put_singles<const W: usize>(to: *mut f32, x: [f32; W]) {
+    // SAFETY: as in [`singles`].
+    unsafe {
+        if W == 4 {
+            store(to.cast(), [x[0], x[1 % W], x[2 % W], x[3 % W]]);
+        } else {
+            store(to, x[0]);
+        }
+    }
+}
+
+/// The opposite of [`halves`]; what they were rounded to.
+#[inline(always)]
+unsafe fn put_halves<T: Half, const W: usize>(to: *mut u16, x: [f32; W]) -> [f32; W] {
+    let mut rounded = [0.0; W];
+    // SAFETY: as in [`singles`].
+    unsafe {
+        if W == 4 {
+            let words = [T::pack(x[0], x[1 % W]), T::pack(x[2 % W], x[3 % W])];
+            store(to.cast(), words);
+            let mut c = 0;
+            while c < W {
+                rounded[c] = T::unpack(words[c / 2])[c % 2];
+                c += 1;
+            }
+        } else {
+            let half = bits::<T>(x[0]);
+            store(to, half);
+            rounded[0] = T::unpack(u32::from(half))[0];
+        }
+    }
+    rounded
+}
+
+/// The held steps of a row of embeddings from number `first`; zeros behind `dim`.
+#[inline(always)]
+unsafe fn embedding<T: Half, const HALVES: bool, const W: usize>(
+    a: &Prepare,
+    row: u32,
+    first: u32,
+) -> [[f32; W]; HELD] {
+    let from = row as usize * a.dim as usize;
+    let mut x = [[0.0; W]; HELD];
+    let mut h = 0;
+    while h < HELD {
+        let at = from + inside::<W>(first, h, a.dim) as usize;
+        // SAFETY: the launch contract.
+        x[h] = unsafe {
+            if HALVES {
+                halves::<T, W>(a.x.cast::<u16>().wrapping_add(at))
+            } else {
+                singles(a.x.cast::<f32>().wrapping_add(at))
+            }
+        };
+        h += 1;
+    }
+    let mut h = 0;
+    while h < HELD {
+        let there = step_at::<W>(first, h) < a.dim;
+        let mut c = 0;
+        while c < W {
+            x[h][c] = if there { x[h][c] } else { 0.0 };
+            c += 1;
+        }
+        h += 1;
+    }
+    x
+}
+
 /// Embeddings as the tile wants them: unit rows or centred rows, rounded to halves, a pitch apart.
 ///
 /// # Safety
@@ -39,52 +178,105 @@ pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
     if row >= a.rows {
         return;
     }
-    let from = row as usize * a.dim as usize;
-    let shift = |k: u32| {
-        // SAFETY: the launch contract.
-        if a.shift.is_null() { 0.0 } else { unsafe { load(a.shift.wrapping_add(k as usize)) } }
-    };
+    // SAFETY: the caller's promise; pitches are multiples of 8.
+    unsafe {
+        if by_four(a.dim, a.x as usize | a.shift as usize | a.out as usize) {
+            prepare_row::<T, HALVES, 4>(a, row);
+        } else {
+            prepare_row::<T, HALVES, 1>(a, row);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn prepare_row<T: Half, const HALVES: bool, const W: usize>(a: &Prepare, row: u32) {
     // SAFETY: the launch contract; a row is written by its own warp.
     unsafe {
+        let mut x = embedding::<T, HALVES, W>(a, row, 0);
         let mut scale = a.scale;
         if !a.inverse.is_null() {
-            // Scaled by the largest element, so that squares neither overflow nor vanish.
+            // There for the largest element, back for the norm, and there again below: what is held is read once.
             let mut top = 0f32;
-            let mut k = lane();
-            while k < a.dim {
-                let x = read::<T, HALVES>(a.x, from + k as usize);
-                top = law::Num::max(top, law::Num::abs(x));
-                k += 32;
+            let mut first = 0;
+            loop {
+                let mut h = 0;
+                while h < HELD {
+                    let mut c = 0;
+                    while c < W {
+                        top = law::Num::max(top, law::Num::abs(x[h][c]));
+                        c += 1;
+                    }
+                    h += 1;
+                }
+                if a.dim - first <= held::<W>() {
+                    break;
+                }
+                first += held::<W>();
+                x = embedding::<T, HALVES, W>(a, row, first);
             }
-            let top = max_lanes(top, 32);
+            // Times the inverse of the largest's power of two, so that squares neither overflow nor vanish.
+            let power = max_lanes(top, 32).to_bits() & 0x7f80_0000;
+            let inverse_power = f32::from_bits(0x7f00_0000u32.saturating_sub(power).max(0x0080_0000));
             let mut sum = 0f32;
-            let mut k = lane();
-            while k < a.dim {
-                let x = read::<T, HALVES>(a.x, from + k as usize) / if top > 0.0 { top } else { 1.0 };
-                sum = fma(x, x, sum);
-                k += 32;
+            loop {
+                let mut h = 0;
+                while h < HELD {
+                    let mut c = 0;
+                    while c < W {
+                        let x = x[h][c] * inverse_power;
+                        sum = fma(x, x, sum);
+                        c += 1;
+                    }
+                    h += 1;
+                }
+                if first == 0 {
+                    break;
+                }
+                first -= held::<W>();
+                x = embedding::<T, HALVES, W>(a, row, first);
             }
-            let norm = sqrt(sum_lanes(sum, 32)) * top;
+            let norm = sqrt(sum_lanes(sum, 32)) / inverse_power;
             scale = if norm < f32::MIN_POSITIVE { 0.0 } else { 1.0 / norm };
             if lane() == 0 {
                 store(a.inverse.wrapping_add(row as usize), scale);
             }
         }
+        let out = a.out.wrapping_add(row as usize * a.pitch as usize);
         let mut sum = 0f32;
-        let mut k = lane();
-        while k < a.pitch {
-            let x = if k < a.dim {
-                (read::<T, HALVES>(a.x, from + k as usize) - shift(k)) * scale
-            } else if k == a.dim {
-                a.behind
-            } else {
-                0.0
-            };
-            let rounded = bits::<T>(x);
-            store(a.out.wrapping_add(row as usize * a.pitch as usize + k as usize), rounded);
-            let x = T::unpack(u32::from(rounded))[0];
-            sum = fma(x, x, sum);
-            k += 32;
+        let mut first = 0;
+        loop {
+            let mut h = 0;
+            while h < HELD {
+                let k = step_at::<W>(first, h);
+                let shift = if a.shift.is_null() {
+                    [0.0; W]
+                } else {
+                    singles(a.shift.wrapping_add(inside::<W>(first, h, a.dim) as usize))
+                };
+                let mut scaled = [0.0; W];
+                let mut c = 0;
+                while c < W {
+                    scaled[c] = if k < a.dim { (x[h][c] - shift[c]) * scale } else { 0.0 };
+                    c += 1;
+                }
+                if k == a.dim {
+                    scaled[0] = a.behind;
+                }
+                if k < a.pitch {
+                    let rounded = put_halves::<T, W>(out.wrapping_add(k as usize), scaled);
+                    let mut c = 0;
+                    while c < W {
+                        sum = fma(rounded[c], rounded[c], sum);
+                        c += 1;
+                    }
+                }
+                h += 1;
+            }
+            if a.pitch - first <= held::<W>() {
+                break;
+            }
+            first += held::<W>();
+            x = embedding::<T, HALVES, W>(a, row, first);
         }
         if !a.half_norm.is_null() {
             let sum = sum_lanes(sum, 32);
@@ -105,49 +297,136 @@ pub unsafe fn prepare<T: Half, const HALVES: bool>(a: &Prepare) {
 pub unsafe fn finish<T: Half>(a: &Finish) {
     let row = block_x() * WARPS + warp();
     let mut along = 0f32;
-    // SAFETY: the launch contract; a row is written by its own warp.
+    // SAFETY: the launch contract; pitches are multiples of 8.
     unsafe {
         if row < a.rows {
-            let (x_at, at) = (row as usize * a.pitch as usize, row as usize * a.dim as usize);
-            let x = |k: u32| T::unpack(u32::from(load(a.x.wrapping_add(x_at + k as usize))))[0];
-            let acc = |k: u32| {
-                let (mut sum, mut part) = (load(a.acc.wrapping_add(at + k as usize)), 1);
-                while part < a.parts {
-                    let first = part as usize * a.rows as usize * a.dim as usize;
-                    sum += load(a.acc.wrapping_add(first + at + k as usize));
-                    part += 1;
-                }
-                sum
+            along = if by_four(a.dim, a.acc as usize | a.x as usize | a.out as usize) {
+                finish_row::<T, 4>(a, row)
+            } else {
+                finish_row::<T, 1>(a, row)
             };
-            let mut k = lane();
-            while k < a.dim {
-                along = fma(x(k), acc(k), along);
-                k += 32;
-            }
-            along = sum_lanes(along, 32);
-            if !a.out.is_null() {
-                let (mut scale, mut pull) = (a.scale * optional(a.live, 0, 1.0), 0f32);
-                if !a.inverse.is_null() {
-                    // d(x/|x|): off the row's own direction, over its norm.
-                    pull = along;
-                    scale *= load(a.inverse.wrapping_add(row as usize));
-                }
-                if !a.g_sums.is_null() {
-                    // d|u - v|^2 = 2 (u sum G - G v), whose sign is in the scale.
-                    pull = a.gain * load(a.g_sums.wrapping_add(row as usize * a.g_stride as usize));
-                }
-                let mut k = lane();
-                while k < a.dim {
-                    let out = a.out.wrapping_add(at + k as usize);
-                    let old = if a.add != 0 { load(out) } else { 0.0 };
-                    store(out, old + scale * (acc(k) - pull * x(k)));
-                    k += 32;
-                }
-            }
         }
         if !a.along.is_null() {
             sum_of_warps(along, a.along);
         }
+    }
+}
+
+/// The held steps of a row of `x` and of the sum of `acc`'s parts from number `first`; zeros behind `dim`.
+#[inline(always)]
+unsafe fn gradient<T: Half, const W: usize>(a: &Finish, row: u32, first: u32) -> ([[f32; W]; HELD], [[f32; W]; HELD]) {
+    let (mut x, mut acc) = ([[0.0; W]; HELD], [[0.0; W]; HELD]);
+    let mut from = a.acc.wrapping_add(row as usize * a.dim as usize);
+    // SAFETY: the launch contract.
+    unsafe {
+        let mut h = 0;
+        while h < HELD {
+            let k = inside::<W>(first, h, a.dim) as usize;
+            x[h] = halves::<T, W>(a.x.wrapping_add(row as usize * a.pitch as usize + k));
+            acc[h] = singles(from.wrapping_add(k));
+            h += 1;
+        }
+        let mut part = 1;
+        while part < a.parts {
+            // Where lanes meet, the compiler unrolls no loop: several parts at once are more registers than the row's own.
+            sync_warp();
+            from = from.wrapping_add(a.rows as usize * a.dim as usize);
+            let mut more = [[0.0; W]; HELD];
+            let mut h = 0;
+            while h < HELD {
+                more[h] = singles(from.wrapping_add(inside::<W>(first, h, a.dim) as usize));
+                h += 1;
+            }
+            let mut h = 0;
+            while h < HELD {
+                let mut c = 0;
+                while c < W {
+                    acc[h][c] += more[h][c];
+                    c += 1;
+                }
+                h += 1;
+            }
+            part += 1;
+        }
+    }
+    let mut h = 0;
+    while h < HELD {
+        let there = step_at::<W>(first, h) < a.dim;
+        let mut c = 0;
+        while c < W {
+            // Of a product one nothing is not enough: the other may be no number.
+            (x[h][c], acc[h][c]) = if there { (x[h][c], acc[h][c]) } else { (0.0, 0.0) };
+            c += 1;
+        }
+        h += 1;
+    }
+    (x, acc)
+}
+
+/// [`finish`] of a row: its `<x, acc>`.
+#[inline(always)]
+unsafe fn finish_row<T: Half, const W: usize>(a: &Finish, row: u32) -> f32 {
+    // SAFETY: the launch contract; a row is written by its own warp, a number by the lane that read it.
+    unsafe {
+        let (mut x, mut acc) = gradient::<T, W>(a, row, 0);
+        let mut along = 0f32;
+        let mut first = 0;
+        loop {
+            let mut h = 0;
+            while h < HELD {
+                let mut c = 0;
+                while c < W {
+                    along = fma(x[h][c], acc[h][c], along);
+                    c += 1;
+                }
+                h += 1;
+            }
+            if a.dim - first <= held::<W>() {
+                break;
+            }
+            first += held::<W>();
+            (x, acc) = gradient::<T, W>(a, row, first);
+        }
+        let along = sum_lanes(along, 32);
+        if a.out.is_null() {
+            return along;
+        }
+        let (mut scale, mut pull) = (a.scale * optional(a.live, 0, 1.0), 0f32);
+        if !a.inverse.is_null() {
+            // d(x/|x|): off the row's own direction, over its norm.
+            pull = along;
+            scale *= load(a.inverse.wrapping_add(row as usize));
+        }
+        if !a.g_sums.is_null() {
+            // d|u - v|^2 = 2 (u sum G - G v), whose sign is in the scale.
+            pull = a.gain * load(a.g_sums.wrapping_add(row as usize * a.g_stride as usize));
+        }
+        // Back from the end, whose numbers are held.
+        let out = a.out.wrapping_add(row as usize * a.dim as usize);
+        loop {
+            let mut h = 0;
+            while h < HELD {
+                let k = step_at::<W>(first, h);
+                if k < a.dim {
+                    let to = out.wrapping_add(k as usize);
+                    let old = if a.add != 0 { singles(to) } else { [0.0; W] };
+                    let mut new = [0.0; W];
+                    let mut c = 0;
+                    while c < W {
+                        new[c] = old[c] + scale * (acc[h][c] - pull * x[h][c]);
+                        c += 1;
+                    }
+                    put_singles(to, new);
+                }
+                h += 1;
+            }
+            if first == 0 {
+                break;
+            }
+            first -= held::<W>();
+            (x, acc) = gradient::<T, W>(a, row, first);
+        }
+        along
     }
 }
 

@@ -512,7 +512,8 @@ fn chunks_of_g_are_those_of_f64() {
                     }
                     if law == FACTORED {
                         let [max, negative, _, own] = one(i, j).map(f64::from);
-                        return ((x - max).exp2() * if positive { own } else { negative }, 0.0);
+                        let p = (x - max).exp2() * if positive { own } else { negative };
+                        return (p, p * (x - max));
                     }
                     let side = |n: &[f32; 4], t: f32| {
                         let p = (x - f64::from(n[0])).exp2();
@@ -561,24 +562,25 @@ fn chunks_of_g_are_those_of_f64() {
                     let name = format!("{kernel} {}x{}x{} at {row}, {col}", s.n, s.m, s.depth);
                     let (g, row_sums, col_sums) = (g.get(), row_sums.get(), col_sums.get());
                     let mut want = vec![0.0; rows * cols];
-                    let mut by_row = vec![[0.0; 3]; rows];
+                    let mut by_row = vec![[0.0; 4]; rows];
                     let mut by_col = vec![0.0; cols];
                     for i in 0..rows {
                         for j in 0..cols {
-                            let (g, value) = g_of(row + i, col + j);
-                            let g = g * by(i, j);
+                            let (p, value) = g_of(row + i, col + j);
+                            let g = p * by(i, j);
+                            let weight = if law == FACTORED { p } else { 0.0 };
                             want[i * cols + j] = g;
                             let x = b.x[(row + i) * s.m + col + j];
                             let from = if law == FACTORED { f64::from(one(row + i, col + j)[0]) } else { 0.0 };
                             let lever = if x.is_nan() { 0.0 } else { x - from };
-                            by_row[i] = [by_row[i][0] + value, by_row[i][1] + g, by_row[i][2] + g * lever];
+                            by_row[i].iter_mut().zip([value, g, g * lever, weight]).for_each(|(sum, x)| *sum += x);
                             by_col[j] += g;
                         }
                     }
                     let got = (0..rows * cols).map(|k| t.value(g[k / cols * pitch + k % cols]) / f64::from(gain));
                     let off = distance(got, &want);
                     assert!(off < if *t == Type::Bf16 { 4e-3 } else { 6e-4 }, "{name}: G {off:e}");
-                    for which in (0..3).filter(|_| sums) {
+                    for which in (0..4).filter(|_| sums) {
                         let got = (0..rows).map(|i| {
                             (0..row_slots * tiles[0]).map(|p| f64::from(row_sums[p * rows + i][which])).sum::<f64>()
                         });

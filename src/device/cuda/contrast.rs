@@ -326,7 +326,7 @@ mod scalar {
     pub const ROW_LOSS: usize = 0;
     pub const COL_LOSS: usize = 1;
     pub const ALONG: usize = 2;
-    /// Value, G and G x, over everything.
+    /// Of [`kernels::abi::Pull::row_sums`], over everything.
     pub const SUMS: usize = 3;
     pub const COUNT: usize = 7;
 }
@@ -664,9 +664,18 @@ impl<C: Card> Cuda<C> {
         }
         // Sum of G times what tau divides of S.
         let moment = if call.levered() {
+            // MMD's G adds up to nothing, but for rounding: logits count from their mean under the softmax, and offsets from
+            // theirs, so that it has little to multiply.
+            let [by_weight, g, moment, weight] = [0, 1, 2, 3].map(|k| s[scalar::SUMS + k]);
+            let mean = if weight > 0.0 { by_weight / weight } else { 0.0 };
             let offset = batch.offset_v.unwrap_or_default();
-            let shifted: f64 = offset.iter().zip(&col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum();
-            s[scalar::SUMS + 2] * LN_2 - shifted
+            let mean_offset = match call.form {
+                Form::Mmd { .. } | Form::JointMmd => offset.iter().map(|&o| f64::from(o)).sum::<f64>() / m as f64,
+                _ => 0.0,
+            };
+            let shifted: f64 =
+                offset.iter().zip(&col_sums).map(|(&o, &g)| (f64::from(o) - mean_offset) * f64::from(g)).sum();
+            (moment - g * mean) * LN_2 - shifted
         } else {
             call.tilt * s[scalar::ALONG] / gain
         };
@@ -1255,7 +1264,7 @@ impl<C: Card> Cuda<C> {
         self.run(&e::FOLD, [blocks(len, 256), 1, 1], &args)
     }
 
-    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts.
+    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts where there are several.
     fn total(
         &mut self,
         singles: *const f32,
@@ -1264,12 +1273,16 @@ impl<C: Card> Cuda<C> {
         columns: usize,
         out: *mut f64,
     ) -> Result<(), CudaError> {
-        let parts = n.div_ceil(256).min(PARTS);
-        let slots: *mut f64 = self.arena.get("totals of parts", PARTS * 4)?;
+        // Four rows a thread are less than another launch.
+        let parts = n.div_ceil(1024).min(PARTS);
+        let slots = if parts > 1 { self.arena.get("totals of parts", PARTS * 4)? } else { out };
         let args = abi::Totals { singles, doubles, out: slots, n: n as u32, columns: columns as u32 };
         self.run(&e::TOTALS, [parts as u32, 1, 1], &args)?;
-        let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
-        self.run(&e::TOTALS, [1, 1, 1], &args)
+        if parts > 1 {
+            let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
+            self.run(&e::TOTALS, [1, 1, 1], &args)?;
+        }
+        Ok(())
     }
 
     fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
