@@ -100,9 +100,8 @@ impl Walk {
             if self.take != Take::All {
                 let tile = if taken { tile } else { self.at };
                 // SAFETY: the tile is one of the logits'.
-                let [low, high] = unsafe { load(self.spans.wrapping_add(tile as usize)) };
-                let plain = (self.span[1] < low) | (high < self.span[0]);
-                taken &= plain == (self.take == Take::Plain);
+                let span = unsafe { load(self.spans.wrapping_add(tile as usize)) };
+                taken &= apart([self.span, span]) == (self.take == Take::Plain);
             }
             self.mask = ballot(taken);
             (self.first, self.at) = (self.at, self.at + 32);
@@ -113,16 +112,19 @@ impl Walk {
     }
 }
 
-/// Whether all pairs of the tile at (`row`, `col`), inside one span each way, are plain.
+/// The spans of the tile at (`row`, `col`), inside one each way.
 ///
 /// # Safety
 /// The launch contract of `l`, which has spans.
 #[inline(always)]
-pub unsafe fn plain(l: &Logits, row: u32, col: u32) -> bool {
+pub unsafe fn spans_of(l: &Logits, row: u32, col: u32) -> [[u32; 2]; 2] {
     // SAFETY: the caller's promise.
-    let (u, v): ([u32; 2], [u32; 2]) = unsafe {
-        (load(l.span_u.wrapping_add((row / SPAN) as usize)), load(l.span_v.wrapping_add((col / SPAN) as usize)))
-    };
+    unsafe { [load(l.span_u.wrapping_add((row / SPAN) as usize)), load(l.span_v.wrapping_add((col / SPAN) as usize))] }
+}
+
+/// Whether the pairs of two spans are plain.
+#[inline(always)]
+pub fn apart([u, v]: [[u32; 2]; 2]) -> bool {
     (u[1] < v[0]) | (v[1] < u[0])
 }
 
@@ -182,16 +184,14 @@ impl Columns {
         }
     }
 
-    /// What [`pull_plain_pairs`] needs instead of all: each column's weight.
+    /// What [`pull_plain_pairs`] needs instead of all: the weight of the thread's column.
     ///
     /// # Safety
-    /// As [`Columns::stage_norms`]; column `col + t` is one.
+    /// The buffer is not being read.
     #[inline(always)]
-    pub unsafe fn stage_weights(self, a: &Pull, anchor: f32, col: u32, t: u32) {
-        if t < self.count {
-            // SAFETY: the caller's promise.
-            unsafe { store_shared(self.at + 4 * t, anchored_weight(a, &norm(a.norm_v, col + t), anchor)) };
-        }
+    pub unsafe fn stage_weight(self, weight: f32, t: u32) {
+        // SAFETY: the caller's promise; threads are as many as columns.
+        unsafe { store_shared(self.at + 4 * t, weight) };
     }
     #[inline(always)]
     unsafe fn weights(self, j: u32) -> [f32; 2] {
@@ -672,9 +672,9 @@ pub unsafe fn pull<T: Half, L: Law, F: Fragments<R>, const R: usize, const SUMS:
     }
 }
 
-/// What a plain pair's exponential from the anchor is multiplied by for `gain G` of one softmax.
+/// What a plain pair's exponential from the anchor is multiplied by for `gain G` of one softmax, of maximum and weight `norm`.
 #[inline(always)]
-fn anchored_weight(a: &Pull, norm: &Norm, anchor: f32) -> f32 {
+pub fn anchored_weight(a: &Pull, norm: [f32; 2], anchor: f32) -> f32 {
     a.gain * norm[1] * exp2(anchor - norm[0])
 }
 
@@ -709,39 +709,29 @@ pub fn exponentials<F: Fragments<R>, const R: usize>(tile: &mut F, scale: f32, a
 /// `gain G = 2^(x - anchor) (weight_i + weight_j)`.
 ///
 /// # Safety
-/// The launch contract of [`Pull`]; columns' weights are staged.
+/// The launch contract of the chunk; columns' weights are staged.
 #[inline(always)]
 pub unsafe fn pull_plain_pairs<T: Half, F: Fragments<R>, const R: usize>(
-    a: &Pull,
-    anchor: f32,
     tile: &mut F,
+    scale: f32,
+    anchor: f32,
+    by_row: [f32; R],
     columns: Columns,
-    in_row: u32,
 ) {
-    let l = &a.logits;
-    // SAFETY: the launch contract; a plain pair's row is one.
-    unsafe {
-        let scale = l.scale * optional(l.live, 0, 1.0);
-        let weight = |r: usize| anchored_weight(a, &norm(a.norm_u, a.row + in_row + tile.row(r)), anchor);
-        let mut by_row = [weight(0); R];
-        let mut r = 1;
+    let mut p = 0;
+    while p < F::PAIRS {
+        // SAFETY: the caller's promise.
+        let by_col = unsafe { columns.weights(tile.col(p)) };
+        let mut words = [0; R];
+        let mut r = 0;
         while r < R {
-            by_row[r] = weight(r);
+            let g = |c: usize| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]);
+            words[r] = T::pack(g(0), g(1));
             r += 1;
         }
-        let mut p = 0;
-        while p < F::PAIRS {
-            let by_col = columns.weights(tile.col(p));
-            let mut words = [0; R];
-            let mut r = 0;
-            while r < R {
-                let g = |c: usize| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]);
-                words[r] = T::pack(g(0), g(1));
-                r += 1;
-            }
-            tile.put(p, words);
-            p += 1;
-        }
+        // SAFETY: the caller's promise.
+        unsafe { tile.put(p, words) };
+        p += 1;
     }
 }
 

@@ -17,11 +17,11 @@
 
 use crate::abi::{
     COLUMN_PULL, COLUMN_TALLY, Gemm, HOPPER_BARS, HOPPER_COLS, HOPPER_ROWS, HOPPER_STAGES_BOTH, HOPPER_STAGES_GEMM,
-    HOPPER_STAGES_PULL, HOPPER_STAGES_TURNS, HopperGemm, HopperPull, HopperTally, HopperTallyBoth,
+    HOPPER_STAGES_PULL, HOPPER_STAGES_TURNS, HopperGemm, HopperPull, HopperTally, HopperTallyBoth, NO_SPAN, Norm, Pull,
 };
 use crate::contrast::{
     Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
-    exponentials, optional, plain, pull, pull_plain_pairs, rows_of,
+    anchored_weight, apart, exponentials, optional, pull, pull_plain_pairs, rows_of, spans_of,
 };
 use crate::simt::*;
 
@@ -661,6 +661,35 @@ unsafe fn pull_together<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u
     }
 }
 
+/// What a warpgroup's tile of G takes from memory if its pairs are plain. Asked for a tile ahead, it comes with the products.
+#[derive(Clone, Copy)]
+struct Ahead {
+    plain: [[u32; 2]; 2],
+    column: [f32; 2],
+    rows: [[f32; 2]; 4],
+}
+
+impl Ahead {
+    /// Of the tile at (`row`, `col`); a thread has one of its columns, a lane four of its rows.
+    #[inline(always)]
+    unsafe fn of(a: &Pull, row: u32, col: u32, thread: u32) -> Self {
+        let l = &a.logits;
+        // Of a norm only its maximum and its weight; the last for those that are not there.
+        let norm = |norms: *const Norm, i: u32, count: u32| {
+            let i = 2 * if i < count { i } else { count.saturating_sub(1) };
+            // SAFETY: the launch contract.
+            unsafe { optional(norms.cast::<[f32; 2]>(), i, [f32::INFINITY, 0.0]) }
+        };
+        let first = row + (warp() & 3) * 16 + (lane() >> 2);
+        // SAFETY: the launch contract: the tile is in a span of either side.
+        let plain = unsafe { spans_of(l, row, col) };
+        let rows = [first, first + 8, first + 64, first + 72].map(|i| norm(a.norm_u, i, l.n));
+        Ahead { plain, column: norm(a.norm_v, col + thread, l.m), rows }
+    }
+    /// Of nothing plain.
+    const NONE: Ahead = Ahead { plain: [NO_SPAN; 2], column: [0.0; 2], rows: [[0.0; 2]; 4] };
+}
+
 /// [`crate::abi::Pull`] over all tiles of a chunk, each block taking every `grid`-th: the warpgroups in turns. For the softmax losses
 /// without sums: what else there is to know of a pair takes more registers than two halves of a tile leave.
 #[inline(always)]
@@ -699,22 +728,31 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
             let staging = staging + group * 4 * BLOCK;
             let buffers = bars + HOPPER_BARS + group * 2 * HALF * COLUMN_PULL;
             let l = &a.logits;
-            let weighted = anchored(l.flags, l.blocks);
-            let anchor = anchor(l.scale * optional(l.live, 0, 1.0));
+            let holds = anchored(l.flags, l.blocks);
+            let scale = l.scale * optional(l.live, 0, 1.0);
+            let anchor = anchor(scale);
             // The thread that stores the staging knows when it has been read.
             let stores = thread == 0;
+            let place = |t: u32| [t / across * HOPPER_ROWS, t % across * HOPPER_COLS + group * HALF];
+            let ahead_of = |t: u32| {
+                let [in_row, in_col] = place(if t < down * across { t } else { 0 });
+                if holds { Ahead::of(a, a.row + in_row, a.col + in_col, thread) } else { Ahead::NONE }
+            };
             let (mut t, mut turn) = (block_x(), 0);
+            let mut ahead = ahead_of(t);
             while t < down * across {
-                let (in_row, in_col) = (t / across * HOPPER_ROWS, t % across * HOPPER_COLS + group * HALF);
-                let (row, col) = (a.row + in_row, a.col + in_col);
+                let [in_row, in_col] = place(t);
+                let col = a.col + in_col;
                 let columns = Columns::new(buffers, turn, HALF, COLUMN_PULL);
-                let weighted = weighted && plain(l, row, col);
+                let weighted = apart(ahead.plain);
+                let by_row = ahead.rows.map(|norm| anchored_weight(a, norm, anchor));
                 if weighted {
-                    columns.stage_weights(a, anchor, col, thread);
+                    columns.stage_weight(anchored_weight(a, ahead.column, anchor), thread);
                 } else {
                     columns.stage(l, col, thread);
                     columns.stage_norms(a, col, thread);
                 }
+                ahead = ahead_of(t + grid_x());
                 consume_own::<T, STAGES>(&mut ring, &mut turns, [&mut upper, &mut lower], depth);
                 if stores {
                     bulk_wait_read();
@@ -722,8 +760,8 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 warpgroup_barrier();
                 let mut halves = [Wide::new(&mut upper, 0, staging), Wide::new(&mut lower, 64, staging + 2 * BLOCK)];
                 if weighted {
-                    pull_plain_pairs::<T, _, 2>(a, anchor, &mut halves[0], columns, in_row);
-                    pull_plain_pairs::<T, _, 2>(a, anchor, &mut halves[1], columns, in_row);
+                    pull_plain_pairs::<T, _, 2>(&mut halves[0], scale, anchor, [by_row[0], by_row[1]], columns);
+                    pull_plain_pairs::<T, _, 2>(&mut halves[1], scale, anchor, [by_row[2], by_row[3]], columns);
                 } else {
                     let at = [in_row, in_col];
                     pull::<T, _, _, 2, false>(a, SoftmaxLaw, &mut halves[0], columns, at, [0; 2]);
