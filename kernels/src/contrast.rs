@@ -199,6 +199,23 @@ impl Columns {
         unsafe { load_shared(self.at + 4 * j) }
     }
 
+    /// What [`pull_anchored`] needs instead of all.
+    ///
+    /// # Safety
+    /// As [`Columns::stage_weight`].
+    #[inline(always)]
+    pub unsafe fn stage_shares(self, s: &Shares, t: u32) {
+        let words = [s.negative, s.positive, s.target, f32::from_bits(s.id)];
+        // SAFETY: the caller's promise; threads are as many as columns.
+        unsafe { store_shared(self.at + 16 * t, words) };
+    }
+    #[inline(always)]
+    unsafe fn shares(self, j: u32) -> Shares {
+        // SAFETY: staged.
+        let [negative, positive, target, id]: [f32; 4] = unsafe { load_shared(self.at + 16 * j) };
+        Shares { negative, positive, target, id: id.to_bits() }
+    }
+
     /// The pair whose first is column `j` of the tile.
     #[inline(always)]
     unsafe fn pair(self, j: u32) -> Pair {
@@ -678,6 +695,37 @@ pub fn anchored_weight(a: &Pull, norm: [f32; 2], anchor: f32) -> f32 {
     a.gain * norm[1] * exp2(anchor - norm[0])
 }
 
+/// What a row (column) has in `gain G`: factors of the exponential from the anchor at a negative and at a positive, and what is
+/// added at a positive.
+#[derive(Clone, Copy)]
+pub struct Shares {
+    negative: f32,
+    positive: f32,
+    target: f32,
+    id: u32,
+}
+
+impl Shares {
+    /// Of row (column) `i` of a side's norms and targets, which may be null, and ids; of the last where it is not one of `count`.
+    ///
+    /// # Safety
+    /// The launch contract of [`Pull`].
+    #[inline(always)]
+    pub unsafe fn of(a: &Pull, norms: *const Norm, targets: *const f32, ids: *const u32, i: u32, count: u32, anchor: f32) -> Self {
+        let i = if i < count { i } else { count.saturating_sub(1) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [max, negative, _, positive] = norm(norms, i);
+            Shares {
+                negative: anchored_weight(a, [max, negative], anchor),
+                positive: anchored_weight(a, [max, positive], anchor),
+                target: a.gain * optional(targets, i, 0.0),
+                id: load(ids.wrapping_add(i as usize)),
+            }
+        }
+    }
+}
+
 /// The exponentials of the tile's logits from `anchor` in place of its products, for plain pairs without shifts; adds each
 /// row's sum.
 #[inline(always)]
@@ -726,6 +774,41 @@ pub unsafe fn pull_plain_pairs<T: Half, F: Fragments<R>, const R: usize>(
         let mut r = 0;
         while r < R {
             let g = |c: usize| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]);
+            words[r] = T::pack(g(0), g(1));
+            r += 1;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { tile.put(p, words) };
+        p += 1;
+    }
+}
+
+/// The same with positives among the pairs. What lies outside of the matrix has a G too, of nobody: it is not stored.
+///
+/// # Safety
+/// The launch contract of the chunk; columns' shares are staged.
+#[inline(always)]
+pub unsafe fn pull_anchored<T: Half, F: Fragments<R>, const R: usize>(
+    tile: &mut F,
+    scale: f32,
+    anchor: f32,
+    rows: [Shares; R],
+    columns: Columns,
+) {
+    let mut p = 0;
+    while p < F::PAIRS {
+        // SAFETY: the caller's promise.
+        let cols = unsafe { [columns.shares(tile.col(p)), columns.shares(tile.col(p) + 1)] };
+        let mut words = [0; R];
+        let mut r = 0;
+        while r < R {
+            let g = |c: usize| {
+                let (row, col) = (&rows[r], &cols[c]);
+                let positive = row.id == col.id;
+                let weight = if positive { row.positive + col.positive } else { row.negative + col.negative };
+                let target = if positive { row.target + col.target } else { 0.0 };
+                fma(exp2(fma(tile.get(r, p, c), scale, -anchor)), weight, target)
+            };
             words[r] = T::pack(g(0), g(1));
             r += 1;
         }

@@ -20,8 +20,8 @@ use crate::abi::{
     HOPPER_STAGES_PULL, HOPPER_STAGES_TURNS, HopperGemm, HopperPull, HopperTally, HopperTallyBoth, NO_SPAN, Norm, Pull,
 };
 use crate::contrast::{
-    Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
-    anchored_weight, apart, exponentials, optional, pull, pull_plain_pairs, rows_of, spans_of,
+    Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, Shares, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
+    anchored_weight, apart, exponentials, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
 };
 use crate::simt::*;
 
@@ -729,6 +729,7 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
             let buffers = bars + HOPPER_BARS + group * 2 * HALF * COLUMN_PULL;
             let l = &a.logits;
             let holds = anchored(l.flags, l.blocks);
+            let none_ignored = l.ignore_u.is_null();
             let scale = l.scale * optional(l.live, 0, 1.0);
             let anchor = anchor(scale);
             // The thread that stores the staging knows when it has been read.
@@ -748,6 +749,9 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 let by_row = ahead.rows.map(|norm| anchored_weight(a, norm, anchor));
                 if weighted {
                     columns.stage_weight(anchored_weight(a, ahead.column, anchor), thread);
+                } else if holds & none_ignored {
+                    let own = Shares::of(a, a.norm_v, a.target_v, l.id_v, col + thread, l.m, anchor);
+                    columns.stage_shares(&own, thread);
                 } else {
                     columns.stage(l, col, thread);
                     columns.stage_norms(a, col, thread);
@@ -762,6 +766,11 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 if weighted {
                     pull_plain_pairs::<T, _, 2>(&mut halves[0], scale, anchor, [by_row[0], by_row[1]], columns);
                     pull_plain_pairs::<T, _, 2>(&mut halves[1], scale, anchor, [by_row[2], by_row[3]], columns);
+                } else if holds & none_ignored {
+                    let first = a.row + in_row + halves[0].row(0);
+                    let own = |i: u32| Shares::of(a, a.norm_u, a.target_u, l.id_u, first + i, l.n, anchor);
+                    pull_anchored::<T, _, 2>(&mut halves[0], scale, anchor, [own(0), own(8)], columns);
+                    pull_anchored::<T, _, 2>(&mut halves[1], scale, anchor, [own(64), own(72)], columns);
                 } else {
                     let at = [in_row, in_col];
                     pull::<T, _, _, 2, false>(a, SoftmaxLaw, &mut halves[0], columns, at, [0; 2]);
