@@ -16,7 +16,10 @@ mod verbs;
 
 pub use card::{Arena, Buffer, Card};
 pub use driver::{Driver, cards};
+use flate2::read::GzDecoder;
 pub use kernels::abi::Module;
+use std::io::Read;
+use std::sync::OnceLock;
 
 /// The oldest driver that reads the kernels' PTX (8.0): the CUDA version it reports, 1000 major + 10 minor.
 pub const OLDEST_DRIVER: u32 = 12_000;
@@ -83,12 +86,18 @@ pub fn carried() -> Vec<Module> {
     [Module::Portable, Module::Hopper].into_iter().filter(|module| ptx(*module).is_ok()).collect()
 }
 
-/// The text of a module.
+/// The text of a module, which the program carries compressed.
 fn ptx(module: Module) -> Result<&'static str, CudaError> {
-    let text = match module {
-        Module::Portable => include_str!(concat!(env!("OUT_DIR"), "/portable.ptx")),
-        Module::Hopper => include_str!(concat!(env!("OUT_DIR"), "/hopper.ptx")),
+    static TEXTS: [OnceLock<String>; 2] = [const { OnceLock::new() }; 2];
+    let (packed, text): (&[u8], _) = match module {
+        Module::Portable => (include_bytes!(concat!(env!("OUT_DIR"), "/portable.ptx.gz")), &TEXTS[0]),
+        Module::Hopper => (include_bytes!(concat!(env!("OUT_DIR"), "/hopper.ptx.gz")), &TEXTS[1]),
     };
+    let text = text.get_or_init(|| {
+        let mut text = String::new();
+        GzDecoder::new(packed).read_to_string(&mut text).expect("what build.rs packed");
+        text
+    });
     if text.is_empty() { Err(CudaError::NoKernels { module: name(module) }) } else { Ok(text) }
 }
 
