@@ -89,7 +89,7 @@ impl Walk {
 
     /// The next tile, or `end`; all lanes of a warp ask.
     #[inline(always)]
-    pub fn next(&mut self) -> u32 {
+    pub fn next_tile(&mut self) -> u32 {
         while self.mask == 0 {
             if self.at >= self.end {
                 return self.end;

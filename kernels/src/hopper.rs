@@ -399,7 +399,7 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
         set_up::<STAGES>(bars, 8);
         let take = if anchored(l.flags, l.blocks) { Take::Rest } else { Take::All };
         let mut walk = Walk::new(l, take, row, first, end);
-        let mut t = walk.next();
+        let mut t = walk.next_tile();
         if warp() >= 8 {
             registers_down::<PRODUCER>();
             if warp() == 8 {
@@ -408,7 +408,7 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
                     if lane() == 0 {
                         produce::<STAGES, 0, 0>(&mut ring, maps, row, t * HOPPER_COLS, 0, l.depth);
                     }
-                    t = walk.next();
+                    t = walk.next_tile();
                 }
             }
         } else {
@@ -426,7 +426,7 @@ pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
                 let mut tile = Wide::together(&mut acc);
                 tallies.add(a, &rows, &mut tile, columns);
                 turn += 1;
-                t = walk.next();
+                t = walk.next_tile();
             }
             tallies.store(a, &Wide::together(&mut acc), row, block_x());
         }
@@ -494,14 +494,14 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
                 while r < bottom {
                     let row = r * HOPPER_ROWS;
                     let mut walk = Walk::new(l, Take::Plain, row, first, end);
-                    let mut t = walk.next();
+                    let mut t = walk.next_tile();
                     while t < end {
                         if lane() == 0 {
                             let col = t * HOPPER_COLS;
                             produce::<STAGES, 0, 0>(&mut ring, maps, row, col, 0, l.depth);
                             produce::<STAGES, 0, 0>(&mut ring, maps, row, col + HALF, 0, l.depth);
                         }
-                        t = walk.next();
+                        t = walk.next_tile();
                     }
                     r += 1;
                 }
@@ -533,7 +533,7 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
                 let row = r * HOPPER_ROWS;
                 let (mut sums, mut any) = ([[0f32; 2]; 2], false);
                 let mut walk = Walk::new(l, Take::Plain, row, first, end);
-                let mut t = walk.next();
+                let mut t = walk.next_tile();
                 while t < end {
                     let (to, there) = column(t);
                     // Early, as it takes as long as the products.
@@ -556,7 +556,7 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
                     }
                     any = true;
                     turn += 1;
-                    t = walk.next();
+                    t = walk.next_tile();
                 }
                 let mut q = 0;
                 while q < 4 {

@@ -87,9 +87,8 @@ impl Batch {
     fn unit(t: Type, [n, m]: [usize; 2], depth: usize, scale: f32, rng: &mut Rng) -> Self {
         let mut b = Batch::new(t, Shape { n, m, depth, scale, groups: 0, ignore: false }, rng);
         let mut rows = [rng.vec(n * depth, 1.0), rng.vec(m * depth, 1.0)];
-        for k in 0..n.min(m) * depth {
-            rows[1][k] = rows[0][k] + 0.5 * rows[1][k];
-        }
+        let [us, vs] = &mut rows;
+        vs.iter_mut().zip(us).for_each(|(v, u)| *v = *u + 0.5 * *v);
         let values = rows.each_mut().map(|x| {
             for row in x.chunks_mut(depth) {
                 let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
