@@ -753,6 +753,31 @@ pub fn exponentials<F: Fragments<R>, const R: usize>(tile: &mut F, scale: f32, a
     }
 }
 
+/// G of a whole tile, as halves: `g(tile, columns, r, p, c)` of each pair, `columns` what is known of the pair p of columns.
+///
+/// # Safety
+/// As [`Fragments::put`].
+#[inline(always)]
+unsafe fn put_all<T: Half, F: Fragments<R>, C, const R: usize>(
+    tile: &mut F,
+    columns: impl Fn(u32) -> C,
+    g: impl Fn(&F, &C, usize, usize, usize) -> f32,
+) {
+    let mut p = 0;
+    while p < F::PAIRS {
+        let known = columns(tile.col(p));
+        let mut words = [0; R];
+        let mut r = 0;
+        while r < R {
+            words[r] = T::pack(g(tile, &known, r, p, 0), g(tile, &known, r, p, 1));
+            r += 1;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { tile.put(p, words) };
+        p += 1;
+    }
+}
+
 /// [`pull`] of softmaxes for a tile of plain pairs without shifts: one exponential from `anchor` for both sides,
 /// `gain G = 2^(x - anchor) (weight_i + weight_j)`.
 ///
@@ -766,20 +791,13 @@ pub unsafe fn pull_plain_pairs<T: Half, F: Fragments<R>, const R: usize>(
     by_row: [f32; R],
     columns: Columns,
 ) {
-    let mut p = 0;
-    while p < F::PAIRS {
-        // SAFETY: the caller's promise.
-        let by_col = unsafe { columns.weights(tile.col(p)) };
-        let mut words = [0; R];
-        let mut r = 0;
-        while r < R {
-            let g = |c: usize| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]);
-            words[r] = T::pack(g(0), g(1));
-            r += 1;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { tile.put(p, words) };
-        p += 1;
+    // SAFETY: the caller's promise.
+    unsafe {
+        put_all::<T, F, _, R>(
+            tile,
+            |j| columns.weights(j),
+            |tile, by_col, r, p, c| exp2(fma(tile.get(r, p, c), scale, -anchor)) * (by_row[r] + by_col[c]),
+        );
     }
 }
 
@@ -795,26 +813,19 @@ pub unsafe fn pull_anchored<T: Half, F: Fragments<R>, const R: usize>(
     rows: [Shares; R],
     columns: Columns,
 ) {
-    let mut p = 0;
-    while p < F::PAIRS {
-        // SAFETY: the caller's promise.
-        let cols = unsafe { [columns.shares(tile.col(p)), columns.shares(tile.col(p) + 1)] };
-        let mut words = [0; R];
-        let mut r = 0;
-        while r < R {
-            let g = |c: usize| {
+    // SAFETY: the caller's promise.
+    unsafe {
+        put_all::<T, F, _, R>(
+            tile,
+            |j| [columns.shares(j), columns.shares(j + 1)],
+            |tile, cols, r, p, c| {
                 let (row, col) = (&rows[r], &cols[c]);
                 let positive = row.id == col.id;
                 let weight = if positive { row.positive + col.positive } else { row.negative + col.negative };
                 let target = if positive { row.target + col.target } else { 0.0 };
                 fma(exp2(fma(tile.get(r, p, c), scale, -anchor)), weight, target)
-            };
-            words[r] = T::pack(g(0), g(1));
-            r += 1;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { tile.put(p, words) };
-        p += 1;
+            },
+        );
     }
 }
 

@@ -588,6 +588,18 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
     }
 }
 
+/// A warpgroup's four blocks of staging, `ACROSS` side by side, to the chunk from (`row`, `col`) on.
+#[inline(always)]
+unsafe fn store_staged<const ACROSS: u32>(staging: u32, map: u64, row: u32, col: u32) {
+    let mut q = 0;
+    while q < 4 {
+        // SAFETY: written, fenced and met at by the warpgroup; the map is the kernel's argument.
+        unsafe { tma_store(staging + q * BLOCK, map, col + q % ACROSS * 64, row + q / ACROSS * 64) };
+        q += 1;
+    }
+    bulk_commit();
+}
+
 /// [`crate::abi::Pull`] over all tiles of a chunk, each block taking every `grid`-th: the warpgroups together.
 #[inline(always)]
 unsafe fn pull_together<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u64, law: L) {
@@ -643,12 +655,7 @@ unsafe fn pull_together<T: Half, L: Law, const SUMS: bool>(a: &HopperPull, at: u
                 fence_async();
                 warpgroup_barrier();
                 if stores {
-                    let mut q = 0;
-                    while q < 4 {
-                        tma_store(staging + q * BLOCK, map_g, in_col + q * 64, in_row + group * 64);
-                        q += 1;
-                    }
-                    bulk_commit();
+                    store_staged::<4>(staging, map_g, in_row + group * 64, in_col);
                 }
                 t += grid_x();
                 turn += 1;
@@ -779,12 +786,7 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 fence_async();
                 warpgroup_barrier();
                 if stores {
-                    let mut q = 0;
-                    while q < 4 {
-                        tma_store(staging + q * BLOCK, map_g, in_col + q % 2 * 64, in_row + q / 2 * 64);
-                        q += 1;
-                    }
-                    bulk_commit();
+                    store_staged::<2>(staging, map_g, in_row, in_col);
                 }
                 t += grid_x();
                 turn += 1;

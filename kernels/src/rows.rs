@@ -51,6 +51,21 @@ fn inside<const W: usize>(first: u32, h: usize, dim: u32) -> u32 {
     if k < dim { k } else { 0 }
 }
 
+/// Nothing in place of what [`inside`] brought for numbers behind `dim`.
+#[inline(always)]
+fn zeros_behind<const W: usize>(x: &mut [[f32; W]; HELD], first: u32, dim: u32) {
+    let mut h = 0;
+    while h < HELD {
+        let there = step_at::<W>(first, h) < dim;
+        let mut c = 0;
+        while c < W {
+            x[h][c] = if there { x[h][c] } else { 0.0 };
+            c += 1;
+        }
+        h += 1;
+    }
+}
+
 /// Whether rows of `dim` may be taken by four: `addresses`, or'ed, are of 16 bytes.
 #[inline(always)]
 fn by_four(dim: u32, addresses: usize) -> bool {
@@ -155,16 +170,7 @@ unsafe fn embedding<T: Half, const HALVES: bool, const W: usize>(
         };
         h += 1;
     }
-    let mut h = 0;
-    while h < HELD {
-        let there = step_at::<W>(first, h) < a.dim;
-        let mut c = 0;
-        while c < W {
-            x[h][c] = if there { x[h][c] } else { 0.0 };
-            c += 1;
-        }
-        h += 1;
-    }
+    zeros_behind(&mut x, first, a.dim);
     x
 }
 
@@ -349,17 +355,9 @@ unsafe fn gradient<T: Half, const W: usize>(a: &Finish, row: u32, first: u32) ->
             part += 1;
         }
     }
-    let mut h = 0;
-    while h < HELD {
-        let there = step_at::<W>(first, h) < a.dim;
-        let mut c = 0;
-        while c < W {
-            // Of a product one nothing is not enough: the other may be no number.
-            (x[h][c], acc[h][c]) = if there { (x[h][c], acc[h][c]) } else { (0.0, 0.0) };
-            c += 1;
-        }
-        h += 1;
-    }
+    // Of a product one nothing is not enough: the other may be no number.
+    zeros_behind(&mut x, first, a.dim);
+    zeros_behind(&mut acc, first, a.dim);
     (x, acc)
 }
 
