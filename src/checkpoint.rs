@@ -168,8 +168,8 @@ pub fn inputs(dir: &Path, config: &Config) -> Result<[usize; 2], DataError> {
     let path = dir.join("model.safetensors");
     let (found, _) = tensors::read(&path)?;
     let read = |spec: &EncoderSpec, name: &str| match spec {
-        EncoderSpec::Identity => Ok(config.dim),
-        EncoderSpec::Lenet => Ok(28 * 28),
+        EncoderSpec::Identity {} => Ok(config.dim),
+        EncoderSpec::Lenet {} => Ok(28 * 28),
         EncoderSpec::Cnn { image, .. } => Ok(image.iter().product()),
         EncoderSpec::Transformer { sequence, .. } => Ok(sequence.iter().product()),
         EncoderSpec::Linear { .. } | EncoderSpec::Mlp { .. } => {

@@ -55,7 +55,17 @@ macro_rules! settings {
         /// Settings some of which are given: a file's, or the flags'.
         #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
         #[serde(deny_unknown_fields)]
-        pub struct Partial { $($(#[$doc])* pub $name: Option<$type>,)* }
+        pub struct Partial {
+            $($(#[$doc])* pub $name: Option<$type>,)*
+            /// Folder of the run's files. This and those below say where and how a run is made; [`Config`] has none of them.
+            pub out: Option<PathBuf>,
+            /// Whether to go on from the folder's checkpoint.
+            pub resume: Option<bool>,
+            /// `auto`, `cpu`, `cuda` or `cuda:K`.
+            pub device: Option<String>,
+            /// Of the CPU.
+            pub threads: Option<usize>,
+        }
 
         impl Config {
             /// These settings with those given in `partial` in their place.
@@ -65,9 +75,22 @@ macro_rules! settings {
         }
 
         impl Partial {
+            /// Whether the setting `key` is given; of a longer name (`adam.eps`) its first word counts.
+            pub fn has(&self, key: &str) -> bool {
+                match key.split(['.', ' ']).next().unwrap_or_default() {
+                    $(stringify!($name) => self.$name.is_some(),)*
+                    _ => false,
+                }
+            }
             /// These settings, and where they say nothing, those of `below`.
             pub fn over(self, below: Partial) -> Partial {
-                Partial { $($name: self.$name.or(below.$name),)* }
+                Partial {
+                    $($name: self.$name.or(below.$name),)*
+                    out: self.out.or(below.out),
+                    resume: self.resume.or(below.resume),
+                    device: self.device.or(below.device),
+                    threads: self.threads.or(below.threads),
+                }
             }
         }
     };

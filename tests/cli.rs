@@ -57,6 +57,9 @@ fn files() -> tempfile::TempDir {
     raw_npy(&at("big_endian.npy"), ">f4", false, "(20, 6)", &[0; 480]);
     raw_npy(&at("cube.npy"), "<f4", false, "(20, 3, 2)", &[0; 480]);
     std::fs::write(at("unknown.toml"), "epochs = 3\nepoch = 4\n").unwrap();
+    write_npy_f32(at("vast.npy"), &[20, 6], &[1e30; 120]).unwrap();
+    std::fs::write(at("cold.toml"), "tau = 0.0\n").unwrap();
+    std::fs::write(at("lenet.toml"), "[encoder_u]\nkind = \"lenet\"\ntypo = 1\n").unwrap();
     std::fs::write(at("wrong.toml"), "epochs = \"many\"\n").unwrap();
     std::fs::write(at("file"), "in the way").unwrap();
     dir
@@ -68,6 +71,10 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
     let dir = files();
     let loss = |extra: &[&'static str]| [&["loss", "--grad-u", "du.npy", "--grad-v", "dv.npy"], extra].concat();
     let train = |extra: &[&'static str]| [&["train", "--out", "run"], extra].concat();
+    let mmd = |extra: &[&'static str]| {
+        let files = ["--u", "u.npy", "--v", "v.npy", "--data-u", "u.npy", "--data-v", "v.npy"];
+        loss(&[&["--objective", "mmd"], &files[..], extra].concat())
+    };
     let cases: Vec<(&str, Vec<&str>)> = vec![
         ("missing.npy", loss(&["--u", "missing.npy", "--v", "v.npy"])),
         ("truncated.npy", loss(&["--u", "truncated.npy", "--v", "v.npy"])),
@@ -112,7 +119,26 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         // The first could be written: it is not.
         ("file/dv.npy", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "du.npy", "--grad-v", "file/dv.npy"]),
         ("--grad-v", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "d.npy", "--grad-v", "d.npy"]),
+        ("--grad-v", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "d.npy", "--grad-v", "./d.npy"]),
+        ("--grad-u", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "./v.npy"]),
+        ("du.npy/", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "du.npy/"]),
+        ("--output", vec!["retrieve", "--items", "u.npy", "--queries", "v.npy", "--k", "1", "--output", "u.npy"]),
+        // Logits beyond f32 have no loss to tell.
+        ("--tau", loss(&["--u", "u.npy", "--v", "v.npy", "--tau", "1e-40"])),
+        ("--tau", loss(&["--u", "vast.npy", "--v", "vast.npy", "--tilting", "dot"])),
+        // More than there are addresses.
+        ("--features", mmd(&["--features", "9223372036854775806"])),
+        ("--samples", vec!["data", "digits", "--out", "made", "--samples", "18446744073709551615"]),
+        ("--samples", vec!["data", "gp", "--out", "made", "--samples", "9223372036854775807"]),
+        ("--n", vec!["bench", "loss", "--n", "10000000000", "--d", "10000000000"]),
+        ("--samples", train(&["--samples", "9223372036854775807"])),
+        ("--dim", train(&["--dim", "9223372036854775807"])),
         ("unknown.toml", train(&["--config", "unknown.toml"])),
+        ("typo", train(&["digits", "--quick", "--config", "lenet.toml"])),
+        // What is refused has the name it was given by.
+        ("cold.toml: tau", train(&["--config", "cold.toml"])),
+        ("--tau", train(&["--config", "cold.toml", "--tau", "-1"])),
+        ("--micro-batch", train(&["--micro-batch", "7"])),
         ("wrong.toml", train(&["--config", "wrong.toml"])),
         ("batch", train(&["--samples", "100", "--batch", "101"])),
         ("batch", train(&["pairs", "--u", "u.npy", "--v", "v.npy", "--batch", "19"])),
@@ -126,7 +152,6 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         ("epochs", train(&["--epochs", "0"])),
         ("lr", train(&["--lr", "0"])),
         ("tau", train(&["--tau", "-1"])),
-        ("micro_batch", train(&["--micro-batch", "7"])),
         ("--schedule", train(&["--schedule", "cosin"])),
         ("file/run", vec!["train", "--quick", "--out", "file/run"]),
         ("encoder", train(&["digits", "--samples", "600", "--dim", "7"])),
@@ -375,6 +400,54 @@ fn data_writes_what_it_says_and_the_seed_decides_it() {
             assert!(labels.iter().all(|l| (0..10).contains(l)));
         }
     }
+}
+
+// A rename would put a file in its place: of /dev/null, for everybody.
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_not_written_over() {
+    use std::os::unix::{fs::FileTypeExt, net::UnixListener};
+    let dir = files();
+    let socket = dir.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let cases = vec![
+        ("socket", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "socket"]),
+        ("socket", vec!["retrieve", "--items", "u.npy", "--queries", "v.npy", "--k", "1", "--output", "socket"]),
+    ];
+    refused(dir.path(), cases);
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+    assert!(write_npy_f32(&socket, &[1], &[1.0]).is_err());
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+}
+
+#[test]
+fn a_settings_file_may_hold_every_flag_and_flags_win() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "out = 'there'\ndevice = 'cpu'\nthreads = 1\nexperiment = 'gaussian2d'\nepochs = 1\nresume = false\n";
+    std::fs::write(dir.path().join("all.toml"), text).unwrap();
+    json(dir.path(), &["train", "--config", "all.toml", "--json"]);
+    assert!(dir.path().join("there/model.safetensors").exists());
+    json(dir.path(), &["train", "--config", "all.toml", "--out", "here", "--json"]);
+    assert!(dir.path().join("here/model.safetensors").exists());
+    // What says where and how a run is made is not among the settings that made it.
+    let written = std::fs::read_to_string(dir.path().join("here/config.toml")).unwrap();
+    assert!(
+        !["out", "device", "threads", "resume"].iter().any(|key| written.contains(&format!("{key} = "))),
+        "{written}"
+    );
+    std::fs::write(dir.path().join("all.toml"), format!("{text}device = 'tpu'\n").replace("device = 'cpu'\n", ""))
+        .unwrap();
+    assert_eq!(run(dir.path(), &["train", "--config", "all.toml"]).status.code(), Some(2));
+}
+
+// Whoever holds nothing out is told no accuracy.
+#[test]
+fn nothing_held_out_has_no_accuracy() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["train", "digits", "--samples", "64", "--batch", "32", "--epochs", "1", "--held-out", "0", "--json"];
+    let summary = json(dir.path(), &args);
+    assert!(summary.get("test_accuracy").is_none(), "{summary}");
+    assert!(summary["step_flops"].as_f64().unwrap() > 1e7, "{summary}");
 }
 
 #[cfg(unix)]
@@ -651,9 +724,14 @@ fn devices_and_bench_answer() {
     }
     assert_eq!(bench["flops"], 2.0 * 70.0 * 3000.0 * 40.0);
     let bench = json(dir.path(), &["bench", "train", "--experiment", "gaussian2d", "--json"]);
-    for key in ["median_ms", "min_ms", "steps_per_s", "samples_per_s"] {
+    for key in ["median_ms", "min_ms", "steps_per_s", "samples_per_s", "fraction_of_peak"] {
         assert!(bench[key].as_f64().unwrap() > 0.0, "{key}");
     }
+    // One number in, one out, on both sides: forward, twice that backward; and the loss.
+    let batch = bench["batch"].as_f64().unwrap();
+    assert_eq!(bench["flops"], 6.0 * 2.0 * batch + 8.0 * batch * batch);
+    // Gradients of unit numbers are nothing, and being off by rounding is no fault.
+    json(dir.path(), &["bench", "loss", "--n", "90", "--d", "1", "--json"]);
     // A card that is not there is a clear refusal, not a panic.
     if devices["cuda"]["cards"].as_array().unwrap().is_empty() {
         let refused = run(dir.path(), &["bench", "loss", "--device", "cuda"]);

@@ -270,6 +270,38 @@ fn survives_extremes<E: Engine>(make: impl Fn() -> E) {
     }
 }
 
+/// One pair far from all others takes no digits from them.
+#[test]
+fn distances_do_not_pay_for_a_row_far_away() {
+    let (u, v) = ([0f32, 1.0, 3e8], [0.25f32, 1.5, 3e8]);
+    let batch =
+        Batch { u: Matrix::f32(&u, 1), v: Matrix::f32(&v, 1), pairs: Pairs::default(), offset_v: None, moments: None };
+    for objective in [OBJECTIVES[0], OBJECTIVES[3], Objective::Joint] {
+        let loss = Loss { tilting: Tilting::L2, objective, tau: 1.0, smoothing: 0.0 };
+        let want = reference::loss(&loss, &batch).unwrap();
+        for isa in Isa::available() {
+            let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+            assert!((got.value.loss - want.loss).abs() < 1e-5, "{}: {}", isa.name(), got.value.loss);
+            for (got, want) in got.u.iter().chain(&got.v).zip(want.grad_u.iter().chain(&want.grad_v)) {
+                assert!((f64::from(*got) - want).abs() < 1e-5, "{}: {got} for {want}", isa.name());
+            }
+        }
+    }
+}
+
+/// Where f32 holds no logit a loss is no number: a finite one would be taken for learning.
+#[test]
+fn logits_beyond_f32_are_seen() {
+    for &objective in OBJECTIVES {
+        let case = Case::new(Tilting::Dot, objective, 20, 20, 6);
+        let mut data = case.data();
+        data.u.iter_mut().chain(&mut data.v).for_each(|x| *x *= 1e25);
+        let got = evaluate(&mut Cpu::<f32>::new(), &case.loss(), &data.batch(&case));
+        let finite = |x: &[f32]| x.iter().all(|x| x.is_finite());
+        assert!(!(got.value.loss.is_finite() && finite(&got.u) && finite(&got.v)), "{objective:?}: {:?}", got.value);
+    }
+}
+
 /// `rounding` of its entries is what a gradient may have lost by that of G.
 fn bounded_by_naive(engine: &mut impl Engine, case: &Case, data: &Data, batch: Batch<'_>, rounding: f64, what: &str) {
     let loss = case.loss();
@@ -622,6 +654,32 @@ mod pairs {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// Products of rows as they are stored would be beyond f32.
+    #[test]
+    fn norms_of_any_size_have_the_same_cosines() {
+        let case = Case::new(Tilting::Cosine, OBJECTIVES[0], 45, 45, 23);
+        let data = case.data();
+        for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
+            let at = |scale: f32| {
+                let half = |x: &[f32]| {
+                    Half::new(&x.iter().map(|&x| half::bf16::from_f32(x).to_f32() * scale).collect::<Vec<_>>())
+                };
+                let (u, v) = (half(&data.u), half(&data.v));
+                let batch = Batch { u: u.matrix(true, 23), v: v.matrix(true, 23), ..data.batch(&case) };
+                evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch)
+            };
+            let want = at(1.0);
+            for power in [-66, 66] {
+                let scale = 2f32.powi(power);
+                let got = at(scale);
+                assert!((got.value.loss - want.value.loss).abs() < 1e-5, "{}: {:?}", isa.name(), got.value);
+                let back: Vec<f64> = got.u.iter().map(|&x| f64::from(x) * f64::from(scale)).collect();
+                let off = relative(&back, &wide(&want.u), 0.0);
+                assert!(off < 1e-2, "{}: {off:e} at 2^{power}", isa.name());
             }
         }
     }

@@ -12,6 +12,7 @@ use contrastive::data::Table;
 use contrastive::device::cuda::Buffer;
 use contrastive::device::cuda::card::Card;
 use contrastive::device::cuda::contrast::{Block, Cuda};
+use contrastive::device::cuda::random::normals;
 use contrastive::device::cuda::search::Searcher;
 use contrastive::objective::{Gradients, Objective, Precision, Storage, Tilting, Value, Write, reference};
 use contrastive::tasks::retrieval::{recall, recall_on, top_k, top_k_on};
@@ -141,7 +142,7 @@ fn worst(errors: [f64; 6]) -> f64 {
 }
 
 fn on_the_card(case: &Case) -> bool {
-    !matches!(case.objective, Objective::JointShuffled { .. }) && case.moment != Moment::Gaussian
+    case.moment != Moment::Gaussian
 }
 
 /// Whether a case is worth the twin's time: all options at the first shapes in bf16, else the plain case and all of them
@@ -157,6 +158,7 @@ fn worthwhile(k: usize, option: usize, case: &Case, precision: Precision) -> boo
     match k {
         0 | 1 => few || precision == Precision::Bf16,
         2 => option == 0 || together && case.positive == Positive::Groups,
+        _ if matches!(case.objective, Objective::JointShuffled { .. }) => true,
         _ => {
             let objectives = [[OBJECTIVES[1], OBJECTIVES[7]], [OBJECTIVES[4], OBJECTIVES[8]], [OBJECTIVES[6]; 2]];
             option == 0 && objectives[case.tilting as usize].contains(&case.objective)
@@ -265,6 +267,44 @@ fn plain_pairs_conform() {
         let (largest, at) = hold(&mut engine, precision, &cases);
         println!("{precision:?}: largest error {largest:.1e} at {at:?}");
     }
+}
+
+/// The joint loss of drawn pairings: rows longer than a warp holds, more pairings than lanes, and the same as the host's.
+#[test]
+fn drawn_pairings_conform() {
+    for precision in [Precision::Bf16, Precision::F16] {
+        let card = Arc::new(Machine::new(PORTABLE, 7));
+        let mut engine = Cuda::new(&card, precision);
+        let mut cases = vec![];
+        for (n, d, pairings) in [(1, 1, 1), (17, 5, 3), (130, 33, 40), (33, 1030, 2), (9, 513, 5)] {
+            for &tilting in Tilting::ALL {
+                let objective = Objective::JointShuffled { pairings, seed: 11 };
+                let case = Case::new(tilting, objective, n, n, d);
+                // Long rows without a temperature to match have logits of one pair and nothing else.
+                let case = Case { tau: case.tau * (d as f64 / 5.0).max(1.0).sqrt(), ..case };
+                cases.extend([case, Case { weights: true, ..case }]);
+            }
+        }
+        let (largest, at) = hold(&mut engine, precision, &cases);
+        println!("{precision:?}: largest error {largest:.1e} at {at:?}");
+    }
+}
+
+/// Numbers drawn on the card are those that the host draws.
+#[test]
+fn normals_on_the_card_are_the_hosts() {
+    let card = Arc::new(Machine::new(PORTABLE, 3));
+    let len = 10_007usize;
+    let host: Vec<f32> =
+        (0..len.div_ceil(4) as u64).flat_map(|index| kernels::random::normals(5, 1, index, f32::sqrt)).collect();
+    let mut got = vec![0f32; len];
+    normals::<f32, _>(&card, len, 5, 1).unwrap().download(.., &mut got).unwrap();
+    let far = got.iter().zip(&host).position(|(got, want)| (got - want).abs() > 1e-5 * want.abs().max(1.0));
+    assert!(far.is_none(), "{far:?}");
+    let mut halves = vec![bf16::ZERO; len];
+    normals::<bf16, _>(&card, len, 5, 1).unwrap().download(.., &mut halves).unwrap();
+    let far = halves.iter().zip(&host).position(|(got, want)| (got.to_f32() - want).abs() > want.abs() / 255.0);
+    assert!(far.is_none(), "{far:?}");
 }
 
 #[test]

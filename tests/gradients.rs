@@ -61,7 +61,7 @@ fn cases() -> Vec<(EncoderSpec, usize, usize)> {
     let mut cases = vec![
         (EncoderSpec::Linear { bias: false }, 5, 3),
         (EncoderSpec::Linear { bias: true }, 7, 1),
-        (EncoderSpec::Lenet, 784, 10),
+        (EncoderSpec::Lenet {}, 784, 10),
     ];
     for activation in [Activation::None, Activation::Relu, Activation::Gelu] {
         cases.push((EncoderSpec::Mlp { hidden: vec![], activation }, 3, 2));
@@ -393,7 +393,7 @@ fn single_precision_agrees_with_double_on_every_instruction_set() {
 #[test]
 fn identity_returns_its_input_and_has_no_parameters() {
     let device = Cpu::<f32>::new();
-    let (encoder, layout) = build(&EncoderSpec::Identity, 5, 5);
+    let (encoder, layout) = build(&EncoderSpec::Identity {}, 5, 5);
     assert_eq!(layout.spans.len(), 1);
     let x: Vec<f32> = random(3 * 5, &mut ChaCha8Rng::seed_from_u64(4));
     let mut acts = encoder.acts(&device, 7);
@@ -429,7 +429,7 @@ fn a_step_has_the_same_bits_for_any_number_of_threads() {
             params.iter().map(|p| p.to_bits()).collect::<Vec<_>>()
         })
     };
-    for spec in [EncoderSpec::Lenet, transformer([98, 8], [36, 3, 2], true)] {
+    for spec in [EncoderSpec::Lenet {}, transformer([98, 8], [36, 3, 2], true)] {
         let one = step(&spec, 1);
         for threads in [2, 3, 4] {
             assert!(step(&spec, threads) == one, "{spec:?}, {threads} threads");

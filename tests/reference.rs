@@ -335,8 +335,8 @@ fn shifts_change_nothing() {
 }
 
 /// Rows `order` of `x`.
-fn reorder<T: Copy>(x: &[T], dim: usize, order: &[u32]) -> Vec<T> {
-    order.iter().flat_map(|&i| x[i as usize * dim..(i as usize + 1) * dim].to_vec()).collect()
+fn reorder<T: Copy>(x: &[T], dim: usize, order: &[usize]) -> Vec<T> {
+    order.iter().flat_map(|&i| x[i * dim..(i + 1) * dim].to_vec()).collect()
 }
 
 // The shuffled estimator is left out: its pairings are drawn by position.
@@ -355,7 +355,7 @@ fn the_order_of_rows_and_columns_means_nothing() {
             moved.group_u = (0..n as i64).collect();
             moved.group_v = (0..m as i64).collect();
         }
-        let place = |j: u32| cols.iter().position(|&c| c == j).unwrap() as u32;
+        let place = |j: u32| cols.iter().position(|&c| c == j as usize).unwrap() as u32;
         moved.u = reorder(&data.u, d, &rows);
         moved.x = reorder(&data.x, 3, &rows);
         moved.feature_u = reorder(&data.feature_u, 12, &rows);

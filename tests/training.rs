@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The settings that `toml` gives over an experiment's own.
 fn settings(toml: &str) -> Config {
-    experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap()
+    experiments::resolve(toml::from_str(toml).unwrap()).unwrap()
 }
 
 /// Runs to step `until`, or to the end.
@@ -427,10 +427,10 @@ fn every_experiment_writes_its_settings_so_that_they_make_the_run_again() {
     for experiment in experiments::ALL {
         for quick in [false, true] {
             let flags = Partial { experiment: Some(experiment.name.into()), quick: Some(quick), ..Partial::default() };
-            let config = experiments::resolve(None, flags).unwrap();
+            let config = experiments::resolve(flags).unwrap();
             let file = tempfile::NamedTempFile::new().unwrap();
             fs::write(file.path(), config.to_toml()).unwrap();
-            assert_eq!(experiments::resolve(Some(file.path()), Partial::default()).unwrap(), config);
+            assert_eq!(experiments::resolve(Partial::read(file.path()).unwrap()).unwrap(), config);
             assert_eq!(config.difference(&config), None);
         }
     }
@@ -443,7 +443,7 @@ fn flags_win_over_the_file_and_the_file_over_the_experiment() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), "experiment = 'pairs'\ndim = 7\nlr = 0.25\n[adam]\nbeta2 = 0.95\n").unwrap();
     let flags = Partial { dim: Some(9), ..Partial::default() };
-    let config = experiments::resolve(Some(file.path()), flags).unwrap();
+    let config = experiments::resolve(flags.over(Partial::read(file.path()).unwrap())).unwrap();
     assert_eq!((&config.experiment[..], config.dim, config.lr, config.tau), ("pairs", 9, 0.25, 0.07));
     assert_eq!((config.adam.beta1, config.adam.beta2), (0.9, 0.95));
 }
@@ -461,13 +461,13 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         ("epochs = -1", "-1"),
     ] {
         fs::write(file.path(), text).unwrap();
-        let error = experiments::resolve(Some(file.path()), Partial::default()).unwrap_err();
+        let error = Partial::read(file.path()).unwrap_err();
         assert!(matches!(error, ConfigError::Parse { .. }), "{text}: {error}");
         let message = error.to_string();
         let named = message.contains(key) && message.contains(file.path().to_str().unwrap());
         assert!(named && !message.contains('\n'), "{text}: {message}");
     }
-    let value = |toml: &str| experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap_err();
+    let value = |toml: &str| experiments::resolve(toml::from_str(toml).unwrap()).unwrap_err();
     for (toml, key) in [
         ("experiment = 'cifar'", "experiment"),
         ("epochs = 0", "epochs"),
@@ -502,7 +502,7 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
     }
     // Beyond TOML's integers, where a run could not write down its own settings.
     let flags = Partial { seed: Some(u64::MAX), ..Partial::default() };
-    assert!(experiments::resolve(None, flags).unwrap_err().to_string().starts_with("seed: "));
+    assert!(experiments::resolve(flags).unwrap_err().to_string().starts_with("seed: "));
 }
 
 /// `[rows, dim]` of numbers in [-1, 1).
@@ -592,7 +592,7 @@ fn a_transformer_learns_flows_from_trajectories() {
         data.path().display()
     );
     fs::write(&file, text).unwrap();
-    let config = experiments::resolve(None, Partial::read(&file).unwrap()).unwrap();
+    let config = experiments::resolve(Partial::read(&file).unwrap()).unwrap();
     let EncoderSpec::Transformer { causal: true, .. } = config.encoder_v else { panic!("{:?}", config.encoder_v) };
 
     let dir = data.path().join("run");
@@ -623,7 +623,7 @@ fn bad_input_writes_nothing() {
     x[7 * 9 + 2] = f32::NAN;
     write_npy_f32(&nan, &[120, 9], &x).unwrap();
     let out = data.path().join("out");
-    let lenet = EncoderSpec::Lenet;
+    let lenet = EncoderSpec::Lenet {};
     for (config, part) in [
         // 12 of the 120 pairs are held out.
         (Config { batch: 109, ..good.clone() }, "batch: found 109, expected at most the 108"),

@@ -463,7 +463,7 @@ fn a_failure_is_told_once_and_nothing_is_done_after_it() {
 #[cfg(feature = "cli")]
 fn train<D: Contrast>(device: &mut D, toml: &str, dir: &std::path::Path, resume: bool, most: usize) -> Vec<f64> {
     use std::sync::atomic::{AtomicBool, Ordering};
-    let config = contrastive::experiments::resolve(None, toml::from_str(toml).unwrap()).unwrap();
+    let config = contrastive::experiments::resolve(toml::from_str(toml).unwrap()).unwrap();
     let mut losses = vec![];
     let stop = AtomicBool::new(false);
     let mut observe = |progress: contrastive::train::Progress| {
@@ -556,7 +556,10 @@ fn training_follows_the_cpu() {
         experiment = 'digits'\nsamples = 40\nbatch = 16\nepochs = 1\nlog_every = 1\nprecision = 'bf16'\n\
         objective = 'sigmoid'\n";
     let f16 = &mlp.replace("precision = 'bf16'", "precision = 'f16'");
-    for (name, toml) in [("mlp", mlp), ("mlp in f16", f16), ("transformer", transformer), ("lenet", lenet)] {
+    let shuffled = &mlp.replace("[encoder_u]", "objective = 'joint'\npairings = 3\n[encoder_u]");
+    let all =
+        [("mlp", mlp), ("mlp in f16", f16), ("transformer", transformer), ("lenet", lenet), ("shuffled", shuffled)];
+    for (name, toml) in all {
         let precision = if name == "mlp in f16" { Precision::F16 } else { Precision::Bf16 };
         let cpu = losses(&mut Cpu::new(), toml);
         for capability in [[8, 0], [9, 0]] {

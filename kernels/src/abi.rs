@@ -1055,6 +1055,99 @@ pub struct Fill {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Fill {}
 
+/// Standard normals, see [`crate::random::normals`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Normals {
+    /// `[len]`, of the kernel's type.
+    pub out: *mut (),
+    /// Elements.
+    pub len: u64,
+    /// What they are drawn from.
+    pub seed: u64,
+    /// And this.
+    pub stream: u32,
+    /// To a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Normals {}
+
+/// Orders of pairings, see `paired.rs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DrawPairings {
+    /// `[pairings + 1, n]`: the column that each row is paired with; the first pairing is the diagonal.
+    pub forth: *mut u32,
+    /// `[pairings + 1, n]`: the row that each column is paired with.
+    pub back: *mut u32,
+    /// What they are drawn from.
+    pub seed: u64,
+    /// Rows, and columns.
+    pub n: u32,
+    /// Drawn pairings.
+    pub pairings: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for DrawPairings {}
+
+/// Logits of pairings and their row tallies, see `paired.rs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PairedTally {
+    /// As many rows as columns.
+    pub logits: Logits,
+    /// [`DrawPairings::forth`].
+    pub forth: *const u32,
+    /// `[pairings + 1, n]`: the logits, in octaves.
+    pub x: *mut f32,
+    /// `[n]`: of each row, the largest logit of its drawn pairs, the sum of `2^(x - max)` over them, nothing, and the
+    /// diagonal's logit. The slots of a [`Merge`].
+    pub slots: *mut [f32; 4],
+    /// Drawn pairings.
+    pub pairings: u32,
+    /// To a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for PairedTally {}
+
+/// Rows (or columns) of G of the shuffled joint loss times the other side, see `paired.rs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PairedPull {
+    /// The other side's embeddings, halves `[n, pitch]`.
+    pub other: *const u16,
+    /// Whom each row (column) is paired with: [`DrawPairings::forth`] (`back`).
+    pub order: *const u32,
+    /// [`PairedTally::x`].
+    pub x: *const f32,
+    /// (max, sum) of all drawn logits.
+    pub joint: *const [f32; 2],
+    /// G of the diagonal's pairs beside their drawn part, `[n]`.
+    pub target: *const f32,
+    /// `[n, dim]`: sums of G times rows of `other`; or null.
+    pub acc: *mut f32,
+    /// `[n]`: nothing, sum of G, of G x, nothing; or null.
+    pub row_sums: *mut [f32; 4],
+    /// `[n]`: sum of G; or null.
+    pub col_sums: *mut f32,
+    /// Rows, and columns.
+    pub n: u32,
+    /// Drawn pairings.
+    pub pairings: u32,
+    /// Embedding dimension.
+    pub dim: u32,
+    /// Halves from row to row of `other`, a multiple of 8.
+    pub pitch: u32,
+    /// 1: `acc` is the rows'; 0: the columns'.
+    pub by_row: u32,
+    /// To a multiple of 8 bytes.
+    pub reserved: u32,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for PairedPull {}
+
 /// An image read through a square kernel, stride 1: output pixel (y, x) sees `y + ky - padding`, `x + kx - padding`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

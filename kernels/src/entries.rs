@@ -7,7 +7,7 @@ use crate::hopper;
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 use crate::simt::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
-use crate::{contrast, conv, direct, gemm, layers, optim, rows, search};
+use crate::{contrast, conv, direct, gemm, layers, optim, paired, rows, search};
 
 /// Calls a body; those of Hopper are told where their argument is, for its tensor maps.
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]
@@ -242,6 +242,22 @@ entries! {
         search_nearest / SEARCH_NEAREST (abi::Search), threads 256, blocks 1, shared abi::SEARCH_SHARED, search::nearest;
         /// The best of several.
         search_merge / SEARCH_MERGE (abi::Search), threads 256, blocks 1, shared 0, search::merge;
+        /// Pairings of the shuffled joint loss.
+        draw_pairings / DRAW_PAIRINGS (abi::DrawPairings), threads 256, blocks 1, shared 0, paired::draw;
+        /// Logits of pairings, of bf16.
+        paired_tally_bf16 / PAIRED_TALLY_BF16 (abi::PairedTally), threads 256, blocks 1, shared 0, paired::tally::<Bf16>;
+        /// Logits of pairings, of f16.
+        paired_tally_f16 / PAIRED_TALLY_F16 (abi::PairedTally), threads 256, blocks 1, shared 0, paired::tally::<F16>;
+        /// G of pairings times bf16.
+        paired_pull_bf16 / PAIRED_PULL_BF16 (abi::PairedPull), threads 256, blocks 1, shared 0, paired::pull::<Bf16>;
+        /// G of pairings times f16.
+        paired_pull_f16 / PAIRED_PULL_F16 (abi::PairedPull), threads 256, blocks 1, shared 0, paired::pull::<F16>;
+        /// Standard normals in f32.
+        normals_f32 / NORMALS_F32 (abi::Normals), threads 256, blocks 1, shared 0, optim::normals::<Bf16, false>;
+        /// Standard normals in bf16.
+        normals_bf16 / NORMALS_BF16 (abi::Normals), threads 256, blocks 1, shared 0, optim::normals::<Bf16, true>;
+        /// Standard normals in f16.
+        normals_f16 / NORMALS_F16 (abi::Normals), threads 256, blocks 1, shared 0, optim::normals::<F16, true>;
         /// One number everywhere.
         fill / FILL (abi::Fill), threads 256, blocks 1, shared 0, optim::fill;
     }

@@ -3,6 +3,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`law`] | tiltings, the log-sum-exp monoid, what dL/dS is made of: one definition for all machines |
+//! | [`random`] | random numbers and orders as functions of a counter |
 //! | [`abi`] | a kernel's name, launch bounds and its one argument: what host and card agree on |
 //! | [`entries`] | every kernel, once |
 //! | `simt` | the device's vocabulary; on the host its twin, with feature `shim` |
@@ -12,6 +13,7 @@
 //! | `hopper` | the same passes on `wgmma` and TMA |
 //! | `rows` | embeddings in, gradients out, tallies into softmaxes, ordered sums |
 //! | `contrast` | tallies and gradients of the logit matrix |
+//! | `paired` | the joint loss of sampled pairs |
 //! | `search` | ranks and best matches |
 //!
 //! The PTX of these sources is committed under `ptx/`; `ptx/build.py` makes it.
@@ -21,6 +23,7 @@
 pub mod abi;
 pub mod entries;
 pub mod law;
+pub mod random;
 
 /// Modules of device code: for the card, or for its host twin.
 macro_rules! device {
@@ -38,6 +41,7 @@ device! {
     mod hopper;
     mod layers;
     mod optim;
+    mod paired;
     mod rows;
     mod search;
     mod simt;

@@ -2,9 +2,10 @@
 //! host does not see: they are the card's, so that a step waits for nobody and a recorded one can be run again.
 
 use crate::abi::{
-    Adam, Choose, Clamp, Fill, Judge, SCALING_MOST, SCALING_PATIENCE, Scale, Settle, Squares, Temper,
+    Adam, Choose, Clamp, Fill, Judge, Normals, SCALING_MOST, SCALING_PATIENCE, Scale, Settle, Squares, Temper,
 };
-use crate::rows::block_sum;
+use crate::random;
+use crate::rows::{bits, block_sum};
 use crate::simt::*;
 
 /// AdamW in place, see [`Adam`]; grid any, elements in turn.
@@ -110,6 +111,34 @@ pub unsafe fn fill(a: &Fill) {
         // SAFETY: the launch contract; an element is one thread's.
         unsafe { store(a.out.wrapping_add(i as usize), a.value) };
         i += grid_x() * 256;
+    }
+}
+
+/// Standard normals in f32 or, with HALVES, rounded to halves; a thread four neighbours, grid any.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Normals`].
+#[inline(always)]
+pub unsafe fn normals<T: Half, const HALVES: bool>(a: &Normals) {
+    let mut index = block_x() as u64 * 256 + thread() as u64;
+    while 4 * index < a.len {
+        let four = random::normals(a.seed, a.stream, index, sqrt);
+        let mut k = 0;
+        while k < 4 {
+            let at = 4 * index as usize + k;
+            if (at as u64) < a.len {
+                // SAFETY: the launch contract; an element is one thread's.
+                unsafe {
+                    if HALVES {
+                        store(a.out.cast::<u16>().wrapping_add(at), bits::<T>(four[k]));
+                    } else {
+                        store(a.out.cast::<f32>().wrapping_add(at), four[k]);
+                    }
+                }
+            }
+            k += 1;
+        }
+        index += grid_x() as u64 * 256;
     }
 }
 

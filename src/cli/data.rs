@@ -1,7 +1,8 @@
 //! `contrastive data`.
 
-use super::{Common, Failure, bad_flag, on_terminal};
+use super::{Common, Failure, bad_flag, check_room, on_terminal};
 use crate::data::download::{Content, fetch, is_http};
+use crate::data::images::PIXELS;
 use crate::data::npy::{write_npy_f32, write_npy_i64};
 use crate::data::ocean::{COEFFICIENTS, MODES, Ocean, Recording};
 use crate::data::{DataError, Side, Source, digits, gaussian2d, gp};
@@ -72,6 +73,13 @@ fn generate(args: &Data, seed: u64) -> Result<Answer, Failure> {
     if n == 0 {
         return Err(bad_flag("--samples", 0, "1 or more"));
     }
+    let held = match &args.set[..] {
+        "gp" => gp::POINTS + gp::COEFFICIENTS,
+        "gaussian2d" => 2,
+        "digits" => PIXELS,
+        _ => 0,
+    };
+    check_room("--samples", &[n, held])?;
     let out = &args.out;
     let (dims, mut lines) = match &args.set[..] {
         "gp" => write(out, &gp::gp().sample(seed, n))?,

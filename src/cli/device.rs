@@ -6,7 +6,7 @@ use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{Driver, contrast::Cuda, search::Searcher};
 use crate::device::{Engine, Search};
-use crate::objective::{DataKernel, Objective, Precision};
+use crate::objective::{DataKernel, Precision};
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
 
@@ -87,14 +87,9 @@ pub fn why_not_cuda() -> Option<String> {
 
 /// Why a loss runs on the CPU alone, if it does. `gram` is the kernel whose exact Gram matrix the MMD losses compare, if
 /// they do.
-pub fn only_cpu(objective: Objective, gram: Option<DataKernel>) -> Option<String> {
-    match (objective, gram) {
-        (Objective::JointShuffled { .. }, _) => Some("the shuffled joint loss is the CPU's".to_owned()),
-        (_, Some(DataKernel::Gaussian { .. })) => {
-            Some("the exact Gram matrix of a gaussian kernel is the CPU's (--features F approximates it)".to_owned())
-        }
-        _ => None,
-    }
+pub fn only_cpu(gram: Option<DataKernel>) -> Option<String> {
+    matches!(gram, Some(DataKernel::Gaussian { .. }))
+        .then(|| "the exact Gram matrix of a gaussian kernel is the CPU's (--features F approximates it)".to_owned())
 }
 
 impl Device {

@@ -1,7 +1,7 @@
 //! `contrastive loss`.
 
 use super::device::only_cpu;
-use super::{Common, Failure, as_flag, bad_flag, check_output, from_flag};
+use super::{Common, Failure, as_flag, bad_flag, check_outputs, check_room, from_flag};
 use crate::config::{parse_kernel, parse_objective, parse_tilting};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
 use crate::objective::{
@@ -164,7 +164,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
     let gram = (mmd && args.features.is_none()).then_some(kernel);
-    let choice = common.choose(only_cpu(loss.objective, gram))?;
+    let choice = common.choose(only_cpu(gram))?;
     let precision = choice.precision();
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
         return Err(bad_flag("--features", args.features.unwrap_or(0), "an even number, 2 or more"));
@@ -194,13 +194,14 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let (group_u, group_v) = (ids(&args.groups_u, n)?, ids(&args.groups_v, m)?);
     let (ignore_u, ignore_v) = (ids(&args.ignore_u, n)?, ids(&args.ignore_v, m)?);
     let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
-    for output in [&args.grad_u, &args.grad_v].into_iter().flatten() {
-        check_output(output)?;
+    let inputs = [Some(&args.u), Some(&args.v), args.data_u.as_ref(), args.data_v.as_ref(), args.positives.as_ref()];
+    check_outputs(&[("--grad-u", args.grad_u.as_ref()), ("--grad-v", args.grad_v.as_ref())], &inputs)?;
+    if let Some(features) = args.features {
+        check_room("--features", &[features, n.max(m)])?;
     }
-    if let (Some(du), Some(dv)) = (&args.grad_u, &args.grad_v)
-        && du == dv
-    {
-        return Err(bad_flag("--grad-v", dv.display(), "another file than --grad-u"));
+    if args.pairings > 0 {
+        // A logit and two indices for each pair.
+        check_room("--pairings", &[args.pairings as usize + 1, n, 3])?;
     }
     let data = match (&args.data_u, &args.data_v, mmd) {
         (Some(x), Some(y), true) => Some((Npy::open(x)?, Npy::open(y)?)),
@@ -271,6 +272,11 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     };
     let value = engine.loss(&loss, &batch, gradients)?;
     let seconds = begun.elapsed().as_secs_f64();
+    let finite = |x: &Option<Vec<f32>>| x.iter().flatten().all(|x| x.is_finite());
+    if !(value.loss.is_finite() && value.grad_tau.is_finite() && finite(&grad_u) && finite(&grad_v)) {
+        let found = format!("{}, at which logits or gradients of these embeddings are beyond f32", args.tau);
+        return Err(bad_flag("--tau", found, "a larger one, or shorter embeddings"));
+    }
     for (path, gradient, rows) in [(&args.grad_u, &grad_u, n), (&args.grad_v, &grad_v, m)] {
         if let (Some(path), Some(gradient)) = (path, gradient) {
             write_npy_f32(path, &[rows, d], gradient)?;

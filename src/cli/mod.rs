@@ -13,14 +13,14 @@ mod train;
 
 use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
-use crate::data::{DataError, download::DownloadError};
+use crate::data::{DataError, download::DownloadError, fits_memory};
 use crate::device::DeviceError;
 use crate::device::cpu::Isa;
 use crate::experiments;
 use crate::objective::LossError;
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Contrastive learning at the speed of the hardware.
@@ -92,7 +92,10 @@ enum Failure {
 
 impl From<DataError> for Failure {
     fn from(e: DataError) -> Self {
-        Failure::Input(e.to_string())
+        match e {
+            DataError::Write { .. } => Failure::Other(e.to_string()),
+            _ => Failure::Input(e.to_string()),
+        }
     }
 }
 
@@ -113,7 +116,10 @@ impl From<ConfigError> for Failure {
 
 impl From<LossError> for Failure {
     fn from(e: LossError) -> Self {
-        Failure::Input(e.to_string())
+        match e {
+            LossError::Device(_) => Failure::Other(e.to_string()),
+            _ => Failure::Input(e.to_string()),
+        }
     }
 }
 
@@ -148,7 +154,7 @@ fn as_flag(key: &str) -> String {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) if !e.use_stderr() => {
             // Help or version, asked for.
@@ -157,7 +163,11 @@ pub fn main() -> ExitCode {
         }
         Err(e) => return fail(Failure::Input(usage(&e))),
     };
-    match threads(&cli.common).and_then(|()| rayon::scope(|_| run(cli))) {
+    let settled = match &mut cli.command {
+        Command::Train(train) => train.settle(&mut cli.common),
+        _ => Ok(()),
+    };
+    match settled.and_then(|()| threads(&cli.common)).and_then(|()| rayon::scope(|_| run(cli))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fail(failure),
     }
@@ -245,11 +255,44 @@ impl Common {
     }
 }
 
+/// Fails where the machine has no memory for the product of `sizes` f32, the first of which `flag` gives.
+fn check_room(flag: &str, sizes: &[usize]) -> Result<(), Failure> {
+    if fits_memory(sizes) {
+        return Ok(());
+    }
+    let product = sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+    Err(bad_flag(flag, sizes[0], format!("fewer: {product} f32 are more than there is memory for")))
+}
+
+/// Fails unless `outputs`, each under its flag, can be written and are files of their own, none of them one of `inputs`.
+fn check_outputs(outputs: &[(&str, Option<&PathBuf>)], inputs: &[Option<&PathBuf>]) -> Result<(), Failure> {
+    // Where a path leads, whatever it is called; what is not there yet has its folder's name.
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let own = || Some(folder.canonicalize().ok()?.join(path.file_name()?));
+        path.canonicalize().ok().or_else(own).unwrap_or_else(|| path.to_owned())
+    };
+    let given = || outputs.iter().filter_map(|&(flag, path)| Some((flag, path?)));
+    for (k, (flag, path)) in given().enumerate() {
+        check_output(path)?;
+        if let Some((other, _)) = given().take(k).find(|(_, other)| place(other) == place(path)) {
+            return Err(bad_flag(flag, path.display(), format!("another file than {other}")));
+        }
+        if inputs.iter().flatten().any(|input| place(input) == place(path)) {
+            return Err(bad_flag(flag, path.display(), "another file than what is read"));
+        }
+    }
+    Ok(())
+}
+
 /// Fails unless `path` can be written: a temporary file beside it, gone at once, shows that its folder takes one.
 fn check_output(path: &Path) -> Result<(), Failure> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let found = if path.is_dir() {
+    let named = path.file_name().is_some() && !path.as_os_str().as_encoded_bytes().ends_with(b"/");
+    let found = if path.is_dir() || !named {
         "a folder".into()
+    } else if path.exists() && !path.is_file() {
+        "a device".into()
     } else {
         match tempfile::tempfile_in(folder) {
             Ok(_) => return Ok(()),

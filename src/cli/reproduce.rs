@@ -39,7 +39,7 @@ pub fn run(args: &Reproduce, common: &Common) -> Result<(), Failure> {
     let start = Instant::now();
     let tell = |text: &str| {
         if !common.json {
-            eprintln!("{:>7.1} s  {text}", start.elapsed().as_secs_f64());
+            super::log(format_args!("{:>7.1} s  {text}", start.elapsed().as_secs_f64()));
         }
     };
     let request =

@@ -1,7 +1,7 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_output, failed, from_flag};
+use super::{Common, Failure, bad_flag, check_outputs, failed, from_flag};
 use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
@@ -123,21 +123,11 @@ fn open(path: &Path) -> Result<Npy, Failure> {
     Ok(x)
 }
 
-/// Fails unless both can be written, and not to one file.
-fn check_outputs(outputs: [(&str, &Option<PathBuf>); 2]) -> Result<(), Failure> {
-    outputs.iter().filter_map(|(_, path)| path.as_ref()).try_for_each(|path| check_output(path))?;
-    let [(first, a), (second, b)] = outputs;
-    match b {
-        Some(path) if a == b => Err(bad_flag(second, path.display(), format!("another file than {first}"))),
-        _ => Ok(()),
-    }
-}
-
 pub fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     let side = side_of(&args.side)?;
     let model = Model::load(&args.model)?;
     let x = Npy::open(&args.input)?;
-    check_output(&args.output)?;
+    check_outputs(&[("--output", Some(&args.output))], &[Some(&args.input)])?;
     let choice = common.choose(None)?;
     match &choice.device {
         Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output),
@@ -185,7 +175,8 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     }
     items.check_finite()?;
     queries.check_finite()?;
-    check_outputs([("--output", &args.output), ("--scores", &args.scores)])?;
+    let outputs = [("--output", args.output.as_ref()), ("--scores", args.scores.as_ref())];
+    check_outputs(&outputs, &[Some(&args.items), Some(&args.queries)])?;
     choice.announce();
     let start = Instant::now();
     // Pairs: recall is of the best five, however few were asked for.
@@ -232,7 +223,8 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
     if !(0.0..1.0).contains(&args.held_out) {
         return Err(bad_flag("--held-out", args.held_out, "a share in [0, 1)"));
     }
-    check_outputs([("--output", &args.output), ("--probabilities", &args.probabilities)])?;
+    let outputs = [("--output", args.output.as_ref()), ("--probabilities", args.probabilities.as_ref())];
+    check_outputs(&outputs, &[Some(&args.input), args.labels.as_ref(), args.classes.as_ref()])?;
     let choice = common.choose(None)?;
     let dim = model.config.dim;
     let n = x.rows();
@@ -340,9 +332,7 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
         return Err(bad_flag("--count", args.count, format!("1 to {most} for each of {} rows", given.rows())));
     }
     let file = args.items.as_deref().map(open).transpose()?;
-    if let Some(path) = &args.output {
-        check_output(path)?;
-    }
+    check_outputs(&[("--output", args.output.as_ref())], &[Some(&args.given), args.items.as_ref()])?;
     let choice = common.choose(None)?;
     let queries = embedded(&model, &choice, other, &given, &args.given)?;
     let items = match &file {

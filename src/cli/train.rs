@@ -1,8 +1,10 @@
 //! `contrastive train`.
 
 use super::device::Device;
-use super::{Common, Failure, on_terminal};
-use crate::config::Partial;
+use super::{Common, Failure, from_flag, on_terminal};
+#[cfg(feature = "cuda")]
+use crate::config::parse_precision;
+use crate::config::{ConfigError, Partial};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::contrast::Cuda;
@@ -107,9 +109,43 @@ pub struct Train {
     /// Steps between lines of metrics.jsonl [default: 10]
     #[arg(long, value_name = "STEPS")]
     log_every: Option<u64>,
+    /// What the file of settings says, once it has been read.
+    #[arg(skip)]
+    given: Partial,
+}
+
+impl Train {
+    /// The file of settings: --config's or, of a run that goes on, its own.
+    fn file(&self) -> Option<PathBuf> {
+        let own = || {
+            let experiment = self.experiment.as_deref().unwrap_or(experiments::ALL[0].name);
+            Some(folder(&self.out, experiment).join("config.toml")).filter(|own| self.resume && own.exists())
+        };
+        self.config.clone().or_else(own)
+    }
+
+    /// Reads the file of settings, and takes from it what says where and how the run is made, unless flags do.
+    pub fn settle(&mut self, common: &mut Common) -> Result<(), Failure> {
+        let Some(file) = self.file() else { return Ok(()) };
+        let mut given = Partial::read(&file)?;
+        self.out = self.out.take().or(given.out.take());
+        self.resume |= given.resume.unwrap_or(false);
+        common.threads = common.threads.or(given.threads);
+        if let Some(device) = given.device.take().filter(|_| common.device == "auto") {
+            common.device = device;
+        }
+        self.given = given;
+        Ok(())
+    }
+}
+
+/// Where a run's files go.
+fn folder(out: &Option<PathBuf>, experiment: &str) -> PathBuf {
+    out.clone().unwrap_or_else(|| PathBuf::from("runs").join(experiment))
 }
 
 pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
+    let (file, given) = (args.file(), args.given);
     let schedule = args
         .schedule
         .map(|name| {
@@ -149,21 +185,19 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         log_every: args.log_every,
         ..Partial::default()
     };
-    let folder = |experiment: &str| args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(experiment));
-    // A run that goes on does so with its own settings, unless told others.
-    let own = folder(flags.experiment.as_deref().unwrap_or(experiments::ALL[0].name)).join("config.toml");
-    let file = args.config.clone().or_else(|| (args.resume && own.exists()).then_some(own));
-    let mut config = experiments::resolve(file.as_deref(), flags)?;
-    let dir = folder(&config.experiment);
-    let only_cpu = if config.pairings > 0 {
-        Some("the shuffled joint loss is the CPU's".to_owned())
-    } else if file.is_some() && config.precision == "f32" {
-        Some("the settings say f32, and f32 products are the CPU's".to_owned())
-    } else {
-        None
+    // What is refused has the name it was given by.
+    let refused = |e: ConfigError| match (&file, e) {
+        (Some(path), ConfigError::Value { key, found, expected }) if given.has(key) && !flags.has(key) => {
+            Failure::Input(format!("{}: {key}: found {found}, expected {expected}", path.display()))
+        }
+        (_, e) => from_flag(e),
     };
-    let choice = common.choose(only_cpu)?;
-    if file.is_none() {
+    let precision = flags.precision.clone().or_else(|| given.precision.clone());
+    let mut config = experiments::resolve(flags.clone().over(given.clone())).map_err(refused)?;
+    let dir = folder(&args.out, &config.experiment);
+    let full = common.precision.is_none() && precision.as_deref() == Some("f32");
+    let choice = common.choose(full.then(|| "the settings say f32, and f32 products are the CPU's".to_owned()))?;
+    if precision.is_none() {
         choice.precision_name().clone_into(&mut config.precision);
     }
     let stop = Arc::new(AtomicBool::new(false));
@@ -193,10 +227,14 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         Device::Cpu => experiments::run(&mut Cpu::new(), kind, &config, &dir, resume, &stop, &mut observe),
         #[cfg(feature = "cuda")]
         Device::Cuda(driver, _) => {
-            let mut card = Cuda::new(driver, choice.precision());
+            let mut card = Cuda::new(driver, parse_precision(&config.precision)?);
             experiments::run(&mut card, kind, &config, &dir, resume, &stop, &mut observe)
         }
-    }?;
+    }
+    .map_err(|e| match e {
+        experiments::Error::Config(e) => refused(e),
+        e => e.into(),
+    })?;
     announce();
     if let Some(bar) = &bar {
         bar.finish_and_clear();

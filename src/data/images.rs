@@ -6,7 +6,8 @@ use super::{Side, Source};
 pub const EDGE: usize = 28;
 /// Classes, 0 to 9.
 pub const CLASSES: usize = 10;
-const PIXELS: usize = EDGE * EDGE;
+/// Pixels of an image.
+pub const PIXELS: usize = EDGE * EDGE;
 
 /// MNIST's mean and standard deviation of a pixel in [0, 1]: what its images are customarily normalised by.
 const MEAN: f32 = 0.1307;

@@ -134,6 +134,14 @@ pub enum DataError {
         /// Its reason.
         source: io::Error,
     },
+    /// A file could not be written; the one that was there before still is.
+    #[error("{}: not written: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A file holds something else than it should.
     #[error("{}: found {found}, expected {expected}", path.display())]
     Format {
@@ -331,9 +339,13 @@ impl Source for PairsSource {
 /// never a part, also when the machine stops half way (temporary file beside it, fsync, rename, fsync of the folder).
 ///
 /// # Errors
-/// [`DataError::Io`] naming `path`; nothing is left behind then.
+/// [`DataError::Write`] naming `path`; nothing is left behind then.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), DataError> {
     let write = || {
+        // A rename would put a file in the place of a device.
+        if path.exists() && !path.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is there and not a regular file"));
+        }
         let mut builder = tempfile::Builder::new();
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
@@ -345,7 +357,13 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         file.persist(path)?;
         sync_folder(path)
     };
-    write().map_err(DataError::io(path))
+    write().map_err(|source| DataError::Write { path: path.to_owned(), source })
+}
+
+/// Whether the machine has memory for the product of `sizes` f32.
+pub fn fits_memory(sizes: &[usize]) -> bool {
+    let bytes = sizes.iter().try_fold(size_of::<f32>(), |all, &size| all.checked_mul(size));
+    bytes.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok())
 }
 
 /// The folder that `path` lies in.

@@ -1,7 +1,7 @@
 //! Linear encoders on Gaussian pairs, certified against the closed forms: the Gaussian process of section 6.1
 //! and the two-dimensional example of section 5.4.
 
-use super::{Experiment, Learned, Report};
+use super::{Error, Experiment, Learned, Report, check_samples};
 use crate::config::Config;
 use crate::data::gaussian2d::{self, Gaussian};
 use crate::data::{Split, gp};
@@ -20,7 +20,7 @@ pub const GP: Experiment = Experiment {
     // A cosine to zero takes the optimiser's noise off the last digits: twice the excess error without it.
     defaults: |base| Config { epochs: 500, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 60, lr: 4e-3, ..config },
-    data: |config| Ok(draw(&gp::gp(), config)),
+    data: |config| draw(&gp::gp(), config),
     evaluate: None,
     report: |learned, report| report_on(&gp::gp(), learned, report),
 };
@@ -32,13 +32,14 @@ pub const GAUSSIAN2D: Experiment = Experiment {
     labelled: false,
     defaults: |base| Config { dim: 1, epochs: 200, lr: 3e-3, schedule: Schedule::Cosine, ..base },
     quick: |config| Config { epochs: 30, lr: 1e-2, ..config },
-    data: |config| Ok(draw(&gaussian2d::gaussian2d(), config)),
+    data: |config| draw(&gaussian2d::gaussian2d(), config),
     evaluate: None,
     report: |learned, report| report_on(&gaussian2d::gaussian2d(), learned, report),
 };
 
-fn draw(law: &Gaussian, config: &Config) -> Split {
-    Split::at_end(Arc::new(law.sample(config.seed, config.samples)), 0)
+fn draw(law: &Gaussian, config: &Config) -> Result<Split, Error> {
+    check_samples(config, law.dim_u + law.dim_v)?;
+    Ok(Split::at_end(Arc::new(law.sample(config.seed, config.samples)), 0))
 }
 
 /// The model of linear encoders `g` `[dim, dim_u]` and `h` `[dim, dim_v]`. `None` for cosine: unit rows make the model

@@ -1,7 +1,8 @@
 //! LeNet against one-hot labels: rendered digits, and MNIST from its files (section 6.2).
 
-use super::{Experiment, Learned, OneHot, Report};
+use super::{Experiment, Learned, OneHot, Report, check_samples};
 use crate::config::{Config, ConfigError};
+use crate::data::images::PIXELS;
 use crate::data::{Side, SideOf, Split, Table, digits, idx};
 use crate::nn::EncoderSpec;
 use crate::tasks::classification;
@@ -15,6 +16,7 @@ pub const DIGITS: Experiment = Experiment {
     defaults: |base| Config { samples: 20_000, held_out: 0.25, epochs: 8, lambda_u: 0.0, lambda_v: 2.0, ..lenet(base) },
     quick: |config| Config { samples: 6_000, epochs: 4, ..config },
     data: |config| {
+        check_samples(config, PIXELS)?;
         let held_out = (config.samples as f64 * config.held_out) as usize;
         Ok(Split::at_end(Arc::new(digits::digits(config.seed, config.samples + held_out)), held_out))
     },
@@ -40,12 +42,12 @@ pub const MNIST: Experiment = Experiment {
 };
 
 fn lenet(base: Config) -> Config {
-    Config { dim: 10, encoder_u: EncoderSpec::Lenet, encoder_v: EncoderSpec::Identity, ..base }
+    Config { dim: 10, encoder_u: EncoderSpec::Lenet {}, encoder_v: EncoderSpec::Identity {}, ..base }
 }
 
 /// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
 fn report(learned: &Learned<'_>, report: &mut Report) {
-    let Some(labels) = learned.split.test.labels() else { return };
+    let Some(labels) = learned.split.test.labels().filter(|labels| !labels.is_empty()) else { return };
     let images = learned.embed(&SideOf(&*learned.split.test, Side::U), Side::U);
     let classes = learned.split.test.dim(Side::V);
     let names = learned.embed(&OneHot(classes), Side::V);
@@ -53,7 +55,7 @@ fn report(learned: &Learned<'_>, report: &mut Report) {
     let [inputs, names] = [&images, &names].map(|data| Table { data, dim });
     let found = classification::classify(learned.tilting, learned.tau, &inputs, &names, None).labels;
     let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
-    let accuracy = right as f64 / labels.len().max(1) as f64;
+    let accuracy = right as f64 / labels.len() as f64;
     report.insert("test_accuracy", accuracy);
     report.table.push(format!("test accuracy: {:.2}% of {} images", 100.0 * accuracy, labels.len()));
 }

@@ -13,7 +13,7 @@ mod retrieval;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Rows, Side, Source, Split, write_atomic};
+use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, write_atomic};
 #[cfg(feature = "plots")]
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
@@ -79,7 +79,7 @@ pub enum Error {
 impl Error {
     /// Whether better input would have helped.
     pub fn is_input(&self) -> bool {
-        !matches!(self, Error::Train(_))
+        !matches!(self, Error::Train(_) | Error::Data(DataError::Write { .. }))
     }
 }
 
@@ -187,12 +187,11 @@ fn tensor(network: &Network, params: &[f32], name: &str) -> Vec<f64> {
     params[span.at.clone()].iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Settings of a run: the experiment's own, under a file's, under the flags'.
+/// Settings of a run: the experiment's own, under those `given`.
 ///
 /// # Errors
-/// [`ConfigError`] naming the file or key.
-pub fn resolve(file: Option<&Path>, flags: Partial) -> Result<Config, ConfigError> {
-    let given = flags.over(file.map(Partial::read).transpose()?.unwrap_or_default());
+/// [`ConfigError::Value`] naming the key.
+pub fn resolve(given: Partial) -> Result<Config, ConfigError> {
     let name = given.experiment.clone().unwrap_or_else(|| ALL[0].name.into());
     let experiment = find(&name)?;
     let config = (experiment.defaults)(base(experiment.name));
@@ -283,6 +282,11 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         return Err(ConfigError::value("batch", config.batch, expected).into());
     }
     let network = network(config, &*split.train)?;
+    // Parameters, gradients and Adam's moments; embeddings and their gradients.
+    if !(fits_memory(&[network.layout.len(), 4]) && fits_memory(&[config.dim, config.batch, 4])) {
+        let expected = format!("fewer: {} parameters are more than there is memory for", network.layout.len());
+        return Err(ConfigError::value("dim", config.dim, expected).into());
+    }
     if let Some(start) = &start
         && start.arenas[0].len() != network.layout.len()
     {
@@ -310,6 +314,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     report.insert("steps", trained.steps);
     report.insert("samples_per_s", (trained.steps * config.batch as u64) as f64 / trained.seconds);
     report.insert("loss", trained.loss);
+    report.insert("step_flops", network.step_flops(config.batch));
     report.insert("tau", trained.tau);
     if !trained.stopped {
         let (params, tau) = (&trained.params[..], trained.tau);
@@ -319,6 +324,15 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
     }
     Ok(Outcome { report, stopped: trained.stopped })
+}
+
+/// Fails where the machine has no memory for a run's samples of so many `numbers` each.
+fn check_samples(config: &Config, numbers: usize) -> Result<(), ConfigError> {
+    if fits_memory(&[config.samples, numbers]) {
+        return Ok(());
+    }
+    let expected = format!("fewer: of {numbers} f32 each there is no memory for as many");
+    Err(ConfigError::value("samples", config.samples, expected))
 }
 
 fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
@@ -366,7 +380,8 @@ impl Model {
         let text = std::fs::read_to_string(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
         let config: Config = toml::from_str(&text)
             .map_err(|e| ConfigError::Parse { path: path.clone(), reason: e.message().replace('\n', " ") })?;
-        config.validate()?;
+        let wrong = |e: ConfigError| ConfigError::Parse { path: path.clone(), reason: e.to_string() };
+        config.validate().map_err(wrong)?;
         // The tensors' shapes tell what the data was like.
         let inputs = checkpoint::inputs(dir, &config)?;
         let network = Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)?;

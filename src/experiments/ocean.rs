@@ -1,6 +1,6 @@
 //! Flows and the drifters they carry (section 6.3): coefficients as they are, trajectories through a transformer.
 
-use super::{Experiment, retrieval};
+use super::{Experiment, check_samples, retrieval};
 use crate::config::Config;
 use crate::data::ocean::{COEFFICIENTS, Ocean, Recording};
 use crate::data::{PairsSource, Source, Split};
@@ -23,7 +23,7 @@ pub const OCEAN: Experiment = Experiment {
         tilting: "cosine".into(),
         tau: 0.07,
         train_tau: true,
-        encoder_u: EncoderSpec::Identity,
+        encoder_u: EncoderSpec::Identity {},
         encoder_v: transformer([1000, 2], 256, 12),
         ..base
     },
@@ -42,6 +42,7 @@ pub const OCEAN: Experiment = Experiment {
     data: |config| {
         let source: Arc<dyn Source> = if config.data.as_os_str().is_empty() {
             let recording = if config.quick { Recording::QUICK } else { Recording::PAPER };
+            check_samples(config, COEFFICIENTS + recording.dim())?;
             Arc::new(Ocean::new(config.seed, recording).sample(config.samples))
         } else {
             Arc::new(PairsSource::open(config.data.join("u.npy"), config.data.join("v.npy"))?)

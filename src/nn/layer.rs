@@ -49,6 +49,11 @@ impl<D: Device> Work<D> {
 }
 
 impl Linear {
+    /// Multiply-adds of a row's forward.
+    pub(super) fn multiply_adds(&self) -> f64 {
+        self.inputs as f64 * self.outputs as f64
+    }
+
     /// `out = layer(x)`; with `pre`, the activation's input stays there.
     pub(super) fn forward<D: Device>(
         &self,
@@ -139,6 +144,15 @@ impl Layer {
             Layer::Linear(linear) => linear.outputs,
             Layer::Conv { conv, .. } => conv.pooling().output_len(),
             Layer::Transformer(transformer) => transformer.output_len(),
+        }
+    }
+
+    /// Multiply-adds of a sample's forward.
+    pub(super) fn multiply_adds(&self) -> f64 {
+        match self {
+            Layer::Linear(linear) => linear.multiply_adds(),
+            Layer::Conv { conv, .. } => conv.conv.output_len() as f64 * conv.conv.patch() as f64,
+            Layer::Transformer(transformer) => transformer.multiply_adds(),
         }
     }
 

@@ -39,7 +39,9 @@ impl Layout {
     /// Appends a tensor and returns where it lies.
     pub fn push(&mut self, name: &str, shape: &[usize]) -> Range<usize> {
         let start = self.len();
-        let at = start..start + shape.iter().product::<usize>();
+        // More than there are addresses is for those who allocate to refuse.
+        let len = shape.iter().fold(1usize, |all, &size| all.saturating_mul(size));
+        let at = start..start.saturating_add(len);
         self.spans.push(Span { name: name.to_owned(), shape: shape.to_vec(), at: at.clone() });
         at
     }
@@ -57,8 +59,9 @@ impl Layout {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum EncoderSpec {
+    // Braces: serde takes any key beside the kind of a variant without them.
     /// The data itself is the embedding (one-hot labels, prescribed embeddings).
-    Identity,
+    Identity {},
     /// `g(x) = W x (+ b)`.
     Linear {
         /// Whether to add a bias; off by default.
@@ -73,7 +76,7 @@ pub enum EncoderSpec {
         activation: Activation,
     },
     /// LeNet-5 on 28x28 images: conv 6@5x5 (padding 2), pool 2, conv 16@5x5, pool 2, 120, 84, output; ReLU, max pooling.
-    Lenet,
+    Lenet {},
     /// Convolutions on `[channels, height, width]` images, each with an activation and a pooling, then a linear layer.
     Cnn {
         /// Channels, height and width of the input.
@@ -221,7 +224,7 @@ impl Encoder {
         let encoder = Encoder { input, output, layers: Vec::new(), tensors: Vec::new() };
         let mut builder = Builder { encoder, prefix, layout, width: input };
         match spec {
-            EncoderSpec::Identity => {
+            EncoderSpec::Identity {} => {
                 if input != output {
                     return Err(shape(format!("{output} outputs"), format!("{input}, the inputs of an identity")));
                 }
@@ -236,7 +239,7 @@ impl Encoder {
                 }
                 builder.linear(output, true, Activation::None);
             }
-            EncoderSpec::Lenet => {
+            EncoderSpec::Lenet {} => {
                 let conv = |channels, padding| ConvSpec { channels, kernel: 5, padding, pool: Pool::Max, pool_size: 2 };
                 builder.convolutions([1, 28, 28], &[conv(6, 2), conv(16, 0)], Activation::Relu)?;
                 builder.linear(120, true, Activation::Relu);
@@ -270,6 +273,11 @@ impl Encoder {
                 };
             }
         }
+    }
+
+    /// Multiply-adds of a sample's forward.
+    fn multiply_adds(&self) -> f64 {
+        self.layers.iter().map(Layer::multiply_adds).sum()
     }
 
     /// Buffers for up to `rows` samples.
@@ -447,7 +455,7 @@ mod tests {
     #[test]
     fn lenet_has_the_tensors_of_the_paper() {
         let mut layout = Layout::default();
-        Encoder::build(&EncoderSpec::Lenet, "u", 784, 10, &mut layout).unwrap();
+        Encoder::build(&EncoderSpec::Lenet {}, "u", 784, 10, &mut layout).unwrap();
         let spans: Vec<_> = layout.spans.iter().map(|s| (s.name.as_str(), s.shape.as_slice())).collect();
         let want: [(&str, &[usize]); 10] = [
             ("u.0.weight", &[6, 1, 5, 5]),
@@ -546,11 +554,11 @@ mod tests {
         let transformer =
             |sequence, width, heads| EncoderSpec::Transformer { sequence, width, heads, depth: 1, causal: true };
         for (spec, input, output, part) in [
-            (EncoderSpec::Identity, 3, 4, "4 outputs"),
+            (EncoderSpec::Identity {}, 3, 4, "4 outputs"),
             (EncoderSpec::Linear { bias: true }, 0, 4, "0 inputs"),
             (EncoderSpec::Linear { bias: true }, 4, 0, "0 outputs"),
             (mlp(&[3, 0]), 3, 4, "width 0"),
-            (EncoderSpec::Lenet, 783, 10, "783 inputs"),
+            (EncoderSpec::Lenet {}, 783, 10, "783 inputs"),
             (cnn([2, 4, 4], vec![]), 31, 1, "31 inputs"),
             (cnn([2, usize::MAX, 4], vec![]), 31, 1, "31 inputs"),
             (cnn([2, 4, 4], vec![conv(0, 3, 0, 1)]), 32, 1, "0 channels"),

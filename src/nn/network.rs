@@ -30,6 +30,13 @@ impl Network {
         Ok(Network { encoders: [u, v], layout, logit_scale, bias })
     }
 
+    /// Floating point operations of a step on `batch` pairs: forward, twice as many backward, and the loss's `8 batch^2 dim`.
+    pub fn step_flops(&self, batch: usize) -> f64 {
+        let [u, v] = self.encoders.each_ref().map(Encoder::multiply_adds);
+        let (batch, dim) = (batch as f64, self.encoders[0].output as f64);
+        6.0 * batch * (u + v) + 8.0 * batch * batch * dim
+    }
+
     /// Initial parameters.
     pub fn init(&self, seed: u64, tau: f64, bias: f64) -> Vec<f32> {
         let mut params = vec![0.0; self.layout.len()];

@@ -128,6 +128,15 @@ impl Transformer {
         self.attention.time * self.input.inputs
     }
 
+    /// Multiply-adds of a sample's forward.
+    pub(super) fn multiply_adds(&self) -> f64 {
+        let (time, width) = (self.attention.time as f64, self.attention.width() as f64);
+        let seen = if self.attention.causal { (time + 1.0) / 2.0 } else { time };
+        let block = |b: &Block| [&b.qkv, &b.mix, &b.up, &b.down].map(Linear::multiply_adds).iter().sum::<f64>();
+        let blocks: f64 = self.blocks.iter().map(|b| block(b) + 2.0 * seen * width).sum();
+        time * (self.input.multiply_adds() + blocks)
+    }
+
     /// Numbers of the last token.
     pub(super) fn output_len(&self) -> usize {
         self.attention.width()

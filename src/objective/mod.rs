@@ -13,6 +13,7 @@ mod validate;
 
 pub use kernels::law::Tilting;
 
+use crate::data::permute_range;
 use half::{bf16, f16};
 
 /// The loss to minimise. All values are means (over rows or pairs), in nats.
@@ -318,11 +319,9 @@ impl<'a> Matrix<'a> {
 }
 
 /// The permutation `pi_k` of 0..n that [`Objective::JointShuffled`] draws from `(seed, k)`.
-pub fn pairing(n: usize, seed: u64, k: u32) -> Vec<u32> {
-    use rand::{SeedableRng, seq::SliceRandom};
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(1 + u64::from(k));
-    let mut order: Vec<u32> = (0..n as u32).collect();
-    order.shuffle(&mut rng);
+pub fn pairing(n: usize, seed: u64, k: u32) -> Vec<usize> {
+    let mut order = Vec::with_capacity(n);
+    // Counted from the other end than epochs, whose orders these must not be.
+    permute_range(seed, !u64::from(k), n, 0..n, &mut order);
     order
 }

@@ -233,8 +233,8 @@ fn value_and_g(loss: &Loss, batch: &Batch<'_>, s: &Dense, kinds: &Kinds) -> (f64
             (z - (n * m).ln() - t.dot(s), p.map(|i, j, p| p - t.at(i, j)))
         }
         Objective::JointShuffled { pairings, seed } => {
-            let orders: Vec<Vec<u32>> = (0..pairings).map(|k| super::pairing(s.rows, seed, k)).collect();
-            let pairs = || orders.iter().flat_map(|o| o.iter().enumerate().map(|(i, &j)| (i, j as usize)));
+            let orders: Vec<Vec<usize>> = (0..pairings).map(|k| super::pairing(s.rows, seed, k)).collect();
+            let pairs = || orders.iter().flat_map(|o| o.iter().copied().enumerate());
             let max = pairs().map(|(i, j)| s.at(i, j)).fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = pairs().map(|(i, j)| (s.at(i, j) - max).exp()).sum();
             let count = f64::from(pairings) * n;

@@ -51,6 +51,9 @@ impl Batch<'_> {
         if !(loss.tau.is_finite() && loss.tau > 0.0) {
             return Err(bad("tau", loss.tau, "a finite number above 0"));
         }
+        if !fits_f32(1.0 / loss.tau) {
+            return Err(bad("tau", loss.tau, "a number whose inverse f32 holds"));
+        }
         if !(0.0..1.0).contains(&loss.smoothing) {
             return Err(bad("smoothing", loss.smoothing, "a number in [0, 1)"));
         }
@@ -58,16 +61,16 @@ impl Batch<'_> {
         match loss.objective {
             Objective::Conditional { lambda_u, lambda_v } | Objective::Mmd { lambda_u, lambda_v } => {
                 for (what, lambda) in [("lambda_u", lambda_u), ("lambda_v", lambda_v)] {
-                    if !(lambda.is_finite() && lambda >= 0.0) {
-                        return Err(bad(what, lambda, "a finite number, 0 or more"));
+                    if !(fits_f32(lambda) && lambda >= 0.0) {
+                        return Err(bad(what, lambda, "a finite number of f32, 0 or more"));
                     }
                 }
                 if lambda_u + lambda_v == 0.0 {
                     return Err(bad("lambda_u and lambda_v", "both 0", "at least one above 0"));
                 }
             }
-            Objective::Sigmoid { bias } if !bias.is_finite() => {
-                return Err(bad("bias", bias, "a finite number"));
+            Objective::Sigmoid { bias } if !fits_f32(bias) => {
+                return Err(bad("bias", bias, "a finite number of f32"));
             }
             Objective::JointShuffled { pairings, .. } => {
                 shape("rows of v for the shuffled joint loss", self.v.rows, self.u.rows)?;
@@ -134,9 +137,9 @@ impl Batch<'_> {
             Moments::Features { u, v } => (u, v),
             Moments::Gram { kernel, u, v } => {
                 if let DataKernel::Gaussian { width } = *kernel
-                    && !(width.is_finite() && width > 0.0)
+                    && !(width.is_finite() && width > 0.0 && fits_f32(0.5 / (width * width)))
                 {
-                    return Err(bad("kernel width", width, "a finite number above 0"));
+                    return Err(bad("kernel width", width, "a finite number above 0 whose square's inverse f32 holds"));
                 }
                 (u, v)
             }
@@ -148,6 +151,11 @@ impl Batch<'_> {
         finite("data of u", u)?;
         finite("data of v", v)
     }
+}
+
+/// Engines compute in f32.
+fn fits_f32(x: f64) -> bool {
+    (x as f32).is_finite()
 }
 
 fn bad(what: &'static str, found: impl ToString, expected: impl Into<std::borrow::Cow<'static, str>>) -> LossError {

@@ -1,6 +1,6 @@
 //! Draws from the learned conditional nu(u|v): item i with weight softmax_i s(u_i, v), with replacement (28).
 
-use super::scores::{Pairs, Scorer, Scores};
+use super::scores::{Pairs, Scorer, Scores, exact};
 use crate::data::Rows;
 use crate::objective::Tilting;
 use rand::{RngExt, SeedableRng};
@@ -43,6 +43,13 @@ pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, 
     let mut tallies = vec![Tally { most: f64::NEG_INFINITY, sum: 0.0, squares: 0.0 }; n];
     let scorer = Scorer::new(tilting, queries, items);
     scorer.scan(Pairs::All, &mut tallies, |Scores { query, scores, .. }, tally| tally.add(scores, gains[query]));
+    // Logits beyond f32 are looked at again, in f64.
+    let beyond: Vec<usize> = (0..n).filter(|&i| !(tallies[i].most.is_finite() && tallies[i].sum.is_finite())).collect();
+    let logits: Vec<Vec<f64>> = beyond.par_iter().map(|&i| logits(tilting, tau, queries, items, i)).collect();
+    for (&i, logits) in beyond.iter().zip(&logits) {
+        tallies[i] = Tally { most: f64::NEG_INFINITY, sum: 0.0, squares: 0.0 };
+        tallies[i].take(logits.iter().copied());
+    }
     let mut draws = Draws {
         indices: vec![0; n * count],
         weights: vec![0.0; n * count],
@@ -54,17 +61,28 @@ pub fn sample(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, 
     // A draw is the item at which the weights' running sum passes a uniform number.
     let out = draws.indices.par_chunks_exact_mut(count).zip(draws.weights.par_chunks_exact_mut(count));
     let mut walks: Vec<_> = out.enumerate().map(|(i, out)| (Walk::new(count, seed, i as u64), out)).collect();
-    scorer.scan(Pairs::All, &mut walks, |Scores { query, first, scores, .. }, (walk, (indices, weights))| {
-        for (j, &score) in scores.iter().enumerate() {
-            let weight = tallies[query].weight(score, gains[query]);
-            walk.at += weight;
-            while let Some(&(_, slot)) = walk.due.last().filter(|(u, _)| *u < walk.at) {
-                walk.due.pop();
-                (indices[slot], weights[slot]) = (first + j, weight);
-            }
+    scorer.scan(Pairs::All, &mut walks, |Scores { query, first, scores, .. }, (walk, out)| {
+        if beyond.binary_search(&query).is_err() {
+            let weigh = |&score: &f32| tallies[query].weight(f64::from(score) * gains[query]);
+            walk.pass(first, scores.iter().map(weigh), out);
         }
     });
+    for (&i, logits) in beyond.iter().zip(&logits) {
+        let (walk, out) = &mut walks[i];
+        walk.pass(0, logits.iter().map(|&s| tallies[i].weight(s)), out);
+    }
     draws
+}
+
+/// s(query i, item) of every item, in f64.
+fn logits(tilting: Tilting, tau: f64, queries: &dyn Rows, items: &dyn Rows, i: usize) -> Vec<f64> {
+    let (mut query, mut item) = (vec![0f32; queries.dim()], vec![0f32; items.dim()]);
+    queries.read(i, &mut query);
+    let one = |j: usize| {
+        items.read(j, &mut item);
+        exact(tilting, &query, &item) / tau
+    };
+    (0..items.count()).map(one).collect()
 }
 
 /// Sums of exp(logit - most) and of its square.
@@ -77,17 +95,20 @@ struct Tally {
 
 impl Tally {
     fn add(&mut self, scores: &[f32], gain: f64) {
-        let most = scores.iter().fold(self.most, |most, &s| most.max(f64::from(s) * gain));
+        self.take(scores.iter().map(|&s| f64::from(s) * gain));
+    }
+    fn take(&mut self, logits: impl Iterator<Item = f64> + Clone) {
+        let most = logits.clone().fold(self.most, f64::max);
         let fade = (self.most - most).exp();
         (self.most, self.sum, self.squares) = (most, self.sum * fade, self.squares * fade * fade);
-        for &score in scores {
-            let x = (f64::from(score) * gain - most).exp();
+        for logit in logits {
+            let x = (logit - most).exp();
             self.sum += x;
             self.squares += x * x;
         }
     }
-    fn weight(&self, score: f32, gain: f64) -> f64 {
-        (f64::from(score) * gain - self.most).exp() / self.sum
+    fn weight(&self, logit: f64) -> f64 {
+        (logit - self.most).exp() / self.sum
     }
 }
 
@@ -105,6 +126,22 @@ impl Walk {
         let mut due: Vec<(f64, usize)> = (0..count).map(|slot| (rng.random::<f64>() * (1.0 - 1e-9), slot)).collect();
         due.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
         Walk { at: 0.0, due }
+    }
+
+    /// Past items of such `weights`, the first of which is `first`.
+    fn pass(
+        &mut self,
+        first: usize,
+        weights: impl Iterator<Item = f64>,
+        (indices, drawn): &mut (&mut [usize], &mut [f64]),
+    ) {
+        for (item, weight) in (first..).zip(weights) {
+            self.at += weight;
+            while let Some(&(_, slot)) = self.due.last().filter(|(u, _)| *u < self.at) {
+                self.due.pop();
+                (indices[slot], drawn[slot]) = (item, weight);
+            }
+        }
     }
 }
 
@@ -142,6 +179,17 @@ mod tests {
                 assert!((chi - items as f64 + 1.0).abs() < 4.0 * spread, "{tilting:?}: {chi}, spread {spread}");
             }
             assert_eq!(got, sample(tilting, tau, &tables[0], &tables[1], count, 9));
+        }
+    }
+
+    // Scores that no f32 holds, and squared distances.
+    #[test]
+    fn logits_beyond_f32_have_weights_still() {
+        let (q, x) = ([1e20f32, 1.0], [1e10f32, 1e19, 1e-3]);
+        for (tilting, first) in [(Tilting::Dot, 1), (Tilting::L2, 1)] {
+            let got = sample(tilting, 1.0, &Table { data: &q, dim: 1 }, &Table { data: &x, dim: 1 }, 20, 1);
+            assert!(got.indices[..20].iter().all(|&i| i == first), "{tilting:?}: {got:?}");
+            assert!(got.weights[..20].iter().all(|&w| w == 1.0) && got.ess[0] == 1.0, "{tilting:?}: {got:?}");
         }
     }
 

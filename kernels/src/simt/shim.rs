@@ -647,7 +647,8 @@ fn region(at: usize, bytes: usize, what: &str) -> Arc<Region> {
 const BLOCK_BITS: u32 = 20;
 
 fn touch(at: usize, bytes: usize, (block, launch): (u64, u64), write: bool, what: &str) {
-    assert!(at.is_multiple_of(bytes.min(16)) || !bytes.is_multiple_of(16), "{what}: {at:#x} is not aligned for {bytes} bytes");
+    let whole = bytes.is_power_of_two() || bytes.is_multiple_of(16);
+    assert!(!whole || at.is_multiple_of(bytes.min(16)), "{what}: {at:#x} is not aligned for {bytes} bytes");
     let region = region(at, bytes, what);
     let mask = (1u64 << BLOCK_BITS) - 1;
     let me = (block + 1) & mask;

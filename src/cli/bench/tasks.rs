@@ -1,8 +1,8 @@
 //! `contrastive bench retrieve` and `bench train`.
 
 use super::super::device::Device;
-use super::super::{Common, Failure, bad_flag, failed};
-use super::{Bench, SETS, median, product, time};
+use super::super::{Common, Failure, bad_flag, failed, from_flag};
+use super::{Bench, CEILING, SETS, median, product, time};
 use crate::config::{Partial, parse_tilting};
 use crate::data::{Rows, Table};
 use crate::device::cpu::Cpu;
@@ -30,7 +30,7 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
     if k == 0 || k > m {
         return Err(bad_flag("--k", k, format!("1 to the number of items, {m}")));
     }
-    let tilting = parse_tilting(&args.tilting).map_err(super::super::from_flag)?;
+    let tilting = parse_tilting(&args.tilting).map_err(from_flag)?;
     let choice = common.choose(None)?;
     choice.announce();
     let mut device = choice.search();
@@ -138,14 +138,20 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
     const STEPS: usize = 300;
     /// Steps that do not count: caches, buffers and the prefetched batches fill.
     const WARM: usize = 20;
+    /// Terms of the ceiling's product.
+    const DEPTH: usize = 512;
     let flags = Partial {
         experiment: Some(args.experiment.clone()),
         epochs: Some(1 << 40),
         seed: common.seed,
+        precision: common.precision.clone(),
         log_every: Some(1 << 40),
         ..Partial::default()
     };
-    let config = experiments::resolve(None, flags)?;
+    let config = experiments::resolve(flags).map_err(from_flag)?;
+    let choice =
+        common.choose(Some("a card's steps are not timed one by one: train --device cuda tells their rate".into()))?;
+    choice.announce();
     let dir = tempfile::tempdir().map_err(|e| Failure::Other(format!("a folder for the run: {e}")))?;
     let (stop, mut last, mut times) = (AtomicBool::new(false), None::<Instant>, Vec::new());
     let mut observe = |_: crate::train::Progress| {
@@ -159,8 +165,10 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
         }
     };
     let mut cpu = Cpu::new();
+    let mut flops = 0.0;
     let scratch = growth(|| {
-        experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+        let outcome = experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+        flops = outcome.report.values["step_flops"].as_f64().unwrap_or_default();
         Ok(())
     })?;
     if times.len() <= WARM {
@@ -169,16 +177,25 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
     let mut times = times.split_off(WARM);
     times.sort_by(f64::total_cmp);
     let step = median(&times);
+    let ceiling = product(&cpu, [CEILING; 2], DEPTH)?;
+    let (rate, peak) = (flops / step, ceiling.1 / median(&ceiling.0));
     let json = json!({
         "what": "train", "experiment": args.experiment, "batch": config.batch, "device": "cpu",
         "kernels": cpu.isa().name(), "threads": rayon::current_num_threads(), "runs": times.len(),
         "median_ms": 1e3 * step, "min_ms": 1e3 * times[0], "steps_per_s": 1.0 / step,
-        "samples_per_s": config.batch as f64 / step, "scratch_bytes": scratch,
+        "samples_per_s": config.batch as f64 / step, "flops": flops, "gflops_per_s": rate / 1e9,
+        "peak_gflops_per_s": peak / 1e9, "fraction_of_peak": rate / peak, "scratch_bytes": scratch,
     });
     let lines = [
         format!("a training step of {}, batch {}", args.experiment, config.batch),
         format!("median {:.3} ms, minimum {:.3} ms of {} steps", 1e3 * step, 1e3 * times[0], times.len()),
         format!("{:.0} steps/s, {:.0} samples/s", 1.0 / step, config.batch as f64 / step),
+        format!(
+            "{:.1} GFLOP/s (forward, twice that backward, the loss), {:.0}% of the matrix product's {:.1}",
+            rate / 1e9,
+            100.0 * rate / peak,
+            peak / 1e9
+        ),
     ];
     common.print(&json, &lines)
 }

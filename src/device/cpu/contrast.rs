@@ -4,9 +4,9 @@ use super::fused::{
     Buffer, Grid, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow,
     pack_columns,
 };
-use super::inner;
 use super::operand::Element;
 use super::simd::{Isa, Pair};
+use super::{inner, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, pairing::Pairing};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
@@ -71,24 +71,19 @@ pub(super) struct Tilted<'a> {
 }
 
 impl<'a> Tilted<'a> {
-    /// Norms (cosine) or the common shift (l2: centred rows lose nothing to their mean) of a batch.
+    /// The common shift (l2: gradients of rows amid the others lose nothing to where all of them lie) of a batch whose
+    /// inverse norms (cosine) are known.
     pub(super) fn new(
         loss: &Loss,
         batch: &Batch<'a>,
         shift: &'a mut Vec<f32>,
-        inverse_u: &'a mut Vec<f32>,
-        inverse_v: &'a mut Vec<f32>,
+        inverse_u: &'a [f32],
+        inverse_v: &'a [f32],
         threads: &Threads,
     ) -> Self {
         shift.clear();
-        inverse_u.clear();
-        inverse_v.clear();
         if loss.tilting.product() == Product::SquaredDistance {
-            mean_row([batch.u, batch.v], shift, threads);
-        }
-        if loss.tilting.unit_rows() {
-            inverse_norms(batch.u, inverse_u, threads);
-            inverse_norms(batch.v, inverse_v, threads);
+            middle_row([batch.u, batch.v], shift, threads);
         }
         let u = Side { rows: batch.u, shift, inverse: inverse_u };
         let v = Side { rows: batch.v, shift, inverse: inverse_v };
@@ -100,6 +95,11 @@ impl<'a> Tilted<'a> {
             Product::SquaredDistance => [scale.min(0.0) * (a + b).powi(2), scale.max(0.0) * (a + b).powi(2)],
         };
         Tilted { u, v, product, scale, tau: loss.tau, reach }
+    }
+
+    /// Both sides as logits take them: without the shift, as a difference loses nothing to where its rows lie.
+    pub(super) fn sides(&self) -> [Side<'a>; 2] {
+        [self.u, self.v].map(|side| Side { shift: &[], ..side })
     }
 
     /// Smallest and largest logit there can be.
@@ -133,11 +133,13 @@ impl<'a> Tilted<'a> {
         };
         let along: Vec<f64> = match acc {
             Accumulated::InPlace(out) => {
-                out.par_chunks_mut(CHUNK * dim).enumerate().map(|(c, out)| transform(c * CHUNK, out)).collect()
+                let chunks = out.par_chunks_mut(CHUNK * dim).with_min_len(together(CHUNK * dim));
+                chunks.enumerate().map(|(c, out)| transform(c * CHUNK, out)).collect()
             }
             Accumulated::AddTo { acc, out } => acc
                 .par_chunks_mut(CHUNK * dim)
                 .zip(out.par_chunks_mut(CHUNK * dim))
+                .with_min_len(together(CHUNK * dim))
                 .enumerate()
                 .map(|(c, (acc, out))| {
                     let along = transform(c * CHUNK, acc);
@@ -200,7 +202,7 @@ impl<'a> Accumulated<'a> {
 fn inverse_norms(rows: Matrix<'_>, out: &mut Vec<f32>, threads: &Threads) {
     let dim = rows.dim;
     out.resize(rows.rows, 0.0);
-    out.par_chunks_mut(CHUNK).enumerate().for_each(|(c, out)| {
+    out.par_chunks_mut(CHUNK).with_min_len(together(CHUNK * dim)).enumerate().for_each(|(c, out)| {
         threads.with(|ws| {
             let x = ws.rows(out.len() * dim);
             Side::plain(rows).read(c * CHUNK..c * CHUNK + out.len(), x);
@@ -223,34 +225,47 @@ fn longest(side: &Side<'_>, threads: &Threads) -> f64 {
             x.chunks_exact(dim).map(|x| inner(x, x)).fold(0.0, f64::max)
         })
     };
-    let starts = (0..side.rows.rows.div_ceil(CHUNK)).into_par_iter().map(|c| chunk(c * CHUNK));
-    starts.reduce(|| 0.0, f64::max).sqrt() * 1.001
+    let chunks = (0..side.rows.rows.div_ceil(CHUNK)).into_par_iter().with_min_len(together(CHUNK * dim));
+    chunks.map(|c| chunk(c * CHUNK)).reduce(|| 0.0, f64::max).sqrt() * 1.001
 }
 
-/// The mean of all rows of both sides.
-fn mean_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
+/// A point amid the rows of both sides: each coordinate's median over a few of them. A mean would follow one row that is
+/// far from all others.
+fn middle_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
+    /// Of each side.
+    const FEW: usize = 8;
     let dim = sides[0].dim;
-    let mut mean = vec![0f64; dim];
-    let total = (sides[0].rows + sides[1].rows) as f64;
-    for side in sides {
-        for first in (0..side.rows).step_by(CHUNK) {
-            let rows = CHUNK.min(side.rows - first);
-            threads.with(|ws| {
-                let x = ws.rows(rows * dim);
-                Side::plain(side).read(first..first + rows, x);
-                for x in x.chunks_exact(dim) {
-                    mean.iter_mut().zip(x).for_each(|(m, &x)| *m += f64::from(x) / total);
-                }
-            });
+    let counts = sides.map(|side| side.rows.min(FEW));
+    threads.with(|ws| {
+        let some = ws.rows((counts[0] + counts[1]) * dim);
+        let mut free = some.chunks_exact_mut(dim);
+        for (side, count) in sides.into_iter().zip(counts) {
+            for (k, to) in (0..count).zip(&mut free) {
+                let at = k * side.rows / count;
+                Side::plain(side).read(at..at + 1, to);
+            }
         }
-    }
-    out.extend(mean.iter().map(|&m| m as f32));
+        out.extend((0..dim).map(|k| {
+            let mut column = [0f32; 2 * FEW];
+            let column = &mut column[..counts[0] + counts[1]];
+            column.iter_mut().zip(some.chunks_exact(dim)).for_each(|(x, row)| *x = row[k]);
+            column.sort_unstable_by(f32::total_cmp);
+            column[column.len() / 2]
+        }));
+    });
 }
 
 /// Evaluates a validated batch.
 pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Value {
     scratch.threads.fit();
     scratch.pairing.prepare(batch);
+    let Scratch { inverse_u, inverse_v, threads, .. } = scratch;
+    for (rows, inverse) in [(batch.u, inverse_u), (batch.v, inverse_v)] {
+        inverse.clear();
+        if loss.tilting.unit_rows() {
+            inverse_norms(rows, inverse, threads);
+        }
+    }
     let form = match loss.objective {
         Objective::Conditional { lambda_u, lambda_v } => Form::Softmax(Over::Each { lambda_u, lambda_v }),
         Objective::Joint => Form::Softmax(Over::All),
@@ -263,8 +278,11 @@ pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>,
         }
     };
     let halves = matches!((batch.u.data, batch.v.data), (Storage::Bf16(_), Storage::Bf16(_)));
+    // Products of rows as they are stored are numbers of f32 only where norms are moderate.
+    let moderate = |inverse: &Vec<f32>| inverse.iter().all(|&x| x == 0.0 || (1e-15..1e15).contains(&x));
+    let pairs = halves && moderate(&scratch.inverse_u) && moderate(&scratch.inverse_v);
     match isa.pairs() {
-        Some(isa) if halves && loss.tilting.product() == Product::Inner => {
+        Some(isa) if pairs && loss.tilting.product() == Product::Inner => {
             form.evaluate::<Pair>(isa, scratch, loss, batch, gradients)
         }
         _ => form.evaluate::<f32>(isa, scratch, loss, batch, gradients),
@@ -326,7 +344,7 @@ fn softmax<T: Element>(
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<T>(isa, &tilted.v, packed, threads);
+    pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
     let mut logits = tilted.logits::<T>(isa, batch, packed, threads);
     let smoothing = loss.smoothing;
     let want = match over {
@@ -387,7 +405,7 @@ fn sigmoid<T: Element>(
     let Scratch { pairing, packed, shift, inverse_u, inverse_v, threads, .. } = scratch;
     pairing.share_all_rows(batch);
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<T>(isa, &tilted.v, packed, threads);
+    pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
     let sums = pull_gradients(
@@ -415,7 +433,7 @@ impl<'a> Tilted<'a> {
         let [low, high] = self.range(batch.offset_v);
         Logits {
             isa,
-            u: self.u,
+            u: self.sides()[0],
             packed: bytemuck::cast_slice(packed),
             inverse_v: self.v.inverse,
             m: batch.v.rows,
@@ -515,6 +533,18 @@ pub(super) fn conclude<T: Element>(
     sums
 }
 
+/// `weight` over the sum of a softmax: nothing where all of it is ignored, no number where the sum is none, so that logits
+/// beyond f32 are seen.
+fn share_of(weight: f64, total: f64) -> f32 {
+    if total == 0.0 {
+        0.0
+    } else if total.is_finite() {
+        (weight / total) as f32
+    } else {
+        f32::NAN
+    }
+}
+
 /// One side's tallies with what turns them into losses and normalisers.
 pub(super) struct Counted<'a> {
     pub(super) tallies: &'a Tallies,
@@ -580,7 +610,7 @@ impl Counted<'_> {
 
     /// (max, sum) of the LSE over everything. A row ignored whole has no part in it: its anchor means nothing.
     pub(super) fn total(&self) -> (f32, f64) {
-        let rows = || (0..self.share.len()).map(|i| self.parts(i)).filter(|(_, n, p)| n + p > 0.0);
+        let rows = || (0..self.share.len()).map(|i| self.parts(i)).filter(|(_, n, p)| n + p != 0.0);
         let max = rows().map(|(max, ..)| max).fold(f32::NEG_INFINITY, f32::max);
         let sum = rows().map(|(row_max, n, p)| f64::from(row_max - max).exp() * (f64::from(n) + f64::from(p)));
         (max, sum.sum())
@@ -595,7 +625,7 @@ impl Counted<'_> {
             let weight = lambda * f64::from(self.share[i]);
             let total = f64::from(negative) + f64::from(positive);
             norms.max[i] = max;
-            norms.weight[i] = if total > 0.0 { (weight / total) as f32 } else { 0.0 };
+            norms.weight[i] = share_of(weight, total);
             norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
             norms.targets[i] = if self.positives[i] == 1 {
                 let others = if total > 0.0 { weight * f64::from(negative) / total } else { 0.0 };
@@ -612,7 +642,7 @@ impl Counted<'_> {
         for i in 0..self.share.len() {
             let (max, negative, positive) = self.parts(i);
             let total = f64::from(negative) + f64::from(positive);
-            norms.set_plain(i, max, if total > 0.0 { (1.0 / total) as f32 } else { 0.0 });
+            norms.set_plain(i, max, share_of(1.0, total));
         }
     }
 

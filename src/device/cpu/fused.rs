@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! for every (row piece, column piece) of the sweep, in parallel
-//!   for every block of rows, read as f32 (normalised, centred)
+//!   for every block of rows, read as f32 (normalised)
 //!     for every block of columns
 //!       S    = scale * product(u, v) + offset       micro-kernel on packed v
 //!       tally: sums of exponentials of rows and of columns  -- pass 1, [`Logits::tally`]
@@ -21,6 +21,7 @@
 use super::operand::{Element, ElementOp, Operands, carry};
 use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
 use super::sweep::{Cut, sweep};
+use super::together;
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -94,7 +95,7 @@ impl<'a> Side<'a> {
 pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Buffer, threads: &Threads) {
     let (rows, depth) = (side.rows.rows, T::count(side.rows.dim));
     let out: &mut [T] = out.elements(packed_len(depth, rows));
-    out.par_chunks_mut(COLS * depth).enumerate().for_each(|(b, out)| {
+    out.par_chunks_mut(COLS * depth).with_min_len(together(COLS * depth)).enumerate().for_each(|(b, out)| {
         let range = b * COLS..rows.min((b + 1) * COLS);
         threads.with(|ws| {
             let natural: &mut [T] = ws.natural.elements(range.len() * depth);
@@ -197,7 +198,7 @@ fn pack_pieces<'b, T: Element>(
 ) -> impl Iterator<Item = &'b [T]> {
     let (rows, each) = (side.rows.rows, packed_len(T::count(length), side.rows.dim));
     let out: &mut [T] = out.elements(if wanted { rows.div_ceil(length) * each } else { 0 });
-    out.par_chunks_mut(each).enumerate().for_each(|(piece, out)| {
+    out.par_chunks_mut(each).with_min_len(together(each)).enumerate().for_each(|(piece, out)| {
         let range = piece * length..rows.min((piece + 1) * length);
         threads.with(|ws| T::run(isa, PackRows { side, range, natural: &mut ws.natural, out }));
     });
@@ -856,6 +857,7 @@ impl Norms {
         self.weight.resize(len, 0.0);
         self.smooth.resize(len, 0.0);
         self.targets.resize(len, Target::None);
+        self.anchor = None;
     }
 
     /// A plain probability for row (column) i.
@@ -1068,7 +1070,8 @@ impl Law<'_> {
                 let x = s + bias;
                 let (value, sigma) = law::softplus_sigmoid(-x);
                 // `apply` takes off e/2 x for every pair of the row, this one included.
-                sums.value += f64::from(share[i]) * (f64::from(value) + f64::from(*smoothing) * f64::from(x));
+                let pulled = if *smoothing > 0.0 { f64::from(*smoothing) * f64::from(x) } else { 0.0 };
+                sums.value += f64::from(share[i]) * (f64::from(value) + pulled);
                 share[i] * (0.5 * smoothing - sigma)
             }
         }
@@ -1076,7 +1079,9 @@ impl Law<'_> {
 
     /// Takes an ignored pair out of what [`Law::apply`] sums over whole rows.
     fn drop_ignored(&self, i: usize, s: f32, sums: &mut RowSums) {
-        if let Law::Sigmoid { bias, smoothing, share } = self {
+        if let Law::Sigmoid { bias, smoothing, share } = self
+            && *smoothing > 0.0
+        {
             sums.value += 0.5 * f64::from(*smoothing) * f64::from(share[i]) * f64::from(s + bias);
         }
     }

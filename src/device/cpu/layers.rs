@@ -5,6 +5,7 @@
 //! added in order.
 
 use super::simd::{Isa, Op, Simd, WIDEST};
+use super::together;
 use crate::device::{Activation, AdamStep, Pool, Pooling, Real};
 use crate::objective::Write;
 use kernels::law::ERFC;
@@ -289,7 +290,7 @@ pub(super) fn adam<T: Real>(
 pub(super) fn sum_squares<T: Real>(x: &[T]) -> f64 {
     let mut sums = [0.0f64; SHARDS];
     let shard = x.len().div_ceil(SHARDS).max(1);
-    sums.par_iter_mut().zip(x.par_chunks(shard)).for_each(|(sum, x)| {
+    sums.par_iter_mut().zip(x.par_chunks(shard)).with_min_len(together(shard)).for_each(|(sum, x)| {
         let mut lanes = [0.0f64; LANES];
         for chunk in x.chunks(LANES) {
             for (lane, x) in lanes.iter_mut().zip(chunk) {

@@ -139,7 +139,7 @@ pub fn evaluate(
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<f32>(isa, &tilted.v, packed, threads);
+    pack_columns::<f32>(isa, &tilted.sides()[1], packed, threads);
     let mut logits = tilted.logits::<f32>(isa, batch, packed, threads);
     let weights = match loss.objective {
         Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
@@ -508,7 +508,7 @@ impl Gram {
         if lambda == 0.0 {
             return 0.0;
         }
-        let Context { isa, batch, pairing, tilted, logits, threads, .. } = *context;
+        let Context { isa, batch, pairing, logits, threads, .. } = *context;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
         let (long, short, share, counts) = match axis {
             Axis::Cols => (n, m, &pairing.col_share, &pairing.col_positives),
@@ -540,7 +540,7 @@ impl Gram {
                     context.col_norms.part(panel.clone()),
                 ),
                 Axis::Rows => (
-                    Logits { u: tilted.u.slice(panel.clone()), origin: [start, 0], kept: None, ..*logits },
+                    Logits { u: logits.u.slice(panel.clone()), origin: [start, 0], kept: None, ..*logits },
                     [panel.clone(), 0..m],
                     context.row_norms.part(panel.clone()),
                 ),

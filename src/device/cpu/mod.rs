@@ -38,6 +38,14 @@ pub(crate) fn inner(a: &[f32], b: &[f32]) -> f64 {
     sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
 }
 
+/// Numbers one thread is through with before another has woken up.
+const ALONE: usize = 1 << 14;
+
+/// How many tasks of so many `numbers` a thread takes at least.
+fn together(numbers: usize) -> usize {
+    ALONE.div_ceil(numbers.max(1))
+}
+
 /// Bytes of logits that a loss keeps between its passes unless told otherwise: about what caches hold.
 pub const WORKSPACE: usize = 32 << 20;
 
@@ -77,6 +85,15 @@ impl<T: Lane> Cpu<T> {
     /// 2 N M bytes, and gradients differ by less than those units' rounding. The default is [`WORKSPACE`].
     pub fn set_workspace(&mut self, bytes: usize) {
         self.scratch.budget = bytes;
+    }
+
+    /// The buffer of packed operands. Not its lock: a thread that waits for a product's parts may begin another product.
+    fn take_packed(&self) -> Vec<T> {
+        std::mem::take(&mut *self.packed.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn give_packed(&self, packed: Vec<T>) {
+        *self.packed.lock().unwrap_or_else(PoisonError::into_inner) = packed;
     }
 
     /// The instruction set in use.
@@ -134,8 +151,9 @@ impl<T: Lane> Device for Cpu<T> {
         }
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut packed = self.take_packed();
         gemm::gemm(self.isa, shape, read(&a), read(&b), slice(c), &mut packed);
+        self.give_packed(packed);
     }
 
     fn finish(&self) -> Result<(), DeviceError> {
@@ -277,8 +295,9 @@ impl<T: Lane> Device for Cpu<T> {
         out: ViewMut<'_, Vec<T>>,
         lse: ViewMut<'_, Vec<T>>,
     ) {
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut packed = self.take_packed();
         attention::attention(self.isa, attention, rows, read(&qkv), write(out), write(lse), &mut packed);
+        self.give_packed(packed);
     }
     fn attention_backward(
         &self,
@@ -291,9 +310,10 @@ impl<T: Lane> Device for Cpu<T> {
         d_qkv: ViewMut<'_, Vec<T>>,
         delta: ViewMut<'_, Vec<T>>,
     ) {
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut packed = self.take_packed();
         let saved = attention::Saved { qkv: read(&qkv), out: read(&out), lse: read(&lse), d_out: read(&d_out) };
         attention::attention_backward(self.isa, attention, rows, saved, write(d_qkv), write(delta), &mut packed);
+        self.give_packed(packed);
     }
     fn adam(
         &self,

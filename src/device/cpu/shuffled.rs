@@ -55,7 +55,7 @@ pub fn evaluate(
     own.forth.clear();
     own.forth.extend(0..n as u32);
     for k in 0..pairings {
-        own.forth.extend(pairing(n, seed, k));
+        own.forth.extend(pairing(n, seed, k).into_iter().map(|j| j as u32));
     }
     own.back.resize(total, 0);
     for (forth, back) in own.forth.chunks_exact(n).zip(own.back.chunks_exact_mut(n)) {

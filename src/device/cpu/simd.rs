@@ -602,7 +602,7 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
 type SumOf<S, T, P> = <<P as Multiply<S, T>>::Sum as Lane>::In<S>;
 
 macro_rules! simd {
-    ($name:ident, $f32:ty, $f64:ty, $narrow:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
+    ($name:ident, [$($features:literal)?], $f32:ty, $f64:ty, $narrow:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
         struct $name;
         impl Simd for $name {
             type F32 = $f32;
@@ -615,27 +615,44 @@ macro_rules! simd {
                 add: bool,
                 finish: F,
             ) {
-                let rows = tile.a.rows;
-                let mut i = 0;
-                // One register a row: twice the rows for as many independent sums.
-                while V == 1 && rows - i >= 2 * $most {
-                    micro::<Self, T, P, F, { 2 * $most }, V>(&tile, i, c, add, finish);
-                    i += 2 * $most;
+                // Compiled once for all products of a kind, and not into each of them: a panel is work enough for a call,
+                // and its micro-kernels are most of the code.
+                $(#[target_feature(enable = $features)])?
+                #[inline(never)]
+                fn apart<T: Operand<$name>, P: Multiply<$name, T>, F: Finish<P::Sum>, const V: usize>(
+                    tile: &Tile<'_, T>,
+                    c: &mut [P::Sum],
+                    add: bool,
+                    finish: F,
+                ) {
+                    let rows = tile.a.rows;
+                    let mut i = 0;
+                    // One register a row: twice the rows for as many independent sums.
+                    while V == 1 && rows - i >= 2 * $most {
+                        micro::<$name, T, P, F, { 2 * $most }, V>(tile, i, c, add, finish);
+                        i += 2 * $most;
+                    }
+                    // Two of the second height keep the multipliers busier than one of the first and a remainder.
+                    let pair = 2 * $next;
+                    while rows - i >= $most && (pair <= $most || rows - i != pair) {
+                        micro::<$name, T, P, F, $most, V>(tile, i, c, add, finish);
+                        i += $most;
+                    }
+                    while rows - i >= $next {
+                        micro::<$name, T, P, F, $next, V>(tile, i, c, add, finish);
+                        i += $next;
+                    }
+                    $(while rows - i >= $fewer {
+                        micro::<$name, T, P, F, $fewer, V>(tile, i, c, add, finish);
+                        i += $fewer;
+                    })*
                 }
-                // Two of the second height keep the multipliers busier than one of the first and a remainder.
-                let pair = 2 * $next;
-                while rows - i >= $most && (pair <= $most || rows - i != pair) {
-                    micro::<Self, T, P, F, $most, V>(&tile, i, c, add, finish);
-                    i += $most;
+                // SAFETY: the features are those of the function that runs an operation on this type, and `Isa` has seen
+                // them; without any there is nothing to see.
+                #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
+                unsafe {
+                    apart::<T, P, F, V>(&tile, c, add, finish);
                 }
-                while rows - i >= $next {
-                    micro::<Self, T, P, F, $next, V>(&tile, i, c, add, finish);
-                    i += $next;
-                }
-                $(while rows - i >= $fewer {
-                    micro::<Self, T, P, F, $fewer, V>(&tile, i, c, add, finish);
-                    i += $fewer;
-                })*
             }
         }
     };
@@ -644,14 +661,14 @@ macro_rules! simd {
 // Accumulators (rows x 2), two of B and one broadcast fill the register file: 32 registers, of AVX2 and unknown ones 16. The second
 // heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
+simd!(Avx512, ["avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512Pairs, x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
+simd!(Avx512Pairs, ["avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx2, x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
+simd!(Avx2, ["fma,avx2"], x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
 #[cfg(target_arch = "aarch64")]
-simd!(Neon, arm::Quad, Pack<f64, 2>, Neon, [12, 8, 4, 1]);
-simd!(Portable, Pack<f32, 4>, Pack<f64, 2>, Portable, [4, 2, 1]);
+simd!(Neon, ["neon"], arm::Quad, Pack<f64, 2>, Neon, [12, 8, 4, 1]);
+simd!(Portable, [], Pack<f32, 4>, Pack<f64, 2>, Portable, [4, 2, 1]);
 
 #[cfg(target_arch = "x86_64")]
 impl Pairs for Avx512Pairs {

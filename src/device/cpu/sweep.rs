@@ -16,9 +16,13 @@ use std::sync::{Mutex, PoisonError};
 /// Most pieces a side is cut into: the parallelism within a phase.
 pub const PIECES: usize = 64;
 
-/// Shortest piece worth a task of its own, and the shortest while there are fewer than four.
+/// Shortest piece worth a task of its own, the shortest while there are fewer than four, and that of a side so short beside
+/// the other that few rows are work enough: a rank's own against all that were gathered.
 const SHORT: usize = 256;
 const SHORTEST: usize = 128;
+const NARROW: usize = 32;
+/// How many times as long the other side is then.
+const LONGER: usize = 16;
 
 /// How `n` rows and `m` columns are cut: lengths of a row piece and of a column piece.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +40,8 @@ impl Cut {
     /// For an `n` x `m` matrix of logits of `dim` terms.
     pub fn new(n: usize, m: usize, dim: usize) -> Self {
         let shorter = if n * m * (dim + EXPONENTIAL) <= ALONE { 1 } else { n.min(m) };
-        let pieces = shorter.div_ceil(SHORT).max(shorter.div_ceil(SHORTEST).min(4)).clamp(1, PIECES);
+        let least = if n.max(m) >= LONGER * shorter { NARROW } else { SHORTEST };
+        let pieces = shorter.div_ceil(SHORT).max(shorter.div_ceil(least).min(4)).clamp(1, PIECES);
         // Column pieces start where a packed panel starts.
         let length = |n: usize| n.div_ceil(pieces).next_multiple_of(super::simd::WIDEST);
         Cut { rows: length(n), cols: length(m) }

@@ -15,6 +15,7 @@
 
 mod block;
 mod mmd;
+mod paired;
 
 pub use block::{Block, Tallies};
 
@@ -58,6 +59,8 @@ struct Kernels {
     plain: Kernel<abi::Pull>,
     factored: Kernel<abi::Pull>,
     residual: Kernel<abi::Residual>,
+    paired_tally: Kernel<abi::PairedTally>,
+    paired_pull: Kernel<abi::PairedPull>,
     gv: Kernel<abi::Gemm>,
     gu: Kernel<abi::Gemm>,
     finish: Kernel<abi::Finish>,
@@ -85,6 +88,8 @@ static BF16: Kernels = Kernels {
     plain: e::PULL_PLAIN_BF16,
     factored: e::PULL_FACTORED_BF16,
     residual: e::RESIDUAL_BF16,
+    paired_tally: e::PAIRED_TALLY_BF16,
+    paired_pull: e::PAIRED_PULL_BF16,
     gv: e::GEMM_GV_BF16,
     gu: e::GEMM_GU_BF16,
     finish: e::FINISH_BF16,
@@ -110,6 +115,8 @@ static F16: Kernels = Kernels {
     plain: e::PULL_PLAIN_F16,
     factored: e::PULL_FACTORED_F16,
     residual: e::RESIDUAL_F16,
+    paired_tally: e::PAIRED_TALLY_F16,
+    paired_pull: e::PAIRED_PULL_F16,
     gv: e::GEMM_GV_F16,
     gu: e::GEMM_GU_F16,
     finish: e::FINISH_F16,
@@ -256,6 +263,8 @@ pub struct Cuda<C: Card> {
     pairing: Pairing,
     /// Sizes of the last batch whose pairs were the plain diagonal: nothing to upload if the next one's are the same.
     plain: Option<[usize; 2]>,
+    /// How often ids and shares have been replaced: a recorded step has those it was recorded with.
+    pub(super) repaired: u64,
     chunk: usize,
     hopper: bool,
     pub(super) precision: Precision,
@@ -352,6 +361,7 @@ impl<C: Card> Cuda<C> {
             arena: Arena::new(card),
             pairing: Pairing::default(),
             plain: None,
+            repaired: 0,
             chunk: CHUNK,
             hopper,
             precision,
@@ -384,6 +394,11 @@ impl<C: Card> Cuda<C> {
         features: Option<[&Buffer<f32, C>; 2]>,
         gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
     ) -> Result<Value, LossError> {
+        for card in [u.card(), v.card()].into_iter().chain(features.iter().flatten().map(|x| x.card())) {
+            if !Arc::ptr_eq(card, &self.card) {
+                return Err(CudaError::OtherCard.into());
+            }
+        }
         let (rows, out) = addresses([u, v], dim, gradients)?;
         let features = match features {
             Some(features) => {
@@ -445,7 +460,9 @@ impl<C: Card> Cuda<C> {
         batch.parameters(loss)?;
         let inputs = Inputs { rows, features, offset: null() };
         let value = self.evaluate(loss, precision, inputs, &batch, out, None)?;
-        if value.loss.is_finite() { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
+        // A NaN may leave the loss by way of a pair that then does not count; not <u, dU>.
+        let finite = value.loss.is_finite() && value.grad_tau.is_finite() && value.grad_bias.is_finite();
+        if finite { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
     }
 
     /// Evaluates embeddings that are on the card; `batch` gives everything else, its embeddings' data are not looked at.
@@ -483,8 +500,7 @@ impl<C: Card> Cuda<C> {
         with_columns: bool,
         live: *const f32,
     ) -> Result<Given, LossError> {
-        let form = Form::of(loss)?;
-        self.pairs(&batch.pairs, batch, matches!(form, Form::Sigmoid { .. }))?;
+        self.pairs(&batch.pairs, batch, matches!(loss.objective, Objective::Sigmoid { .. }))?;
         let mut call = self.call(loss, precision, rows, batch.pairs.ignore.is_some(), live)?;
         self.prepare(&mut call, rows, offset)?;
         let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
@@ -525,7 +541,11 @@ impl<C: Card> Cuda<C> {
             smoothing: loss.smoothing,
             dim,
             pitch: dim.next_multiple_of(8),
-            form: Form::of(loss)?,
+            form: Form::of(loss),
+            drawn: match loss.objective {
+                Objective::JointShuffled { pairings, seed } => Some(Drawn { pairings, seed }),
+                _ => None,
+            },
             u: self.side(&U, rows[0].rows, ignore)?,
             v: self.side(&V, rows[1].rows, ignore)?,
             anchored: None,
@@ -551,14 +571,19 @@ impl<C: Card> Cuda<C> {
         } else {
             None
         };
-        let gain = gain(bound);
+        // Pairings' G is not rounded to halves.
+        let gain = if call.drawn.is_some() { 1.0 } else { gain(bound) };
         // Also without a gradient: d tau is made of <u, G V>, or of sums on the way.
-        let acc_u = self.sums(U.acc, out[0], [n, m], dim)?;
+        let others = |rows: usize| if call.drawn.is_some() { 1 } else { rows };
+        let acc_u = self.sums(U.acc, out[0], [n, others(m)], dim)?;
         let acc_v = match out[1] {
             Out::None => None,
-            out => Some(self.sums(V.acc, out, [m, n], dim)?),
+            out => Some(self.sums(V.acc, out, [m, others(n)], dim)?),
         };
-        self.pull(call, parts, gain, sums, acc_u, acc_v)?;
+        match call.drawn {
+            Some(drawn) => self.pull_pairings(call, drawn, sums, [Some(acc_u), acc_v])?,
+            None => self.pull(call, parts, gain, sums, acc_u, acc_v)?,
+        }
         let along: *mut f64 = self.arena.get("along", n.div_ceil(8))?;
         let g_sums = call.squared.then_some(sums).flatten();
         self.finish(call, &call.u, gain, acc_u, out[0], g_sums.map(|(row, _)| (row.wrapping_add(1), 4)), along)?;
@@ -614,7 +639,7 @@ impl<C: Card> Cuda<C> {
             }
             Form::Joint => {
                 joint = self.arena.get::<[f32; 2]>("joint", 1)?;
-                ([-1.0, 0.0, 0.0], -n.ln() - m.ln())
+                ([-1.0, 0.0, 0.0], -n.ln() - call.columns(m).ln())
             }
             // A residual's loss has its lambda.
             Form::Mmd { lambda_u, lambda_v } => {
@@ -693,7 +718,7 @@ impl<C: Card> Cuda<C> {
                 let mut total = [0f32; 2];
                 self.arena.download("joint", &mut total)?;
                 if share.rows && share.cols {
-                    value.loss = f64::from(total[1]).ln() - (whole_n.ln() + whole_m.ln());
+                    value.loss = f64::from(total[1]).ln() - (whole_n.ln() + call.columns(whole_m).ln());
                 }
                 if share.rows {
                     value.loss -= s[scalar::ROW_LOSS];
@@ -721,6 +746,7 @@ impl<C: Card> Cuda<C> {
             return Ok(());
         }
         self.plain = None;
+        self.repaired += 1;
         self.pairing.prepare(batch);
         if all_rows {
             self.pairing.share_all_rows(batch);
@@ -834,7 +860,9 @@ impl<C: Card> Cuda<C> {
             call.u.target = call.u.share;
         }
         let (lambdas, joint) = call.form.softmaxes();
-        call.anchored = self.tally_both(call, lambdas)?;
+        if call.drawn.is_none() {
+            call.anchored = self.tally_both(call, lambdas)?;
+        }
         for (which, lambda) in lambdas.into_iter().enumerate() {
             if lambda > 0.0 {
                 let row_all = self.tallied(call, which, joint)?;
@@ -850,7 +878,10 @@ impl<C: Card> Cuda<C> {
         let (this, other) = if which == 0 { (call.u, call.v) } else { (call.v, call.u) };
         let n = this.rows;
         let with_all = call.smoothing > 0.0;
-        let (tallies, all, count) = self.tally(call, &this, &other, with_all)?;
+        let (tallies, all, count) = match call.drawn {
+            Some(drawn) => (self.tally_pairings(call, drawn)?, null(), 1),
+            None => self.tally(call, &this, &other, with_all)?,
+        };
         let row: *mut [f32; 4] = self.arena.get("tally", n)?;
         let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
         let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
@@ -1130,8 +1161,8 @@ impl<C: Card> Cuda<C> {
         self.run(kernel, [blocks(cols, abi::TILE as usize), blocks(rows, abi::TILE as usize), 1], &args)
     }
 
-    /// Where the sums of `[rows, others]` pairs' G times rows of `dim` numbers are: in `out`, if they may be and one part
-    /// suffices. A chunk of narrow embeddings has fewer tiles than the card has room for: then k is cut into parts.
+    /// Where the sums of `[rows, others]` pairs' G times rows of `dim` numbers are: in `out`, if they may be (aligned for two
+    /// numbers at once) and one part suffices. A chunk of narrow embeddings has fewer tiles than the card has room for: then k is cut into parts.
     fn sums(
         &mut self,
         slot: &'static str,
@@ -1147,7 +1178,7 @@ impl<C: Card> Cuda<C> {
         let depth = k.div_ceil(parts).next_multiple_of(64);
         let parts = k.div_ceil(depth);
         let at = match out {
-            Out::Set(at) if parts == 1 => at,
+            Out::Set(at) if parts == 1 && at.addr().is_multiple_of(8) => at,
             _ => self.arena.get(slot, parts * rows * dim)?,
         };
         Ok(Sums { at, rows, dim, depth, parts })
@@ -1399,16 +1430,13 @@ impl Form {
         }
     }
 
-    fn of(loss: &Loss) -> Result<Self, LossError> {
+    fn of(loss: &Loss) -> Self {
         match loss.objective {
-            Objective::Conditional { lambda_u, lambda_v } => Ok(Form::Conditional { lambda_u, lambda_v }),
-            Objective::Joint => Ok(Form::Joint),
-            Objective::Sigmoid { bias } => Ok(Form::Sigmoid { bias }),
-            Objective::Mmd { lambda_u, lambda_v } => Ok(Form::Mmd { lambda_u, lambda_v }),
-            Objective::JointMmd => Ok(Form::JointMmd),
-            Objective::JointShuffled { .. } => {
-                Err(only_cpu("objective", "the shuffled joint loss", "one that cuda has, or --device cpu"))
-            }
+            Objective::Conditional { lambda_u, lambda_v } => Form::Conditional { lambda_u, lambda_v },
+            Objective::Joint | Objective::JointShuffled { .. } => Form::Joint,
+            Objective::Sigmoid { bias } => Form::Sigmoid { bias },
+            Objective::Mmd { lambda_u, lambda_v } => Form::Mmd { lambda_u, lambda_v },
+            Objective::JointMmd => Form::JointMmd,
         }
     }
 }
@@ -1435,9 +1463,17 @@ struct Call {
     dim: usize,
     pitch: usize,
     form: Form,
+    drawn: Option<Drawn>,
     u: Side,
     v: Side,
     anchored: Option<Anchored>,
+}
+
+/// The pairings that stand for all pairs, in the joint loss.
+#[derive(Clone, Copy)]
+struct Drawn {
+    pairings: u32,
+    seed: u64,
 }
 
 /// What [`abi::HopperTallyBoth`] made of the plain pairs.
@@ -1480,6 +1516,11 @@ impl Call {
             scale: (scale * LOG2_E) as f32,
             blocks: self.anchored.map_or(0, |a| a.blocks as u32),
         }
+    }
+
+    /// Pairs of a row that the joint loss is normalised by, of `m` there are.
+    fn columns(&self, m: f64) -> f64 {
+        self.drawn.map_or(m, |drawn| f64::from(drawn.pairings))
     }
 
     /// The one part of G that all but MMD have.

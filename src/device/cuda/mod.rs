@@ -6,11 +6,13 @@
 //! | [`driver`] | the card that is there |
 //! | [`contrast`] | losses: which launches, in which order |
 //! | [`search`] | ranks and best matches |
+//! | [`random`] | random numbers |
 //! | `verbs` | what encoders and optimisers are made of |
 
 pub mod card;
 pub mod contrast;
 pub mod driver;
+pub mod random;
 pub mod search;
 mod verbs;
 

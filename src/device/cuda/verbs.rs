@@ -78,11 +78,11 @@ fn read<C: Card>(view: &View<'_, Buf<C>>) -> Result<*const f32, CudaError> {
 fn write<C: Card>(view: ViewMut<'_, Buf<C>>) -> Result<*mut f32, CudaError> {
     view.buf.ptr_mut(view.at)
 }
-/// Where a `Write` goes, and whether it adds.
-fn target<C: Card>(to: Write<ViewMut<'_, Buf<C>>>) -> Result<(*mut f32, bool), CudaError> {
+/// Where a `Write` of `len` numbers goes, and whether it adds.
+fn target<C: Card>(to: Write<ViewMut<'_, Buf<C>>>, len: usize) -> Result<(*mut f32, bool), CudaError> {
     match to {
-        Write::Set(view) => Ok((write(view)?, false)),
-        Write::Add(view) => Ok((write(view)?, true)),
+        Write::Set(view) => Ok((as_many_mut(view, len)?, false)),
+        Write::Add(view) => Ok((as_many_mut(view, len)?, true)),
     }
 }
 /// Kernels count in 32 bits.
@@ -209,11 +209,11 @@ impl<C: Card> Device for Cuda<C> {
             let parts = self.parts(down * across, k, LEAST_DEPTH);
             let depth = k.div_ceil(parts).next_multiple_of(32);
             let parts = k.div_ceil(depth).max(1);
-            let (out, add) = target(c)?;
+            let (out, add) = target(c, m * n)?;
             let slots = if parts > 1 { arena.get("parts", parts * m * n)? } else { out };
             let args = abi::Gemm {
-                a: read(&a)?.cast(),
-                b: read(&b)?.cast(),
+                a: as_many(&a, m * k)?.cast(),
+                b: as_many(&b, k * n)?.cast(),
                 c: slots,
                 m: count(m)?,
                 n: count(n)?,
@@ -291,9 +291,9 @@ impl<C: Card> Device for Cuda<C> {
         self.attempt(|_| {
             let len = rows * channels * pixels;
             let args = abi::Activate {
-                pre: write(pre)?,
-                bias: bias.map_or(Ok(null()), |b| read(&b))?,
-                out: out.map_or(Ok(null_mut()), write)?,
+                pre: as_many_mut(pre, len)?,
+                bias: bias.map_or(Ok(null()), |b| as_many(&b, channels))?,
+                out: out.map_or(Ok(null_mut()), |out| as_many_mut(out, len))?,
                 len: count(len)?,
                 channels: count(channels)?,
                 pixels: count(pixels)?,
@@ -312,12 +312,12 @@ impl<C: Card> Device for Cuda<C> {
     ) {
         self.attempt(|arena| {
             let len = rows * channels * pixels;
-            let d = write(d)?;
+            let d = as_many_mut(d, len)?;
             if let Some(d_bias) = d_bias.take_if(|_| activation != Activation::None && pixels == 1) {
                 let (part, parts) = self.row_parts(channels.div_ceil(32), rows);
                 let slots: *mut f32 = arena.get("parts", parts * channels)?;
                 let args = abi::MaskColumns {
-                    saved: read(&saved)?,
+                    saved: as_many(&saved, len)?,
                     d,
                     out: slots,
                     rows: count(rows)?,
@@ -326,11 +326,11 @@ impl<C: Card> Device for Cuda<C> {
                     activation: code(activation),
                 };
                 self.run(&e::MASK_COLUMNS, [channels.div_ceil(32) as u32, parts as u32, 1], &args)?;
-                return self.sum_slots(slots, parts, channels, target(d_bias)?);
+                return self.sum_slots(slots, parts, channels, target(d_bias, channels)?);
             }
             if activation != Activation::None {
-                let args =
-                    abi::ActivateBackward { saved: read(&saved)?, d, len: count(len)?, activation: code(activation) };
+                let saved = as_many(&saved, len)?;
+                let args = abi::ActivateBackward { saved, d, len: count(len)?, activation: code(activation) };
                 self.over(&e::ACTIVATE_BACKWARD, len, &args)?;
             }
             let Some(d_bias) = d_bias else { return Ok(()) };
@@ -358,7 +358,7 @@ impl<C: Card> Device for Cuda<C> {
                 };
                 self.run(&e::SUM_CHANNELS, [across as u32, parts as u32, 1], &args)?;
             }
-            self.sum_slots(slots, parts, channels, target(d_bias)?)
+            self.sum_slots(slots, parts, channels, target(d_bias, channels)?)
         });
     }
 
@@ -377,9 +377,9 @@ impl<C: Card> Device for Cuda<C> {
     ) {
         self.attempt(|_| {
             let args = abi::Conv {
-                x: read(&x)?,
-                weight: read(&weight)?,
-                out: write(out)?,
+                x: as_many(&x, rows * conv.input_len())?,
+                weight: as_many(&weight, conv.outputs * conv.patch())?,
+                out: as_many_mut(out, rows * conv.output_len())?,
                 rows: count(rows)?,
                 outputs: count(conv.outputs)?,
                 geometry: geometry(conv)?,
@@ -412,9 +412,9 @@ impl<C: Card> Device for Cuda<C> {
                 width_out: count(conv.width)?,
             };
             let args = abi::Conv {
-                x: read(&d_out)?,
-                weight: read(&weight)?,
-                out: write(dx)?,
+                x: as_many(&d_out, rows * conv.output_len())?,
+                weight: as_many(&weight, conv.outputs * conv.patch())?,
+                out: as_many_mut(dx, rows * conv.input_len())?,
                 rows: count(rows)?,
                 outputs: count(conv.inputs)?,
                 geometry,
@@ -443,8 +443,8 @@ impl<C: Card> Device for Cuda<C> {
             let len = conv.outputs * conv.patch();
             let slots: *mut f32 = arena.get("parts", parts * len)?;
             let args = abi::Conv {
-                x: read(&x)?,
-                weight: read(&d_out)?,
+                x: as_many(&x, rows * conv.input_len())?,
+                weight: as_many(&d_out, rows * conv.output_len())?,
                 out: slots,
                 rows: count(rows)?,
                 outputs,
@@ -456,13 +456,14 @@ impl<C: Card> Device for Cuda<C> {
             } else {
                 self.run(&self.products().conv_weight, [across as u32, down as u32, parts as u32], &args)?;
             }
-            self.sum_slots(slots, parts, len, target(d_weight)?)
+            self.sum_slots(slots, parts, len, target(d_weight, len)?)
         });
     }
 
     fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Buf<C>>, out: ViewMut<'_, Buf<C>>) {
         self.attempt(|_| {
-            let args = windows(pooling, rows, read(&x)?, write(out)?, null_mut())?;
+            let x = as_many(&x, rows * pooling.input_len())?;
+            let args = windows(pooling, rows, x, as_many_mut(out, rows * pooling.output_len())?, null_mut())?;
             self.over(&e::POOL, rows * pooling.output_len(), &args)
         });
     }
@@ -475,12 +476,14 @@ impl<C: Card> Device for Cuda<C> {
         dx: ViewMut<'_, Buf<C>>,
     ) {
         self.attempt(|_| {
-            let (dx, len) = (write(dx)?, rows * pooling.input_len());
+            let len = rows * pooling.input_len();
+            let dx = as_many_mut(dx, len)?;
             // What no window reads.
             if !pooling.height.is_multiple_of(pooling.size) || !pooling.width.is_multiple_of(pooling.size) {
                 self.over(&e::FILL, len, &abi::Fill { out: dx, len: count(len)?, value: 0.0 })?;
             }
-            let args = windows(pooling, rows, read(&x)?, read(&d_out)?.cast_mut(), dx)?;
+            let d_out = as_many(&d_out, rows * pooling.output_len())?;
+            let args = windows(pooling, rows, as_many(&x, len)?, d_out.cast_mut(), dx)?;
             self.over(&e::POOL_BACKWARD, rows * pooling.output_len(), &args)
         });
     }
@@ -496,10 +499,10 @@ impl<C: Card> Device for Cuda<C> {
     ) {
         self.attempt(|_| {
             let args = abi::LayerNorm {
-                x: read(&x)?,
-                affine: read(&affine)?,
-                out: write(out)?,
-                stats: write(stats)?,
+                x: as_many(&x, spread(norm, rows))?,
+                affine: as_many(&affine, 2 * norm.width)?,
+                out: as_many_mut(out, rows * norm.width)?,
+                stats: as_many_mut(stats, 2 * rows)?,
                 rows: count(rows)?,
                 width: count(norm.width)?,
                 stride: count(norm.stride)?,
@@ -522,12 +525,12 @@ impl<C: Card> Device for Cuda<C> {
         self.attempt(|arena| {
             let (part, parts) = self.row_parts(norm.width.div_ceil(32), rows);
             let slots: *mut f32 = arena.get("parts", parts * 2 * norm.width)?;
-            let (dx, add) = target(dx)?;
+            let (dx, add) = target(dx, spread(norm, rows))?;
             let args = abi::LayerNormBackward {
-                x: read(&x)?,
-                affine: read(&affine)?,
-                stats: read(&stats)?,
-                d_out: read(&d_out)?,
+                x: as_many(&x, spread(norm, rows))?,
+                affine: as_many(&affine, 2 * norm.width)?,
+                stats: as_many(&stats, 2 * rows)?,
+                d_out: as_many(&d_out, rows * norm.width)?,
                 dx,
                 d_affine: slots,
                 rows: count(rows)?,
@@ -539,7 +542,7 @@ impl<C: Card> Device for Cuda<C> {
             };
             self.run(&e::LAYER_NORM_BACKWARD, [rows.div_ceil(8) as u32, 1, 1], &args)?;
             self.run(&e::LAYER_NORM_AFFINE, [norm.width.div_ceil(32) as u32, parts as u32, 1], &args)?;
-            self.sum_slots(slots, parts, 2 * norm.width, target(d_affine)?)
+            self.sum_slots(slots, parts, 2 * norm.width, target(d_affine, 2 * norm.width)?)
         });
     }
 
@@ -552,7 +555,9 @@ impl<C: Card> Device for Cuda<C> {
         lse: ViewMut<'_, Buf<C>>,
     ) {
         self.attempt(|_| {
-            let args = abi::Attend { out: write(out)?, lse: write(lse)?, ..attend(attention, read(&qkv)?)? };
+            let [stream, logits] = lengths(attention, rows);
+            let (out, lse) = (as_many_mut(out, stream)?, as_many_mut(lse, logits)?);
+            let args = abi::Attend { out, lse, ..attend(attention, as_many(&qkv, 3 * stream)?)? };
             self.run(&e::ATTENTION, heads(attention, rows), &args)
         });
     }
@@ -568,14 +573,15 @@ impl<C: Card> Device for Cuda<C> {
         delta: ViewMut<'_, Buf<C>>,
     ) {
         self.attempt(|_| {
+            let [stream, logits] = lengths(attention, rows);
             let args = abi::Attend {
                 // Backward only reads these two.
-                out: read(&out)?.cast_mut(),
-                lse: read(&lse)?.cast_mut(),
-                d_out: read(&d_out)?,
-                d_qkv: write(d_qkv)?,
-                delta: write(delta)?,
-                ..attend(attention, read(&qkv)?)?
+                out: as_many(&out, stream)?.cast_mut(),
+                lse: as_many(&lse, logits)?.cast_mut(),
+                d_out: as_many(&d_out, stream)?,
+                d_qkv: as_many_mut(d_qkv, 3 * stream)?,
+                delta: as_many_mut(delta, logits)?,
+                ..attend(attention, as_many(&qkv, 3 * stream)?)?
             };
             self.run(&e::ATTENTION_QUERIES, heads(attention, rows), &args)?;
             self.run(&e::ATTENTION_KEYS, heads(attention, rows), &args)
@@ -595,10 +601,10 @@ impl<C: Card> Device for Cuda<C> {
         self.attempt(|_| {
             let len = params.at.len();
             let args = abi::Adam {
-                grads: read(&grads)?,
+                grads: as_many(&grads, len)?,
                 params: write(params)?,
-                m: write(m)?,
-                v: write(v)?,
+                m: as_many_mut(m, len)?,
+                v: as_many_mut(v, len)?,
                 now: as_many(&now, 3)?,
                 factor: as_many(&factor, 1)?,
                 len: count(len)?,
@@ -751,6 +757,17 @@ fn attend(attention: &Attention, qkv: *const f32) -> Result<abi::Attend, CudaErr
     })
 }
 
+/// Numbers that `rows` rows of a normalisation lie across.
+fn spread(norm: &Norm, rows: usize) -> usize {
+    rows.checked_sub(1).map_or(0, |before| before * norm.stride + norm.width)
+}
+
+/// Numbers of what attention makes of `rows` sequences, and of its log-sum-exps.
+fn lengths(attention: &Attention, rows: usize) -> [usize; 2] {
+    let tokens = rows * attention.time;
+    [tokens * attention.width(), tokens * attention.heads]
+}
+
 fn heads(attention: &Attention, rows: usize) -> [u32; 3] {
     [attention.time.div_ceil(8) as u32, attention.heads as u32, rows as u32]
 }
@@ -763,13 +780,18 @@ pub enum Recorded<C: Card> {
     No,
     /// The work was done once, by itself: kernels are loaded, scratch has grown.
     Seen,
-    /// A graph of it, and [`Card::given_back`] when it was made.
-    Graph(C::Graph, u64),
+    /// A graph of it, and what must still be so: [`Card::given_back`], and ids and shares.
+    Graph(C::Graph, [u64; 2]),
     /// It cannot be recorded.
     Never,
 }
 
 impl<C: Card> Cuda<C> {
+    /// Changes when memory that a recorded step names has been given back, or has other ids and shares in it.
+    fn memory(&self) -> [u64; 2] {
+        [self.card.given_back(), self.repaired]
+    }
+
     /// What a verb before could not say.
     fn failure(&self) -> Result<(), CudaError> {
         self.verbs.lock().unwrap_or_else(PoisonError::into_inner).failed.take().map_or(Ok(()), Err)
@@ -783,8 +805,7 @@ impl<C: Card> Cuda<C> {
             work(self).map_err(|_| CudaError::Recording { call: "a step" })?;
             self.failure()
         })?;
-        let recorded = Recorded::Graph(graph, card.given_back());
-        Ok(recorded)
+        Ok(Recorded::Graph(graph, self.memory()))
     }
 }
 
@@ -844,10 +865,10 @@ impl<C: Card> Contrast for Cuda<C> {
         recorded: &mut Recorded<C>,
         work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
     ) -> Result<(), LossError> {
-        if let Recorded::Graph(_, given_back) = recorded
-            && *given_back != self.card.given_back()
+        if let Recorded::Graph(_, memory) = recorded
+            && *memory != self.memory()
         {
-            *recorded = Recorded::Seen;
+            *recorded = Recorded::No;
         }
         if let Recorded::Seen = recorded {
             self.failure()?;

@@ -41,7 +41,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
             (request.tell)(&format!("ocean: {}% trained", 10 * tenth));
         }
     };
-    draw(&resolve(None, flags)?, &request.out.join("ocean"), &mut observe)
+    draw(&resolve(flags)?, &request.out.join("ocean"), &mut observe)
 }
 
 /// The figures of a run of these settings.
@@ -399,7 +399,7 @@ mod tests {
             }),
             ..Partial::default()
         };
-        let config = resolve(None, flags).unwrap();
+        let config = resolve(flags).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let draw = |name: &str| draw(&config, &dir.path().join(name), &mut |_| {}).unwrap();
         let figures = draw("run");

@@ -6,7 +6,7 @@
 
 use super::{Buffer, Call, Cuda, Embedding, Form, Rows, Share, U, V, addresses, only_cpu, wrong_len};
 use crate::device::cuda::card::Card;
-use crate::objective::{Batch, Loss, LossError, Matrix, Pairs, Storage, Value, Write};
+use crate::objective::{Batch, Loss, LossError, Matrix, Objective, Pairs, Storage, Value, Write};
 use kernels::abi::HOLE;
 use std::ptr::null;
 
@@ -73,7 +73,7 @@ impl<C: Card> Cuda<C> {
     /// loss needs none.
     ///
     /// # Errors
-    /// As [`Self::loss_on_card`]; [`LossError::Parameter`] for smoothing and MMD, which the blocks do not have;
+    /// As [`Self::loss_on_card`]; [`LossError::Parameter`] for smoothing, MMD and the shuffled joint loss, which blocks do not have;
     /// [`LossError::Shape`] for a block that is not in the whole.
     pub fn tally_block<T: Embedding>(
         &mut self,
@@ -151,6 +151,9 @@ impl<C: Card> Cuda<C> {
         if loss.smoothing > 0.0 {
             return Err(only_cpu("smoothing", &loss.smoothing.to_string(), "0 for a block"));
         }
+        if matches!(loss.objective, Objective::JointShuffled { .. }) {
+            return Err(only_cpu("objective", "the shuffled joint loss", "one of all pairs for a block"));
+        }
         for which in [0, 1] {
             let end = block.at[which] + rows[which].rows;
             if end > block.whole[which] {
@@ -166,7 +169,8 @@ impl<C: Card> Cuda<C> {
         batch.parameters(loss)?;
         let pairs = block.whole[0].min(block.whole[1]);
         self.plain = None;
-        let all_rows = matches!(loss.objective, crate::objective::Objective::Sigmoid { .. });
+        self.repaired += 1;
+        let all_rows = matches!(loss.objective, Objective::Sigmoid { .. });
         for (which, slots) in [&U, &V].into_iter().enumerate() {
             let own = block.at[which]..block.at[which] + rows[which].rows;
             let of = if all_rows && which == 0 { block.whole[0] } else { pairs };
