@@ -432,7 +432,7 @@ fn a_settings_file_may_hold_every_flag_and_flags_win() {
     // What says where and how a run is made is not among the settings that made it.
     let written = std::fs::read_to_string(dir.path().join("here/config.toml")).unwrap();
     assert!(
-        !["out", "device", "threads", "resume"].iter().any(|key| written.contains(&format!("{key} = "))),
+        !["out", "device", "threads", "resume"].iter().any(|key| written.contains(&format!("\n{key} = "))),
         "{written}"
     );
     std::fs::write(dir.path().join("all.toml"), format!("{text}device = 'tpu'\n").replace("device = 'cpu'\n", ""))

@@ -14,7 +14,7 @@ use contrastive::device::cuda::card::Card;
 use contrastive::device::cuda::contrast::{Block, Cuda};
 use contrastive::device::cuda::random::normals;
 use contrastive::device::cuda::search::Searcher;
-use contrastive::objective::{Gradients, Objective, Precision, Storage, Tilting, Value, Write, reference};
+use contrastive::objective::{Gradients, Objective, Precision, Storage, Tilting, Value, Write, pairing, reference};
 use contrastive::tasks::retrieval::{recall, recall_on, top_k, top_k_on};
 use contrastive::{Batch, Engine, Loss, Matrix};
 use half::{bf16, f16};
@@ -287,6 +287,18 @@ fn drawn_pairings_conform() {
         }
         let (largest, at) = hold(&mut engine, precision, &cases);
         println!("{precision:?}: largest error {largest:.1e} at {at:?}");
+    }
+}
+
+/// The card's own orders are those that the host's pairings, and the reference, are drawn by.
+#[test]
+fn orders_of_the_card_are_the_hosts() {
+    for n in [1, 2, 3, 5, 31, 32, 33, 1000, 65_537] {
+        for (seed, k) in [(0, 0), (11, 2), (u64::MAX, 77)] {
+            let order = kernels::random::Order::new(seed, !u64::from(k), n as u64);
+            let card: Vec<usize> = (0..n as u64).map(|i| order.at(i) as usize).collect();
+            assert!(card == pairing(n, seed, k), "{n}, {seed}, {k}");
+        }
     }
 }
 

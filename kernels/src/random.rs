@@ -51,12 +51,11 @@ fn turn(angle: u32) -> [f32; 2] {
     if quarters & 2 == 0 { [sin, cos] } else { [-sin, -cos] }
 }
 
-/// Rounds of an [`Order`]'s network. A handful make a good permutation of a large set; tiny sets, where a round knows only
-/// a bit or two, need this many before all orders are equally frequent (tested).
+/// Rounds of an [`Order`]'s network.
 const ROUNDS: u64 = 24;
 
-/// A random order of 0..n: a Feistel network on the smallest power of two >= n, walked until it lands below n (cycle
-/// walking), less than two passes on average.
+/// A random order of 0..n, that of `data::permute` of the host, whose tests say how random it is: a Feistel network on the
+/// smallest power of two >= n, walked until it lands below n, less than two passes on average.
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
     n: u64,
@@ -80,27 +79,23 @@ impl Order {
     pub fn at(&self, index: u64) -> u64 {
         let mut x = index;
         loop {
-            [x] = self.pass([x]);
+            let (mut high, mut low) = (x >> self.low, x & self.low_mask);
+            let mut round = 0;
+            while round < ROUNDS {
+                // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
+                let key = self.key.wrapping_add(round << 56);
+                if round % 2 == 0 {
+                    high ^= mix(key.wrapping_add(low)) & self.high_mask;
+                } else {
+                    low ^= mix(key.wrapping_add(high)) & self.low_mask;
+                }
+                round += 1;
+            }
+            x = high << self.low | low;
             if x < self.n {
                 return x;
             }
         }
-    }
-
-    /// One pass of the network for each of several numbers below the power of two: each alone is a chain of waits.
-    #[inline(always)]
-    pub fn pass<const L: usize>(&self, x: [u64; L]) -> [u64; L] {
-        let (mut high, mut low) = (x.map(|x| x >> self.low), x.map(|x| x & self.low_mask));
-        let mut round = 0;
-        while round < ROUNDS {
-            // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
-            let key = self.key.wrapping_add(round << 56);
-            let (to, from, mask) =
-                if round % 2 == 0 { (&mut high, &low, self.high_mask) } else { (&mut low, &high, self.low_mask) };
-            to.iter_mut().zip(from).for_each(|(to, &from)| *to ^= mix(key.wrapping_add(from)) & mask);
-            round += 1;
-        }
-        core::array::from_fn(|i| high[i] << self.low | low[i])
     }
 }
 

@@ -263,7 +263,6 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
     let mut engine = choice.engine(args.workspace);
     batch.validate(&loss).map_err(|e| refused(args, e))?;
-    choice.announce();
     let begun = std::time::Instant::now();
     let gradients = Gradients {
         u: grad_u.as_deref_mut().map(Write::Set),
@@ -277,6 +276,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         let found = format!("{}, at which logits or gradients of these embeddings are beyond f32", args.tau);
         return Err(bad_flag("--tau", found, "a larger one, or shorter embeddings"));
     }
+    choice.announce();
     for (path, gradient, rows) in [(&args.grad_u, &grad_u, n), (&args.grad_v, &grad_v, m)] {
         if let (Some(path), Some(gradient)) = (path, gradient) {
             write_npy_f32(path, &[rows, d], gradient)?;

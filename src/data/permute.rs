@@ -1,7 +1,13 @@
-//! The random order of an epoch, as a function: [`kernels::random::Order`], several positions at a time.
+//! The random order of an epoch, as a function.
+//!
+//! A Feistel network on the smallest power of two >= n, walked until it lands below n (cycle walking): a bijection
+//! of the power of two restricted to a bijection of 0..n, less than two evaluations on average.
 
-use kernels::random::Order;
 use std::ops::Range;
+
+/// Rounds of the network. A handful make a good permutation of a large set; tiny sets, where a round knows only a bit
+/// or two, need this many before all orders are equally frequent (tested).
+const ROUNDS: u64 = 24;
 
 /// Position `index` of epoch `epoch`'s random order of 0..n: a keyed bijection, O(1) at any index, so that a
 /// resumed run needs no state.
@@ -10,7 +16,14 @@ use std::ops::Range;
 /// When `index >= n`.
 pub fn permute(seed: u64, epoch: u64, n: usize, index: usize) -> usize {
     assert!(index < n, "position {index} of an order of {n}");
-    Order::new(seed, epoch, n as u64).at(index as u64) as usize
+    let network = Network::new(seed, epoch, n);
+    let mut x = index as u64;
+    loop {
+        [x] = network.pass([x]);
+        if (x as usize) < n {
+            return x as usize;
+        }
+    }
 }
 
 /// Appends [`permute`] of each of `range` to `out`; several at a time, as each alone is a chain of waits.
@@ -19,23 +32,57 @@ pub fn permute(seed: u64, epoch: u64, n: usize, index: usize) -> usize {
 /// When `range` ends beyond `n`.
 pub fn permute_range(seed: u64, epoch: u64, n: usize, range: Range<usize>, out: &mut Vec<usize>) {
     assert!(range.end <= n, "positions {range:?} of an order of {n}");
-    if range.is_empty() {
-        return;
-    }
-    let order = Order::new(seed, epoch, n as u64);
+    let network = Network::new(seed, epoch, n);
     let mut walking: Vec<usize> = (out.len()..out.len() + range.len()).collect();
     out.extend(range);
     while !walking.is_empty() {
         let (together, alone) = walking.as_chunks::<8>();
         for places in together {
-            let after = order.pass(places.map(|place| out[place] as u64));
+            let after = network.pass(places.map(|place| out[place] as u64));
             places.iter().zip(after).for_each(|(&place, x)| out[place] = x as usize);
         }
         for &place in alone {
-            out[place] = order.pass([out[place] as u64])[0] as usize;
+            out[place] = network.pass([out[place] as u64])[0] as usize;
         }
         walking.retain(|&place| out[place] >= n);
     }
+}
+
+/// A bijection of the numbers below a power of two.
+struct Network {
+    key: u64,
+    low: u32,
+    low_mask: u64,
+    high_mask: u64,
+}
+
+impl Network {
+    /// Of the smallest power of two >= n.
+    fn new(seed: u64, epoch: u64, n: usize) -> Network {
+        let bits = usize::BITS - (n - 1).leading_zeros();
+        let low = bits / 2;
+        Network { key: mix(mix(seed) ^ epoch), low, low_mask: (1 << low) - 1, high_mask: (1 << (bits - low)) - 1 }
+    }
+
+    fn pass<const L: usize>(&self, x: [u64; L]) -> [u64; L] {
+        let (mut high, mut low) = (x.map(|x| x >> self.low), x.map(|x| x & self.low_mask));
+        for round in 0..ROUNDS {
+            // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
+            let key = self.key.wrapping_add(round << 56);
+            let (to, from, mask) =
+                if round % 2 == 0 { (&mut high, &low, self.high_mask) } else { (&mut low, &high, self.low_mask) };
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to ^= mix(key.wrapping_add(from)) & mask);
+        }
+        std::array::from_fn(|i| high[i] << self.low | low[i])
+    }
+}
+
+/// The finaliser of SplitMix64 after its increment: a bijection of u64 that spreads every input bit over the word.
+fn mix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 #[cfg(test)]
