@@ -39,10 +39,21 @@ macro_rules! entries {
                 blocks: $blocks,
                 shared: $shared,
                 #[cfg(feature = "shim")]
-                body: |args, at| body!($module, $body, args, at),
+                body: twin::$name,
                 args: core::marker::PhantomData,
             };
         )*)*
+
+        /// Bodies for the host: functions, as closures would be compiled again by every crate that takes a handle.
+        #[cfg(all(feature = "shim", not(target_arch = "nvptx64")))]
+        mod twin {
+            use super::*;
+            $($(
+                pub unsafe fn $name(args: &$args, at: u64) {
+                    body!($module, $body, args, at)
+                }
+            )*)*
+        }
 
         #[cfg(target_arch = "nvptx64")]
         mod card {
