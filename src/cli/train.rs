@@ -202,8 +202,13 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
-    ctrlc::set_handler(move || told.store(true, Ordering::Relaxed))
-        .map_err(|e| Failure::Other(format!("signals: {e}")))?;
+    // The second time there is no waiting for a checkpoint.
+    let stopping = move || {
+        if told.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    ctrlc::set_handler(stopping).map_err(|e| Failure::Other(format!("signals: {e}")))?;
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
     let said = Once::new();
@@ -240,7 +245,11 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         bar.finish_and_clear();
     }
     if stopped {
-        super::log(format_args!("stopped; checkpoint in {}, --resume goes on", dir.display()));
+        if report.values.is_empty() {
+            super::log(format_args!("stopped before the first step; nothing written"));
+        } else {
+            super::log(format_args!("stopped; checkpoint in {}, --resume goes on", dir.display()));
+        }
         return Err(Failure::Stopped);
     }
     let json = serde_json::Value::Object(report.values);

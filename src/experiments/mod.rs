@@ -25,7 +25,7 @@ use crate::theory::{self, Theory};
 use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One experiment: how to fill in settings, where its pairs come from, what it reports.
 pub struct Experiment {
@@ -98,7 +98,7 @@ impl Report {
     }
 }
 
-/// A finished (or stopped) run.
+/// A finished (or stopped) run; stopped before its first step it has an empty report and has written nothing.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// `summary.json`, and the lines for people.
@@ -295,6 +295,10 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             found: format!("{} parameters", start.arenas[0].len()),
             expected: format!("{}, as these encoders have on this data", network.layout.len()),
         });
+    }
+    if stop.load(Ordering::Relaxed) {
+        // While its data were made: what an older run left still stands.
+        return Ok(Outcome { report: Report::default(), stopped: true });
     }
     open_folder(dir, config, resume)?;
 

@@ -1,7 +1,7 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores};
+use super::scores::{Pairs, Scorer, Scores, exact};
 use crate::data::Rows;
 use crate::device::cpu::search::{Operand, Pair};
 use crate::device::cpu::{Isa, inner};
@@ -103,27 +103,87 @@ fn each_batch(
     Ok(())
 }
 
-/// For each query i, how many of the items come before item i; scores are sums in f32.
+/// For each query i, how many of the items come before item i, by s(query, item) in f64: what sums in f32 cannot tell from
+/// item i is looked at again.
 ///
 /// # Panics
 /// When the two have different shapes.
 pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<u32> {
     assert_eq!(queries.count(), items.count(), "query i's own item is item i");
     let scorer = Scorer::new(tilting, queries, items);
-    let mut ranks = vec![(0f32, 0u32); queries.count()];
-    scorer.scan(Pairs::Diagonal, &mut ranks, |Scores { query, first, scores, .. }, (own, _)| {
-        if let Some(&score) = query.checked_sub(first).and_then(|at| scores.get(at)) {
-            *own = score;
+    let mut owns = vec![Own::default(); queries.count()];
+    let slack = scorer.scan_as::<f32, _>(Isa::best(), Pairs::Diagonal, &mut owns, |scores, own| {
+        if let Some(&score) = scores.query.checked_sub(scores.first).and_then(|at| scores.scores.get(at)) {
+            own.near = [score; 2];
         }
     });
-    scorer.scan(Pairs::All, &mut ranks, |Scores { query, first, scores, most }, (own, rank)| {
-        if most < *own {
+    let dim = items.dim();
+    owns.par_iter_mut().enumerate().for_each_init(
+        || vec![0f32; dim],
+        |query, (i, own)| {
+            scorer.read_queries(i..i + 1, query);
+            // Both scores may be off.
+            let off = 2.0 * slack.of(inner(query, query).sqrt(), 0.0);
+            let [low, high] = own.near.map(f64::from);
+            own.near = if off.is_finite() {
+                [((low - off) as f32).next_down(), ((high + off) as f32).next_up()]
+            } else {
+                [f32::NEG_INFINITY, f32::INFINITY]
+            };
+        },
+    );
+    scorer.scan(Pairs::All, &mut owns, |Scores { query, first, scores, most }, own| {
+        let [low, high] = own.near;
+        if most < low {
             return;
         }
-        let (before, after) = scores.split_at(query.clamp(first, first + scores.len()) - first);
-        *rank += (before.iter().filter(|&s| s >= own).count() + after.iter().filter(|&s| s > own).count()) as u32;
+        own.rank += scores.iter().filter(|&&score| score > high).count() as u32;
+        for (at, few) in (first..).step_by(FEW).zip(scores.chunks(FEW)) {
+            // Without a branch for each.
+            if few.iter().fold(false, |any, score| any | ((*score >= low) & (*score <= high))) {
+                let close = (at..).zip(few).filter(|(item, score)| (low..=high).contains(*score) && *item != query);
+                own.rank += close.filter(|&(item, _)| own.exact.comes_before(&scorer, item, query)).count() as u32;
+            }
+        }
     });
-    ranks.into_iter().map(|(_, rank)| rank).collect()
+    owns.into_iter().map(|own| own.rank).collect()
+}
+
+/// What is known of a query's own item.
+#[derive(Clone, Default)]
+struct Own {
+    /// Between these a score may be its.
+    near: [f32; 2],
+    /// How many items come before it.
+    rank: u32,
+    exact: Exact,
+}
+
+/// A query's row, that of an item, and its own item's score, once they were needed.
+#[derive(Clone, Default)]
+struct Exact {
+    query: Vec<f32>,
+    item: Vec<f32>,
+    own: f64,
+}
+
+impl Exact {
+    /// Whether `item` comes before the query's own, which has its number.
+    fn comes_before(&mut self, scorer: &Scorer<'_>, item: usize, query: usize) -> bool {
+        let dim = scorer.items.dim();
+        if self.query.is_empty() {
+            (self.query, self.item) = (vec![0.0; dim], vec![0.0; dim]);
+            scorer.queries.read(query, &mut self.query);
+            self.own = self.score(scorer, query);
+        }
+        let score = self.score(scorer, item);
+        score > self.own || score == self.own && item < query
+    }
+
+    fn score(&mut self, scorer: &Scorer<'_>, item: usize) -> f64 {
+        scorer.items.read(item, &mut self.item);
+        exact(scorer.tilting, &self.query, &self.item)
+    }
 }
 
 /// More candidates than asked for: of those that rounding can hardly tell apart, f64 chooses.
@@ -354,6 +414,22 @@ mod tests {
 
     fn rng() -> rand_chacha::ChaCha8Rng {
         rand_chacha::ChaCha8Rng::seed_from_u64(2)
+    }
+
+    // Clusters far apart leave a squared distance few digits in f32, whatever point it is counted from.
+    #[test]
+    fn ranks_are_those_of_f64() {
+        let x = [-10_000f32, 9_999.9, 10_000.1, 0.1];
+        let x = Table { data: &x, dim: 1 };
+        assert_eq!(own_ranks(Tilting::L2, &x, &x), [0; 4]);
+        let all = recall(Tilting::L2, &x, &x);
+        assert_eq!((all.u_to_v_at_1, all.v_to_u_at_1), (1.0, 1.0));
+        // Items that nothing can tell apart rank by their number, those that f64 can by their score.
+        let items: Vec<f32> = (0..300).flat_map(|i| [1.0, (i / 2) as f32 * 1e-12]).collect();
+        let queries: Vec<f32> = (0..300).flat_map(|_| [1.0, 1.0]).collect();
+        let ranks = own_ranks(Tilting::Dot, &Table { data: &queries, dim: 2 }, &Table { data: &items, dim: 2 });
+        let want: Vec<u32> = (0..300).map(|i| 298 - i / 2 * 2 + i % 2).collect();
+        assert_eq!(ranks, want);
     }
 
     // More items than are kept have one score in f32; in f64 the last of them is the best.
