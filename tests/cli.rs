@@ -100,6 +100,8 @@ fn bad_input_is_one_clear_line_and_leaves_nothing_behind() {
         ("--precision", loss(&["--u", "u.npy", "--v", "v.npy", "--precision", "f8"])),
         ("--device", loss(&["--u", "u.npy", "--v", "v.npy", "--device", "tpu"])),
         ("--threads", loss(&["--u", "u.npy", "--v", "v.npy", "--threads", "0"])),
+        ("--threads", loss(&["--u", "u.npy", "--v", "v.npy", "--threads", "30000"])),
+        ("--kernel", mmd(&["--kernel", "gaussian:1e-40"])),
         ("--data-u", loss(&["--u", "u.npy", "--v", "v.npy", "--objective", "mmd"])),
         (
             "short.npy",
@@ -466,6 +468,35 @@ fn nobody_reading_is_no_panic() {
     assert_eq!(child.wait().unwrap().code(), Some(2));
 }
 
+#[cfg(unix)]
+#[test]
+fn a_link_stays_a_link() {
+    let dir = files();
+    std::os::unix::fs::symlink("real.npy", dir.path().join("link.npy")).unwrap();
+    std::fs::write(dir.path().join("real.npy"), "old").unwrap();
+    json(dir.path(), &["loss", "--u", "u.npy", "--v", "v.npy", "--grad-u", "link.npy", "--json"]);
+    assert!(dir.path().join("link.npy").is_symlink());
+    assert_eq!(Npy::open(dir.path().join("real.npy")).unwrap().rows(), 20);
+}
+
+#[test]
+fn integers_may_be_of_any_width() {
+    let dir = files();
+    let answer = |name: &str| {
+        json(dir.path(), &["loss", "--u", "u.npy", "--v", "v.npy", "--positives", name, "--json"])["loss"].clone()
+    };
+    let index: Vec<u8> = (0..20).map(|i| (7 * i) % 20).collect();
+    write_npy_i64(dir.path().join("i8.npy"), &[20], &index.iter().map(|&i| i64::from(i)).collect::<Vec<_>>()).unwrap();
+    let want = answer("i8.npy");
+    for (descr, bytes) in [("|i1", 1), ("<i2", 2), ("<i4", 4), ("|u1", 1), ("<u2", 2), ("<u4", 4), ("<u8", 8)] {
+        let payload: Vec<u8> = index.iter().flat_map(|&i| u64::from(i).to_le_bytes()[..bytes].to_vec()).collect();
+        raw_npy(&dir.path().join("other.npy"), descr, false, "(20,)", &payload);
+        assert_eq!(answer("other.npy"), want, "{descr}");
+    }
+    raw_npy(&dir.path().join("other.npy"), "<u8", false, "(20,)", &[0xff; 160]);
+    refused(dir.path(), vec![("other.npy", vec!["loss", "--u", "u.npy", "--v", "v.npy", "--positives", "other.npy"])]);
+}
+
 // Large enough that every thread has rows, and no multiple of any tile.
 #[test]
 fn threads_change_nothing() {
@@ -546,13 +577,24 @@ fn embed_and_pairs_work_together() {
     let mut nan = vec![0f32; 7 * 12];
     nan[4 * 12] = f32::INFINITY;
     write_npy_f32(dir.path().join("nan.npy"), &[7, 12], &nan).unwrap();
-    for (input, what) in [("v.npy", "v.npy"), ("nan.npy", "row 4"), ("missing.npy", "missing.npy")] {
-        let args = ["embed", "--model", "run", "--side", "u", "--input", input, "--output", "e.npy"];
+    // Alternating signs, so that sums of products with weights of both cannot stay small in all of them.
+    let vast: Vec<f32> = (0..7 * 12).map(|k| if k % 2 == 0 { 3.4e38 } else { -3.4e38 }).collect();
+    write_npy_f32(dir.path().join("vast.npy"), &[7, 12], &vast).unwrap();
+    let model = std::fs::read(dir.path().join("run/model.safetensors")).unwrap();
+    for (input, output, what) in [
+        ("v.npy", "e.npy", "v.npy"),
+        ("nan.npy", "e.npy", "row 4"),
+        ("missing.npy", "e.npy", "missing.npy"),
+        ("vast.npy", "e.npy", "vast.npy"),
+        ("u.npy", "run/../run/model.safetensors", "--output"),
+    ] {
+        let args = ["embed", "--model", "run", "--side", "u", "--input", input, "--output", output];
         let output = run(dir.path(), &args);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1 && stderr.contains(what), "{stderr}");
         assert!(!dir.path().join("e.npy").exists());
+        assert!(model == std::fs::read(dir.path().join("run/model.safetensors")).unwrap());
     }
     for (side, dim) in [("u", 12), ("v", 5)] {
         let input = format!("{side}.npy");

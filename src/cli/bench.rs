@@ -135,8 +135,8 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
     if n == 0 || m == 0 || d == 0 {
         return Err(bad_flag("--n, --m, --d", format!("{n}, {m}, {d}"), "1 or more each"));
     }
-    check_room("--n", &[n, d, SETS])?;
-    check_room("--m", &[m, d, SETS])?;
+    check_room("--n", &[n, d])?;
+    check_room("--m", &[m, d])?;
     match &args.what[..] {
         "loss" => loss(args, common, [n, m, d]),
         "retrieve" => tasks::retrieve(args, common),

@@ -195,7 +195,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let (ignore_u, ignore_v) = (ids(&args.ignore_u, n)?, ids(&args.ignore_v, m)?);
     let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
     let inputs = [Some(&args.u), Some(&args.v), args.data_u.as_ref(), args.data_v.as_ref(), args.positives.as_ref()];
-    check_outputs(&[("--grad-u", args.grad_u.as_ref()), ("--grad-v", args.grad_v.as_ref())], &inputs)?;
+    check_outputs(&[("--grad-u", args.grad_u.as_ref()), ("--grad-v", args.grad_v.as_ref())], &inputs, None)?;
     if let Some(features) = args.features {
         check_room("--features", &[features, n.max(m)])?;
     }
@@ -273,8 +273,8 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let seconds = begun.elapsed().as_secs_f64();
     let finite = |x: &Option<Vec<f32>>| x.iter().flatten().all(|x| x.is_finite());
     if !(value.loss.is_finite() && value.grad_tau.is_finite() && finite(&grad_u) && finite(&grad_v)) {
-        let found = format!("{}, at which logits or gradients of these embeddings are beyond f32", args.tau);
-        return Err(bad_flag("--tau", found, "a larger one, or shorter embeddings"));
+        let found = format!("{}, at which the loss or gradients of these files are beyond f32", args.tau);
+        return Err(bad_flag("--tau", found, "a larger one, or smaller numbers in them"));
     }
     choice.announce();
     for (path, gradient, rows) in [(&args.grad_u, &grad_u, n), (&args.grad_v, &grad_v, m)] {
@@ -333,6 +333,7 @@ fn refused(args: &Loss, e: LossError) -> Failure {
             bad_flag(&as_flag(what), found, expected)
         }
         (None, "lambda_u and lambda_v") => bad_flag("--lambda-u, --lambda-v", found, expected),
+        (None, "kernel width") => bad_flag("--kernel", format!("gaussian:{found}"), expected),
         (None, "shuffled joint loss") => bad_flag("--pairings", found, expected),
         _ => bad_flag(what, found, expected),
     }

@@ -199,12 +199,15 @@ fn usage(e: &clap::Error) -> String {
     format!("{}; see --help", first.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
+/// Threads that no machine has more of; many more take longer to start than to work.
+const MOST_THREADS: usize = 1024;
+
 /// Makes the pool of as many threads as asked for. Commands then run inside it: entering it from outside costs two
 /// context switches a parallel loop, which is half the time of a small training step.
 fn threads(common: &Common) -> Result<(), Failure> {
     let threads = common.threads.unwrap_or(0);
-    if common.threads == Some(0) {
-        return Err(bad_flag("--threads", 0, "1 or more"));
+    if common.threads.is_some_and(|threads| !(1..=MOST_THREADS).contains(&threads)) {
+        return Err(bad_flag("--threads", threads, format!("1 to {MOST_THREADS}")));
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
@@ -264,8 +267,13 @@ fn check_room(flag: &str, sizes: &[usize]) -> Result<(), Failure> {
     Err(bad_flag(flag, sizes[0], format!("fewer: {product} f32 are more than there is memory for")))
 }
 
-/// Fails unless `outputs`, each under its flag, can be written and are files of their own, none of them one of `inputs`.
-fn check_outputs(outputs: &[(&str, Option<&PathBuf>)], inputs: &[Option<&PathBuf>]) -> Result<(), Failure> {
+/// Fails unless `outputs`, each under its flag, can be written and are files of their own, none of them one of `inputs` or
+/// of the run in the folder `model`.
+fn check_outputs(
+    outputs: &[(&str, Option<&PathBuf>)],
+    inputs: &[Option<&PathBuf>],
+    model: Option<&PathBuf>,
+) -> Result<(), Failure> {
     // Where a path leads, whatever it is called; what is not there yet has its folder's name.
     let place = |path: &Path| {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -278,7 +286,8 @@ fn check_outputs(outputs: &[(&str, Option<&PathBuf>)], inputs: &[Option<&PathBuf
         if let Some((other, _)) = given().take(k).find(|(_, other)| place(other) == place(path)) {
             return Err(bad_flag(flag, path.display(), format!("another file than {other}")));
         }
-        if inputs.iter().flatten().any(|input| place(input) == place(path)) {
+        let run = model.into_iter().flat_map(|dir| experiments::FILES.iter().map(|name| dir.join(name)));
+        if inputs.iter().flatten().copied().cloned().chain(run).any(|input| place(&input) == place(path)) {
             return Err(bad_flag(flag, path.display(), "another file than what is read"));
         }
     }

@@ -127,7 +127,7 @@ pub fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     let side = side_of(&args.side)?;
     let model = Model::load(&args.model)?;
     let x = Npy::open(&args.input)?;
-    check_outputs(&[("--output", Some(&args.output))], &[Some(&args.input)])?;
+    check_outputs(&[("--output", Some(&args.output))], &[Some(&args.input)], Some(&args.model))?;
     let choice = common.choose(None)?;
     match &choice.device {
         Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output),
@@ -151,11 +151,12 @@ fn embedded(
     path: &Path,
 ) -> Result<Vec<f32>, experiments::Error> {
     model.check_width(side, rows, path)?;
-    match &choice.device {
+    let out = match &choice.device {
         Device::Cpu => model.embed_in_memory(&Cpu::new(), side, rows),
         #[cfg(feature = "cuda")]
         Device::Cuda(driver, _) => model.embed_in_memory(&Cuda::new(driver, choice.precision()), side, rows),
-    }
+    }?;
+    if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(experiments::Error::beyond_f32(path)) }
 }
 
 pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
@@ -176,7 +177,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     items.check_finite()?;
     queries.check_finite()?;
     let outputs = [("--output", args.output.as_ref()), ("--scores", args.scores.as_ref())];
-    check_outputs(&outputs, &[Some(&args.items), Some(&args.queries)])?;
+    check_outputs(&outputs, &[Some(&args.items), Some(&args.queries)], None)?;
     choice.announce();
     let start = Instant::now();
     // Pairs: recall is of the best five, however few were asked for.
@@ -224,7 +225,8 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         return Err(bad_flag("--held-out", args.held_out, "a share in [0, 1)"));
     }
     let outputs = [("--output", args.output.as_ref()), ("--probabilities", args.probabilities.as_ref())];
-    check_outputs(&outputs, &[Some(&args.input), args.labels.as_ref(), args.classes.as_ref()])?;
+    let inputs = [Some(&args.input), args.labels.as_ref(), args.classes.as_ref()];
+    check_outputs(&outputs, &inputs, Some(&args.model))?;
     let choice = common.choose(None)?;
     let dim = model.config.dim;
     let n = x.rows();
@@ -332,7 +334,8 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
         return Err(bad_flag("--count", args.count, format!("1 to {most} for each of {} rows", given.rows())));
     }
     let file = args.items.as_deref().map(open).transpose()?;
-    check_outputs(&[("--output", args.output.as_ref())], &[Some(&args.given), args.items.as_ref()])?;
+    let outputs = [("--output", args.output.as_ref())];
+    check_outputs(&outputs, &[Some(&args.given), args.items.as_ref()], Some(&args.model))?;
     let choice = common.choose(None)?;
     let queries = embedded(&model, &choice, other, &given, &args.given)?;
     let items = match &file {

@@ -202,9 +202,11 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
-    // The second time there is no waiting for a checkpoint.
+    // Before the first step there is nothing to save, and the second time nobody waits for a checkpoint.
+    let stepping = Arc::new(AtomicBool::new(false));
+    let steps = stepping.clone();
     let stopping = move || {
-        if told.swap(true, Ordering::Relaxed) {
+        if told.swap(true, Ordering::Relaxed) || !steps.load(Ordering::Relaxed) {
             std::process::exit(130);
         }
     };
@@ -214,6 +216,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     let said = Once::new();
     let announce = || said.call_once(|| choice.announce());
     let mut observe = |progress: Progress| {
+        stepping.store(true, Ordering::Relaxed);
         announce();
         if let Some(bar) = &bar {
             let [step, steps] = progress.steps;
@@ -245,11 +248,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         bar.finish_and_clear();
     }
     if stopped {
-        if report.values.is_empty() {
-            super::log(format_args!("stopped before the first step; nothing written"));
-        } else {
-            super::log(format_args!("stopped; checkpoint in {}, --resume goes on", dir.display()));
-        }
+        super::log(format_args!("stopped; checkpoint in {}, --resume goes on", dir.display()));
         return Err(Failure::Stopped);
     }
     let json = serde_json::Value::Object(report.values);

@@ -341,6 +341,9 @@ impl Source for PairsSource {
 /// # Errors
 /// [`DataError::Write`] naming `path`; nothing is left behind then.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), DataError> {
+    // A rename would put the file in the place of a link to it.
+    let there = path.canonicalize();
+    let path = there.as_deref().unwrap_or(path);
     let write = || {
         // A rename would put a file in the place of a device.
         if path.exists() && !path.is_file() {

@@ -173,7 +173,7 @@ impl Dtype {
     }
 }
 
-/// Reads a whole array of integers (`<i8`, `<i4`, `|u1`: labels, indices) of 1 or 2 dimensions: its shape and
+/// Reads a whole array of integers of any width (labels, indices; `<u8` up to the largest i64) of 1 or 2 dimensions: its shape and
 /// its elements in C order.
 ///
 /// # Errors
@@ -189,8 +189,17 @@ pub fn read_npy_i64(path: impl AsRef<Path>) -> Result<(Vec<usize>, Vec<i64>), Da
     let elements = match header.descr.as_str() {
         "<i8" => words(data(8)?).map(i64::from_le_bytes).collect(),
         "<i4" => words(data(4)?).map(|b| i64::from(i32::from_le_bytes(b))).collect(),
+        "<i2" => words(data(2)?).map(|b| i64::from(i16::from_le_bytes(b))).collect(),
+        "|i1" => data(1)?.iter().map(|&b| i64::from(b.cast_signed())).collect(),
+        "<u8" => {
+            let fits = |b| i64::try_from(u64::from_le_bytes(b));
+            let all: Result<Vec<i64>, _> = words(data(8)?).map(fits).collect();
+            all.map_err(|_| DataError::format(path, "a number above 2^63 - 1", "integers that an i64 holds"))?
+        }
+        "<u4" => words(data(4)?).map(|b| i64::from(u32::from_le_bytes(b))).collect(),
+        "<u2" => words(data(2)?).map(|b| i64::from(u16::from_le_bytes(b))).collect(),
         "|u1" => data(1)?.iter().map(|&b| i64::from(b)).collect(),
-        other => return Err(wrong_dtype(path, other, "<i8, <i4 or |u1")),
+        other => return Err(wrong_dtype(path, other, "little-endian integers")),
     };
     Ok((header.shape, elements))
 }
@@ -198,7 +207,7 @@ pub fn read_npy_i64(path: impl AsRef<Path>) -> Result<(Vec<usize>, Vec<i64>), Da
 /// Writes an f32 array of `shape`, atomically.
 ///
 /// # Errors
-/// [`DataError::Io`] naming `path`.
+/// [`DataError::Write`] naming `path`.
 ///
 /// # Panics
 /// When `shape` does not hold `data.len()` elements.
@@ -209,7 +218,7 @@ pub fn write_npy_f32(path: impl AsRef<Path>, shape: &[usize], data: &[f32]) -> R
 /// [`write_npy_f32`] of an array that is never whole in memory: `parts` hands its elements over piece by piece.
 ///
 /// # Errors
-/// [`DataError::Io`] naming `path`.
+/// [`DataError::Write`] naming `path`.
 ///
 /// # Panics
 /// When the pieces do not make up `shape`.
@@ -227,7 +236,7 @@ pub type Push<'a, T> = dyn FnMut(&[T]) -> io::Result<()> + 'a;
 /// Writes an int64 array of `shape`, atomically.
 ///
 /// # Errors
-/// [`DataError::Io`] naming `path`.
+/// [`DataError::Write`] naming `path`.
 ///
 /// # Panics
 /// When `shape` does not hold `data.len()` elements.

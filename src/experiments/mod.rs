@@ -25,7 +25,7 @@ use crate::theory::{self, Theory};
 use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 /// One experiment: how to fill in settings, where its pairs come from, what it reports.
 pub struct Experiment {
@@ -77,6 +77,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// Of a file of numbers, finite themselves, whose embeddings are not.
+    pub fn beyond_f32(path: &Path) -> Self {
+        let found = "numbers whose embeddings are beyond f32".into();
+        DataError::Format { path: path.into(), found, expected: "smaller ones".into() }.into()
+    }
+
     /// Whether better input would have helped.
     pub fn is_input(&self) -> bool {
         !matches!(self, Error::Train(_) | Error::Data(DataError::Write { .. }))
@@ -98,7 +104,7 @@ impl Report {
     }
 }
 
-/// A finished (or stopped) run; stopped before its first step it has an empty report and has written nothing.
+/// A finished (or stopped) run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// `summary.json`, and the lines for people.
@@ -296,10 +302,6 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{}, as these encoders have on this data", network.layout.len()),
         });
     }
-    if stop.load(Ordering::Relaxed) {
-        // While its data were made: what an older run left still stands.
-        return Ok(Outcome { report: Report::default(), stopped: true });
-    }
     open_folder(dir, config, resume)?;
 
     let tilting = parse_tilting(&config.tilting)?;
@@ -344,12 +346,18 @@ fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
     Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)
 }
 
+/// A run's settings.
+const CONFIG: &str = "config.toml";
+
+/// Files of a run's folder; results first, so that old ones never stand beside new settings.
+pub const FILES: [&str; 5] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors", CONFIG];
+
 /// Makes the folder and its `config.toml`; a new run takes away what an old one left.
 fn open_folder(dir: &Path, config: &Config, resume: bool) -> Result<(), Error> {
     std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
     // Before the new settings: old results never stand beside them.
     if !resume {
-        for name in ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors"] {
+        for name in FILES.iter().filter(|name| **name != CONFIG) {
             let path = dir.join(name);
             match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -401,9 +409,15 @@ impl Model {
         let encoder = &self.network.encoders[side as usize];
         self.check_width(side, x, x.path())?;
         x.check_finite()?;
-        Ok(npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
+        let mut beyond = false;
+        let written = npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
+            let push = &mut |part: &[f32]| {
+                beyond = !part.iter().all(|x| x.is_finite());
+                if beyond { Err(io::Error::other("not finite")) } else { push(part) }
+            };
             embed_to(device, &self.network, &self.params, side, self.config.micro(), x, push)
-        })?)
+        });
+        if beyond { Err(Error::beyond_f32(x.path())) } else { Ok(written?) }
     }
 
     /// Trains on `source` in memory, on this CPU.

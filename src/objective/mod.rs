@@ -21,7 +21,8 @@ use half::{bf16, f16};
 /// Targets: row i's target distribution `T^r_ij` is uniform over its positives `P_i`; with label
 /// smoothing `e` it is `(1 - e)/|P_i| [j in P_i] + e/M_i` over the `M_i` columns not ignored in row i.
 /// `T^c` is the same down the columns. `w_i` are row weights and `x_j` column weights, scaled to sum
-/// to one over the rows (columns) that have a positive; the others contribute nothing.
+/// to one over the rows (columns) that have a positive; the others contribute nothing, but to the sigmoid loss, whose `w_i` are
+/// shares of all rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Objective {
