@@ -577,9 +577,14 @@ fn embed_and_pairs_work_together() {
     let mut nan = vec![0f32; 7 * 12];
     nan[4 * 12] = f32::INFINITY;
     write_npy_f32(dir.path().join("nan.npy"), &[7, 12], &nan).unwrap();
-    // Alternating signs, so that sums of products with weights of both cannot stay small in all of them.
-    let vast: Vec<f32> = (0..7 * 12).map(|k| if k % 2 == 0 { 3.4e38 } else { -3.4e38 }).collect();
-    write_npy_f32(dir.path().join("vast.npy"), &[7, 12], &vast).unwrap();
+    // The largest numbers there are, each with the sign of its weight for the embedding's largest number.
+    let (tensors, _) = contrastive::data::tensors::read(&dir.path().join("run/model.safetensors")).unwrap();
+    let weight = &tensors.iter().find(|t| t.name == "u.0.weight").unwrap().data;
+    let size = |row: &&[f32]| row.iter().map(|w| w.abs()).sum::<f32>();
+    let row = weight.chunks(12).max_by(|a, b| size(a).total_cmp(&size(b))).unwrap();
+    assert!(size(&row) > 1.1, "{row:?} makes no number that is beyond f32");
+    let vast: Vec<f32> = row.iter().map(|w| f32::MAX.copysign(*w)).collect();
+    write_npy_f32(dir.path().join("vast.npy"), &[1, 12], &vast).unwrap();
     let model = std::fs::read(dir.path().join("run/model.safetensors")).unwrap();
     for (input, output, what) in [
         ("v.npy", "e.npy", "v.npy"),

@@ -542,7 +542,13 @@ mod tests {
         };
         assert_eq!(open("|u1", &[0, 255]).unwrap(), [0, 255]);
         assert_eq!(open("<i4", &[1, 0, 0, 0, 254, 255, 255, 255]).unwrap(), [1, -2]);
-        assert!(open("<f4", &[0; 8]).unwrap_err().contains("found dtype <f4, expected dtype <i8, <i4 or |u1"));
+        assert_eq!(open("|i1", &[1, 254]).unwrap(), [1, -2]);
+        assert_eq!(open("<i2", &[1, 0, 254, 255]).unwrap(), [1, -2]);
+        assert_eq!(open("<u2", &[1, 0, 254, 255]).unwrap(), [1, 65_534]);
+        assert_eq!(open("<u4", &[1, 0, 0, 0, 254, 255, 255, 255]).unwrap(), [1, 4_294_967_294]);
+        assert_eq!(open("<u8", &[1, 0, 0, 0, 0, 0, 0, 0].repeat(2)).unwrap(), [1, 1]);
+        assert!(open("<u8", &[255; 16]).unwrap_err().contains("expected integers that an i64 holds"));
+        assert!(open("<f4", &[0; 8]).unwrap_err().contains("found dtype <f4, expected dtype little-endian integers"));
     }
 
     #[test]
