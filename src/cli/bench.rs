@@ -283,11 +283,11 @@ fn check_answer(
     let got = engine.loss(loss, &batch, gradients)?;
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     let off = |got: &[f32], want: &[f64]| {
+        // Of one dimension cosine's gradients are nothing: then an error is held to what others have.
         let size = norm(&mut want.iter().copied()).max(1e-3 / loss.tau);
         norm(&mut got.iter().zip(want).map(|(&g, w)| f64::from(g) - w)) / size
     };
     let off = off(&du, &want.grad_u).max(off(&dv, &want.grad_v));
-    // Of one dimension cosine's gradients are nothing: then an error is held to what others have.
     // G is rounded to halves on a card, where unit rows are too, and on units of a CPU that multiply bf16.
     if off > bound || (got.loss - want.loss).abs() > bound * want.loss.abs().max(1.0) {
         return Err(Failure::Other(format!(
