@@ -2,7 +2,7 @@
 
 use super::super::device::Device;
 use super::super::{Common, Failure, bad_flag, failed, from_flag};
-use super::{Bench, CEILING, SETS, median, product, time};
+use super::{Bench, CEILING, SETS, drawn, median, product, time};
 use crate::config::{Partial, parse_tilting};
 use crate::data::{Rows, Table};
 use crate::device::cpu::Cpu;
@@ -13,16 +13,9 @@ use crate::experiments;
 use crate::objective::Precision;
 use crate::objective::Tilting;
 use crate::tasks::retrieval::{Best, top_k, top_k_on};
-use rand::{SeedableRng, distr::Distribution};
-use rand_distr::StandardNormal;
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-fn normal(rows: usize, d: usize, seed: u64) -> Vec<f32> {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    (0..rows * d).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
-}
 
 /// Exact search of the best `k` of M items for each of N queries; queries take turns, as in the loss's bench.
 pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
@@ -39,8 +32,8 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
         None => Ok(top_k(tilting, queries, items, k)),
     };
     check_search(&mut search, tilting, d, common.seed())?;
-    let items = normal(m, d, common.seed());
-    let queries: Vec<Vec<f32>> = (1..=SETS as u64).map(|s| normal(n, d, common.seed() + s)).collect();
+    let items = drawn(m * d, common.seed(), 0);
+    let queries: Vec<Vec<f32>> = (1..=SETS as u64).map(|s| drawn(n * d, common.seed() + s, 0)).collect();
     let items = Table { data: &items, dim: d };
     let mut best = 0.0;
     let times = time(|run| {
@@ -108,7 +101,7 @@ fn check_search(
 ) -> Result<(), Failure> {
     let (n, m, k) = (37, 301, 11);
     let [queries, items] = [(n, 1), (m, 2)]
-        .map(|(rows, s)| normal(rows, d, seed + s).into_iter().map(|x| (2.0 * x).round()).collect::<Vec<f32>>());
+        .map(|(rows, s)| drawn(rows * d, seed + s, 0).into_iter().map(|x| (2.0 * x).round()).collect::<Vec<f32>>());
     let found = search(&Table { data: &queries, dim: d }, &Table { data: &items, dim: d }, k)?;
     for (i, query) in queries.chunks_exact(d).enumerate() {
         let score = |j: usize| -> f64 {
