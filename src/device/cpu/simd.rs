@@ -149,30 +149,6 @@ pub trait PairOp {
     fn run<S: Pairs>(self) -> Self::Out;
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")]
-fn avx512<O: Op>(op: O) -> O::Out {
-    op.run::<Avx512>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma,avx2")]
-fn avx512_pairs<O: PairOp>(op: O) -> O::Out {
-    op.run::<Avx512Pairs>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "fma,avx2")]
-fn avx2<O: Op>(op: O) -> O::Out {
-    op.run::<Avx2>()
-}
-
-#[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon")]
-fn neon<O: Op>(op: O) -> O::Out {
-    op.run::<Neon>()
-}
-
 /// A register of `LANES` operands.
 pub trait Register<T>: Copy {
     const LANES: usize;
@@ -602,8 +578,14 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
 type SumOf<S, T, P> = <<P as Multiply<S, T>>::Sum as Lane>::In<S>;
 
 macro_rules! simd {
-    ($name:ident, [$($features:literal)?], $f32:ty, $f64:ty, $narrow:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
+    ($name:ident, [$($entry:ident $op:ident $features:literal)?], $f32:ty, $f64:ty, $narrow:ty, [$most:literal, $next:literal $(, $fewer:literal)*]) => {
         struct $name;
+        $(
+            #[target_feature(enable = $features)]
+            fn $entry<O: $op>(op: O) -> O::Out {
+                op.run::<$name>()
+            }
+        )?
         impl Simd for $name {
             type F32 = $f32;
             type F64 = $f64;
@@ -647,8 +629,8 @@ macro_rules! simd {
                         i += $fewer;
                     })*
                 }
-                // SAFETY: the features are those of the function that runs an operation on this type, and `Isa` has seen
-                // them; without any there is nothing to see.
+                // SAFETY: code of this type runs in the function above, with the same features, which `Isa` has seen; without
+                // any there is nothing to see.
                 #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
                 unsafe {
                     apart::<T, P, F, V>(&tile, c, add, finish);
@@ -661,13 +643,13 @@ macro_rules! simd {
 // Accumulators (rows x 2), two of B and one broadcast fill the register file: 32 registers, of AVX2 and unknown ones 16. The second
 // heights too have as many independent sums as hide a multiply-add's latency.
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512, ["avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
+simd!(Avx512, [avx512 Op "avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512Pairs, ["avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
+simd!(Avx512Pairs, [avx512_pairs PairOp "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma,avx2"], x86::Zmm, Pack<f64, 8>, Avx2, [12, 8, 4, 1]);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx2, ["fma,avx2"], x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
+simd!(Avx2, [avx2 Op "fma,avx2"], x86::Ymm, Pack<f64, 4>, Avx2, [6, 4, 2, 1]);
 #[cfg(target_arch = "aarch64")]
-simd!(Neon, ["neon"], arm::Quad, Pack<f64, 2>, Neon, [12, 8, 4, 1]);
+simd!(Neon, [neon Op "neon"], arm::Quad, Pack<f64, 2>, Neon, [12, 8, 4, 1]);
 simd!(Portable, [], Pack<f32, 4>, Pack<f64, 2>, Portable, [4, 2, 1]);
 
 #[cfg(target_arch = "x86_64")]
