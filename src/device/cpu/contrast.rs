@@ -364,11 +364,10 @@ fn softmax<T: Element>(
     let law;
     match over {
         Over::Each { lambda_u, lambda_v } => {
-            let by_row = if want.rows { row_side.mean_loss(smoothing) - (m as f64).ln() } else { 0.0 };
-            let by_col = if want.cols { col_side.mean_loss(smoothing) - (n as f64).ln() } else { 0.0 };
-            value = 0.5 * (lambda_v * by_row + lambda_u * by_col);
-            row_side.normalise(0.5 * lambda_v, smoothing, row_norms);
-            col_side.normalise(0.5 * lambda_u, smoothing, col_norms);
+            let one = |side: Counted<'_>, wanted, lambda: f64, norms: &mut _| {
+                if wanted { lambda * (side.normalise(lambda, smoothing, norms) - (side.opposite as f64).ln()) } else { 0.0 }
+            };
+            value = one(row_side, want.rows, 0.5 * lambda_v, row_norms) + one(col_side, want.cols, 0.5 * lambda_u, col_norms);
             law = Law::Softmax {
                 rows: want.rows.then(|| row_norms.part(0..n)),
                 cols: want.cols.then(|| col_norms.part(0..m)),
@@ -566,13 +565,14 @@ impl Counted<'_> {
         (if max < f32::MIN { 0.0 } else { max }, negative, positives.sum * decay(positives.max, max))
     }
 
-    /// `r_i - <T_i, S_i>`, accurate also where it is tiny.
-    fn loss(&self, i: usize, smoothing: f64) -> f64 {
+    /// `r_i - <T_i, S_i>`, accurate also where it is tiny, of what [`Counted::parts`] says.
+    fn loss(&self, i: usize, (max, negative, positive): (f32, f32, f32), smoothing: f64) -> f64 {
         let tally = &self.tallies.rest[i];
-        let (max, negative, positive) = self.parts(i);
         let mean = tally.positive_logits / f64::from(self.positives[i]);
         let base = if positive > 0.0 {
-            (f64::from(negative) / f64::from(positive)).ln_1p()
+            let odds = f64::from(negative) / f64::from(positive);
+            // A plain logarithm is the faster one.
+            (if odds < 0.5 { odds.ln_1p() } else { (1.0 + odds).ln() })
                 + (f64::from(tally.positives.max) - mean)
                 + f64::from(tally.positives.sum).ln()
         } else {
@@ -590,22 +590,14 @@ impl Counted<'_> {
         self.opposite as f64 - f64::from(self.tallies.rest[i].ignored)
     }
 
-    /// `sum_i w_i (r_i - <T_i, S_i>)`.
-    fn mean_loss(&self, smoothing: f64) -> f64 {
-        self.weighted(|i| self.loss(i, smoothing))
-    }
-
     /// `sum_i w_i <T_i, S_i>`.
     fn mean_target(&self, smoothing: f64) -> f64 {
-        self.weighted(|i| {
+        let terms = self.share.iter().enumerate().filter(|&(_, &w)| w > 0.0);
+        let target = |i: usize| {
             let mean = self.tallies.rest[i].positive_logits / f64::from(self.positives[i]);
             mean + smoothing * (self.mean_logit(i, smoothing) - mean)
-        })
-    }
-
-    fn weighted(&self, f: impl Fn(usize) -> f64) -> f64 {
-        let terms = self.share.iter().enumerate().filter(|&(_, &w)| w > 0.0);
-        terms.map(|(i, &w)| f64::from(w) * f(i)).sum()
+        };
+        terms.map(|(i, &w)| f64::from(w) * target(i)).sum()
     }
 
     /// (max, sum) of the LSE over everything. A row ignored whole has no part in it: its anchor means nothing.
@@ -616,14 +608,19 @@ impl Counted<'_> {
         (max, sum.sum())
     }
 
-    /// Row softmaxes weighted by `lambda w_i`.
-    fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) {
+    /// Row softmaxes weighted by `lambda w_i`; returns `sum_i w_i (r_i - <T_i, S_i>)`.
+    fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) -> f64 {
         norms.resize(self.share.len());
         norms.anchor = self.tallies.anchor;
+        let mut mean_loss = 0.0;
         for i in 0..self.share.len() {
-            let (max, negative, positive) = self.parts(i);
+            let parts = self.parts(i);
+            let (max, negative, positive) = parts;
             let weight = lambda * f64::from(self.share[i]);
             let total = f64::from(negative) + f64::from(positive);
+            if self.share[i] > 0.0 {
+                mean_loss += f64::from(self.share[i]) * self.loss(i, parts, smoothing);
+            }
             norms.max[i] = max;
             norms.weight[i] = share_of(weight, total);
             norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
@@ -634,6 +631,7 @@ impl Counted<'_> {
                 Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 }
             };
         }
+        mean_loss
     }
 
     /// Plain row probabilities: no weights, no targets.
