@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 pub struct Checkpoint {
     /// The run's settings.
     pub config: Config,
+    /// What it was made on: see [`Device::kind`].
+    pub device: String,
     /// Steps done.
     pub step: u64,
     /// Sum of the losses of the current epoch so far.
@@ -33,11 +35,12 @@ const ARENAS: [&str; 3] = ["param", "adam_m", "adam_v"];
 
 impl Checkpoint {
     /// A run that has not begun.
-    pub fn fresh(config: &Config, network: &Network) -> Checkpoint {
+    pub fn fresh<D: Device>(device: &D, config: &Config, network: &Network) -> Checkpoint {
         let params = network.init(config.seed, config.tau, config.bias);
         let zeros = vec![0.0; params.len()];
         Checkpoint {
             config: config.clone(),
+            device: device.kind().into(),
             step: 0,
             loss_sum: 0.0,
             seconds: 0.0,
@@ -62,7 +65,8 @@ impl Checkpoint {
             device.download(View { buf, at: 0..len }, &mut host);
             host
         });
-        Checkpoint { config: config.clone(), step, loss_sum, seconds, scaling, arenas }
+        let config = config.clone();
+        Checkpoint { config, device: device.kind().into(), step, loss_sum, seconds, scaling, arenas }
     }
 
     /// Where a run in `dir` keeps it.
@@ -79,6 +83,7 @@ impl Checkpoint {
         let entries: Vec<_> = ARENAS.iter().zip(&self.arenas).map(|(&n, x)| (n, &shape[..], &x[..])).collect();
         let metadata = BTreeMap::from([
             ("config".into(), self.config.to_toml()),
+            ("device".into(), self.device.clone()),
             ("step".into(), self.step.to_string()),
             ("loss_sum".into(), format!("{:016x}", self.loss_sum.to_bits())),
             ("seconds".into(), self.seconds.to_string()),
@@ -123,7 +128,8 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        Ok(Some(Checkpoint { config, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
+        let device = text("device")?.clone();
+        Ok(Some(Checkpoint { config, device, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
 }
 
@@ -225,9 +231,14 @@ impl Metrics {
     pub fn open(dir: &Path, step: u64) -> Result<Self, DataError> {
         let path = dir.join("metrics.jsonl");
         let io = |source| DataError::Io { path: path.clone(), source };
-        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        let before = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(io)?,
+        };
         let kept: Vec<&str> = before
-            .lines()
+            .split(|&byte| byte == b'\n')
+            // A line cut short may end amid a character.
+            .filter_map(|line| std::str::from_utf8(line).ok())
             .filter(|line| {
                 let record: Option<serde_json::Value> = serde_json::from_str(line).ok();
                 record.and_then(|r| r["step"].as_u64()).is_some_and(|s| s < step)

@@ -1,7 +1,7 @@
 //! A training run as data: experiment defaults, under a TOML file, under flags.
 
 use crate::nn::EncoderSpec;
-use crate::objective::{DataKernel, Loss, Objective, Precision, Tilting};
+use crate::objective::{DataKernel, Loss, Objective, Precision, Tilting, fits_f32};
 use crate::optim::{AdamConfig, Schedule};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -260,15 +260,17 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Value`] naming the first key out of its domain.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        // Devices compute in f32.
+        let holds = |key, x: f64, of: f64, expected: &str| {
+            if x.is_finite() && fits_f32(of) { Ok(()) } else { Err(ConfigError::value(key, x, expected)) }
+        };
         let positive = |key, x: f64| {
-            if x.is_finite() && x > 0.0 { Ok(()) } else { Err(ConfigError::value(key, x, "a finite number above 0")) }
+            let held = x as f32 > 0.0 && fits_f32(x);
+            if held { Ok(()) } else { Err(ConfigError::value(key, x, "a finite number of f32 above 0")) }
         };
         let not_negative = |key, x: f64| {
-            if x.is_finite() && x >= 0.0 {
-                Ok(())
-            } else {
-                Err(ConfigError::value(key, x, "a finite number, 0 or more"))
-            }
+            let expected = "a finite number of f32, 0 or more";
+            if x >= 0.0 { holds(key, x, x, expected) } else { Err(ConfigError::value(key, x, expected)) }
         };
         let count = |key, x: u64| if x > 0 { Ok(()) } else { Err(ConfigError::value(key, x, "1 or more")) };
         for (key, x) in [
@@ -293,12 +295,16 @@ impl Config {
         }
         let objective = self.loss(0)?.objective;
         parse_precision(&self.precision)?;
-        if let DataKernel::Gaussian { .. } = parse_kernel(&self.kernel)?
-            && (self.features == 0 || self.features % 2 == 1)
-        {
-            return Err(ConfigError::value("features", self.features, "an even number, 2 or more"));
+        if let DataKernel::Gaussian { width } = parse_kernel(&self.kernel)? {
+            if self.features == 0 || self.features % 2 == 1 {
+                return Err(ConfigError::value("features", self.features, "an even number, 2 or more"));
+            }
+            if !fits_f32(1.0 / width) {
+                return Err(ConfigError::value("kernel", &self.kernel, "a WIDTH whose inverse f32 holds"));
+            }
         }
-        positive("tau", self.tau)?;
+        let expected = "a finite number above 0 whose inverse f32 holds";
+        holds("tau", self.tau, if self.tau > 0.0 { 1.0 / self.tau } else { f64::NAN }, expected)?;
         positive("lr", self.lr)?;
         not_negative("lambda_u", self.lambda_u)?;
         not_negative("lambda_v", self.lambda_v)?;
@@ -324,9 +330,7 @@ impl Config {
         if !(0.0..1.0).contains(&self.held_out) {
             return Err(ConfigError::value("held_out", self.held_out, "a share in [0, 1)"));
         }
-        if !self.bias.is_finite() {
-            return Err(ConfigError::value("bias", self.bias, "a finite number"));
-        }
+        holds("bias", self.bias, self.bias, "a finite number of f32")?;
         if self.train_tau && !(0.01..=1.0).contains(&self.tau) {
             return Err(ConfigError::value("tau", self.tau, "a number in [0.01, 1] when it is trained"));
         }

@@ -90,6 +90,9 @@ pub enum TrainError {
     },
 }
 
+/// Steps that scaled gradients may overflow in, one after another: by then the scale has gone from its largest to its least.
+const MOST_SKIPS: u32 = 48;
+
 /// Trains `network` on `source`; `start` is a checkpoint to go on from. Files go to `dir`. Stops early, with a
 /// checkpoint, once `stop` is set. What `evaluate` measures after each epoch goes to the line of its last step.
 ///
@@ -113,8 +116,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let begun = Instant::now();
     let epoch_steps = Prefetch::steps_per_epoch(source.len(), config.batch);
     let steps = config.epochs.saturating_mul(epoch_steps);
-    let start = start.unwrap_or_else(|| Checkpoint::fresh(config, network));
+    let start = start.unwrap_or_else(|| Checkpoint::fresh(device, config, network));
     let (mut step, mut loss_sum) = (start.step, start.loss_sum);
+    let mut skips = 0;
     let mut state = State::new(device, config, network, source, &start);
     let mut metrics = dir.map(|dir| Metrics::open(dir, step)).transpose()?;
     let mut logged = (Instant::now(), step);
@@ -136,8 +140,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
                 state.step(device, step).map_err(|source| TrainError::Loss { step, source })?;
             }
             device.finish().map_err(TrainError::Device)?;
-            for (Results { loss, tau, grad_norm, diverged }, lr) in state.results(device, rates.len()).zip(rates) {
-                if diverged {
+            for (Results { loss, tau, grad_norm, skipped, diverged }, lr) in state.results(device, rates.len()).zip(rates) {
+                skips = if skipped { skips + 1 } else { 0 };
+                if diverged || skips > MOST_SKIPS {
                     return Err(TrainError::Diverged { step, loss, grad_norm });
                 }
                 let epoch = step / epoch_steps;

@@ -28,7 +28,7 @@ fn settings(toml: &str) -> Config {
 /// Runs to step `until`, or to the end.
 fn run(config: &Config, dir: &Path, resume: bool, until: Option<u64>) -> Result<Outcome, Error> {
     let stop = AtomicBool::new(until == Some(0));
-    experiments::run(&mut Cpu::new(), "cpu", config, dir, resume, &stop, &mut |progress| {
+    experiments::run(&mut Cpu::new(), config, dir, resume, &stop, &mut |progress| {
         stop.store(until.is_some_and(|until| progress.steps[0] >= until), Ordering::Relaxed);
     })
 }

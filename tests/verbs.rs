@@ -470,7 +470,7 @@ fn train<D: Contrast>(device: &mut D, toml: &str, dir: &std::path::Path, resume:
         losses.push(progress.loss);
         stop.fetch_or(losses.len() >= most, Ordering::Relaxed);
     };
-    contrastive::experiments::run(device, "twin", &config, dir, resume, &stop, &mut observe).unwrap();
+    contrastive::experiments::run(device, &config, dir, resume, &stop, &mut observe).unwrap();
     losses
 }
 

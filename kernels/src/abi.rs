@@ -150,6 +150,11 @@ pub struct Pull {
     pub norm_v: *const Norm,
     /// `[m]`.
     pub target_v: *const f32,
+    /// See [`Normalise::far`], of the rows' softmax and of the columns'; or null, where there is none. Asked where `logits` has
+    /// flags.
+    pub far_u: *const u32,
+    /// `[ceil(m / 256)]`.
+    pub far_v: *const u32,
     /// Of the factored law, which has the softmax of one side and no targets: G is multiplied by it, halves `[rows, pitch]`.
     pub factor: *const u16,
     /// The chunk, halves `[rows, pitch]`: `gain G`.
@@ -433,6 +438,11 @@ pub struct Normalise {
     pub norm: *mut Norm,
     /// `[n]`, see [`Pull::target_u`].
     pub target: *mut f32,
+    /// `[ceil(n / 256)]`: whether a row's maximum is so far below the anchor of `scale` that its weight, taken from there, is
+    /// beyond f32: see `contrast.rs`. Or null.
+    pub far: *mut u32,
+    /// See [`Logits::live`].
+    pub live: *const f32,
     /// `[ceil(n / 256)]`: `sum_i share_i (r_i - <T_i, S_i>)` in nats; for the joint loss `sum_i share_i <T_i, S_i>` less
     /// the max of all logits.
     pub loss: *mut f64,
@@ -444,6 +454,10 @@ pub struct Normalise {
     pub lambda: f32,
     /// Label smoothing.
     pub smoothing: f32,
+    /// See [`Logits::scale`].
+    pub scale: f32,
+    /// To a multiple of 8 bytes.
+    pub reserved: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Normalise {}

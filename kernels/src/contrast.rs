@@ -44,14 +44,27 @@ pub fn anchor(scale: f32) -> f32 {
 /// The launch contract: `blocks` flags, or null.
 #[inline(always)]
 pub unsafe fn anchored(flags: *const u32, blocks: u32) -> bool {
-    let (mut raised, mut b) = (u32::from(flags.is_null()), lane());
-    while b < blocks {
+    // SAFETY: the caller's promise.
+    !flags.is_null() & unsafe { none_raised(flags, blocks) }
+}
+
+/// Whether none of `blocks` flags is raised, nor of none; all lanes of a warp ask.
+///
+/// # Safety
+/// The launch contract: `blocks` flags, or null.
+#[inline(always)]
+pub unsafe fn none_raised(flags: *const u32, blocks: u32) -> bool {
+    let (mut raised, mut b) = (0, lane());
+    while b < blocks && !flags.is_null() {
         // SAFETY: the caller's promise.
         raised |= unsafe { load(flags.wrapping_add(b as usize)) };
         b += 32;
     }
     ballot(raised != 0) == 0
 }
+
+/// Octaves that a maximum may lie below the anchor: a weight of a softmax times them is a number of f32.
+pub const NEAR: f32 = 100.0;
 
 /// Which column tiles of [`SPAN`] columns a walk along a row tile takes.
 #[derive(Clone, Copy, PartialEq, Eq)]

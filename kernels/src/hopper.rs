@@ -21,7 +21,7 @@ use crate::abi::{
 };
 use crate::contrast::{
     Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, Shares, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
-    anchored_weight, apart, exponentials, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
+    anchored_weight, apart, exponentials, none_raised, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
 };
 use crate::simt::*;
 
@@ -515,6 +515,8 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
             let buffers = buffers + group * 2 * 4 * HALF * 4;
             let scale = l.scale * optional(l.live, 0, 1.0);
             let anchor = anchor(scale);
+            // Sums of all slots of a row are powers of two that f32 holds, and so are their inverses.
+            const MOST: f32 = (1u128 << 118) as f32;
             // Below it the exponentials lost below 2^-126 could be 2^-20 of a sum.
             let least = if l.n > l.m { l.n } else { l.m } as f32 * exp2(-106.0);
             let column = |t: u32| {
@@ -552,7 +554,7 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
                             w += 1;
                         }
                         store_where(to.cast(), (before + sum).to_bits(), there);
-                        raised |= !(sum >= least && before + sum < f32::MAX);
+                        raised |= !(sum >= least && before + sum < MOST);
                     }
                     any = true;
                     turn += 1;
@@ -561,7 +563,7 @@ pub unsafe fn tally_both<T: Half>(a: &HopperTallyBoth, at: u64) {
                 let mut q = 0;
                 while q < 4 {
                     let sum = sum_lanes(sums[q / 2][q % 2], 4);
-                    raised |= any && !(sum >= least && sum < f32::MAX);
+                    raised |= any && !(sum >= least && sum < MOST);
                     let i = row + 64 * (q as u32 / 2) + (warp() & 3) * 16 + (lane() >> 2) + 8 * (q as u32 % 2);
                     let slot = (2 * block_x() + group) as usize;
                     let to = a.row_sums.wrapping_add(slot * l.n as usize + i as usize);
@@ -736,7 +738,9 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
             let buffers = bars + HOPPER_BARS + group * 2 * HALF * COLUMN_PULL;
             let l = &a.logits;
             let holds = anchored(l.flags, l.blocks);
-            let none_ignored = l.ignore_u.is_null();
+            // No flag is of a row without plain pairs: its maximum may be anywhere.
+            let near = none_raised(a.far_u, l.n.div_ceil(256)) & none_raised(a.far_v, l.m.div_ceil(256));
+            let shared = holds & near & l.ignore_u.is_null();
             let scale = l.scale * optional(l.live, 0, 1.0);
             let anchor = anchor(scale);
             // The thread that stores the staging knows when it has been read.
@@ -756,7 +760,7 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 let by_row = ahead.rows.map(|norm| anchored_weight(a, norm, anchor));
                 if weighted {
                     columns.stage_weight(anchored_weight(a, ahead.column, anchor), thread);
-                } else if holds & none_ignored {
+                } else if shared {
                     let own = Shares::of(a, a.norm_v, a.target_v, l.id_v, col + thread, l.m, anchor);
                     columns.stage_shares(&own, thread);
                 } else {
@@ -773,7 +777,7 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
                 if weighted {
                     pull_plain_pairs::<T, _, 2>(&mut halves[0], scale, anchor, [by_row[0], by_row[1]], columns);
                     pull_plain_pairs::<T, _, 2>(&mut halves[1], scale, anchor, [by_row[2], by_row[3]], columns);
-                } else if holds & none_ignored {
+                } else if shared {
                     let first = a.row + in_row + halves[0].row(0);
                     let own = |i: u32| Shares::of(a, a.norm_u, a.target_u, l.id_u, first + i, l.n, anchor);
                     pull_anchored::<T, _, 2>(&mut halves[0], scale, anchor, [own(0), own(8)], columns);

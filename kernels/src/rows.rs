@@ -4,7 +4,7 @@
 //! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
 
 use crate::abi::{Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, SumColumns, Total, Totals, Weigh};
-use crate::contrast::{anchor, anchored, optional};
+use crate::contrast::{NEAR, anchor, anchored, optional};
 use crate::law;
 use crate::simt::*;
 
@@ -700,9 +700,12 @@ pub unsafe fn normalise(a: &Normalise) {
     let mut loss = 0f64;
     // SAFETY: the launch contract.
     unsafe {
+        let mut far = false;
         if row < a.n {
             let at = row as usize;
             let [max, negatives, positives, pulled]: [f32; 4] = load(a.row.wrapping_add(at));
+            let from = if a.joint.is_null() { max } else { load(a.joint)[0] };
+            far = !(anchor(a.scale * optional(a.live, 0, 1.0)) - from <= NEAR);
             let share: f32 = load(a.share.wrapping_add(at));
             let count = load(a.positives.wrapping_add(at)) as f32;
             let [all, ignored] = if a.row_all.is_null() { [0.0, 0.0] } else { load(a.row_all.wrapping_add(at)) };
@@ -738,8 +741,19 @@ pub unsafe fn normalise(a: &Normalise) {
             }
         }
         let loss = block_sum(loss);
+        let raised = u32::from(ballot(far) != 0);
+        if lane() == 0 {
+            store_shared(shared_base() + 4 * warp(), raised);
+        }
+        sync();
         if thread() == 0 {
             store(a.loss.wrapping_add(block_x() as usize), loss);
+            let (mut any, mut w) = (0, 0);
+            while w < WARPS {
+                any |= load_shared::<u32>(shared_base() + 4 * w);
+                w += 1;
+            }
+            store_where(a.far.wrapping_add(block_x() as usize).cast(), any, !a.far.is_null());
         }
     }
 }

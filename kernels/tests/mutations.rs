@@ -142,6 +142,8 @@ fn every_barrier_is_needed_and_missed() {
         target_u: targets.ptr(),
         norm_v: norms.ptr(),
         target_v: targets.ptr(),
+        far_u: null(),
+        far_v: null(),
         factor: factor.ptr(),
         g: g.ptr_mut(),
         row_sums: row_sums.ptr_mut(),

@@ -5,7 +5,7 @@ use crate::data::download::{Content, fetch, is_http};
 use crate::data::images::PIXELS;
 use crate::data::npy::{write_npy_f32, write_npy_i64};
 use crate::data::ocean::{COEFFICIENTS, MODES, Ocean, Recording};
-use crate::data::{DataError, Side, Source, digits, gaussian2d, gp};
+use crate::data::{DataError, Side, Source, clear_set, digits, gaussian2d, gp};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -102,6 +102,7 @@ fn generate(args: &Data, seed: u64) -> Result<Answer, Failure> {
 /// Writes a set that is in memory, and tells how wide its sides are and what it has beside them.
 fn write(out: &Path, source: &dyn Source) -> Result<([usize; 2], Vec<String>), DataError> {
     make_folder(out)?;
+    clear_set(out)?;
     let n = source.len();
     let index: Vec<usize> = (0..n).collect();
     for (side, name) in [(Side::U, "u.npy"), (Side::V, "v.npy")] {

@@ -31,7 +31,7 @@ impl Common {
     /// The device that `--device` asks for. `only_cpu` says why the command could not run on a card, if it could not.
     pub fn choose(&self, only_cpu: Option<String>) -> Result<Choice, Failure> {
         let choice = |device, note| Choice { device, note, precision: self.precision.clone() };
-        let cuda = match &self.device[..] {
+        let cuda = match self.device() {
             "cpu" => return Ok(choice(Device::Cpu, None)),
             "auto" => None,
             "cuda" => Some(0),
@@ -45,7 +45,7 @@ impl Common {
         let only_cpu = only_cpu.or_else(|| full.then(|| "f32 products are the CPU's".to_owned()));
         match (cuda, only_cpu.map_or_else(|| card(cuda.unwrap_or(0)), Err)) {
             (Some(_), Ok(device)) => Ok(choice(device, None)),
-            (Some(_), Err(why)) => Err(bad_flag("--device", &self.device, format!("cpu or auto: {why}"))),
+            (Some(_), Err(why)) => Err(bad_flag("--device", self.device(), format!("cpu or auto: {why}"))),
             (None, Ok(device)) => {
                 let note = format!("device: {}; not cpu: a card is faster", device.name());
                 Ok(choice(device, Some(note)))

@@ -194,7 +194,18 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let (group_u, group_v) = (ids(&args.groups_u, n)?, ids(&args.groups_v, m)?);
     let (ignore_u, ignore_v) = (ids(&args.ignore_u, n)?, ids(&args.ignore_v, m)?);
     let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
-    let inputs = [Some(&args.u), Some(&args.v), args.data_u.as_ref(), args.data_v.as_ref(), args.positives.as_ref()];
+    let beside = [
+        &args.data_u,
+        &args.data_v,
+        &args.positives,
+        &args.groups_u,
+        &args.groups_v,
+        &args.ignore_u,
+        &args.ignore_v,
+        &args.weights_u,
+        &args.weights_v,
+    ];
+    let inputs: Vec<_> = [Some(&args.u), Some(&args.v)].into_iter().chain(beside.map(Option::as_ref)).collect();
     check_outputs(&[("--grad-u", args.grad_u.as_ref()), ("--grad-v", args.grad_v.as_ref())], &inputs, None)?;
     if let Some(features) = args.features {
         check_room("--features", &[features, n.max(m)])?;

@@ -39,10 +39,10 @@ struct Cli {
 /// Flags of every command.
 #[derive(Args, Clone)]
 struct Common {
-    /// Where to compute: auto, cpu, cuda or cuda:K
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
-    device: String,
-    /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu]
+    /// Where to compute: auto, cpu, cuda or cuda:K [default: auto]
+    #[arg(long, global = true, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu, bf16 on cuda]
     #[arg(long, global = true, value_name = "PRECISION")]
     precision: Option<String>,
     /// Makes the run reproducible bit for bit, whatever the number of threads [default: 0]
@@ -202,13 +202,28 @@ fn usage(e: &clap::Error) -> String {
 /// Threads that no machine has more of; many more take longer to start than to work.
 const MOST_THREADS: usize = 1024;
 
+fn check_threads(threads: Option<usize>) -> Result<(), Failure> {
+    match threads {
+        Some(threads) if !(1..=MOST_THREADS).contains(&threads) => {
+            Err(bad_flag("--threads", threads, format!("1 to {MOST_THREADS}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_device(name: &str) -> Result<(), Failure> {
+    match name {
+        "auto" | "cpu" | "cuda" => Ok(()),
+        other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(()),
+        other => Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
+    }
+}
+
 /// Makes the pool of as many threads as asked for. Commands then run inside it: entering it from outside costs two
 /// context switches a parallel loop, which is half the time of a small training step.
 fn threads(common: &Common) -> Result<(), Failure> {
+    check_threads(common.threads)?;
     let threads = common.threads.unwrap_or(0);
-    if common.threads.is_some_and(|threads| !(1..=MOST_THREADS).contains(&threads)) {
-        return Err(bad_flag("--threads", threads, format!("1 to {MOST_THREADS}")));
-    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
 }
@@ -236,11 +251,11 @@ impl Common {
         if let Some(precision) = &self.precision {
             parse_precision(precision).map_err(from_flag)?;
         }
-        match &self.device[..] {
-            "auto" | "cpu" | "cuda" => Ok(()),
-            other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(()),
-            other => Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
-        }
+        check_device(self.device())
+    }
+
+    fn device(&self) -> &str {
+        self.device.as_deref().unwrap_or("auto")
     }
 
     fn seed(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_outputs, failed, from_flag};
+use super::{Common, Failure, bad_flag, check_outputs, check_room, failed, from_flag};
 use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
@@ -178,11 +178,13 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     queries.check_finite()?;
     let outputs = [("--output", args.output.as_ref()), ("--scores", args.scores.as_ref())];
     check_outputs(&outputs, &[Some(&args.items), Some(&args.queries)], None)?;
-    choice.announce();
-    let start = Instant::now();
     // Pairs: recall is of the best five, however few were asked for.
     let pairs = items.rows() == queries.rows();
     let wide = if pairs { args.k.max(5).min(items.rows()) } else { args.k };
+    // An index and a score for each, and what of them is written.
+    check_room("--k", &[wide, queries.rows(), 6])?;
+    choice.announce();
+    let start = Instant::now();
     let best = match choice.search() {
         Some(mut device) => retrieval::top_k_on(&mut *device, tilting, &queries, &items, wide).map_err(failed)?,
         None => retrieval::top_k(tilting, &queries, &items, wide),
@@ -243,6 +245,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         }
         let trained = n - (n as f64 * args.held_out) as usize;
         let classes = labels.iter().max().map_or(1, |&most| most as usize + 1);
+        check_room("--fine-tune", &[classes, n, 3])?;
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;
         let inputs = Table { data: &inputs, dim };
         let learned = Table { data: &inputs.data[..trained * dim], dim };
@@ -328,14 +331,14 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
     }
     let model = Model::load(&args.model)?;
     let given = open(&args.given)?;
-    // More draws than this fit no memory.
-    let most = (1 << 31) / given.rows();
-    if args.count > most {
-        return Err(bad_flag("--count", args.count, format!("1 to {most} for each of {} rows", given.rows())));
-    }
     let file = args.items.as_deref().map(open).transpose()?;
     let outputs = [("--output", args.output.as_ref())];
-    check_outputs(&outputs, &[Some(&args.given), args.items.as_ref()], Some(&args.model))?;
+    // Without --items those are the run's own pairs.
+    let own = [&model.config.u, &model.config.v, &model.config.data.join("u.npy"), &model.config.data.join("v.npy")];
+    let own = own.map(|path| Some(path).filter(|path| args.items.is_none() && path.exists()));
+    let inputs: Vec<_> = [Some(&args.given), args.items.as_ref()].into_iter().chain(own).collect();
+    check_outputs(&outputs, &inputs, Some(&args.model))?;
+    check_room("--count", &[args.count, given.rows(), 8])?;
     let choice = common.choose(None)?;
     let queries = embedded(&model, &choice, other, &given, &args.given)?;
     let items = match &file {

@@ -89,7 +89,7 @@ pub struct Train {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     tau: Option<f64>,
     /// Train the temperature: log(1/tau), kept in [0, ln 100] [default: pairs, ocean on; else off]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     train_tau: Option<bool>,
     /// Initial bias of the sigmoid loss, which is trained [default: 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -128,11 +128,26 @@ impl Train {
     pub fn settle(&mut self, common: &mut Common) -> Result<(), Failure> {
         let Some(file) = self.file() else { return Ok(()) };
         let mut given = Partial::read(&file)?;
+        if self.quick && given.quick == Some(false) {
+            // A run's own settings leave nothing to what a short run would have by default.
+            let found = format!("{}, which says quick = false", file.display());
+            return Err(super::bad_flag("--quick", found, "settings that do not, or the flag left out"));
+        }
+        let of_file = |e: Failure| match e {
+            Failure::Input(e) => Failure::Input(format!("{}: {}", file.display(), e.trim_start_matches('-'))),
+            e => e,
+        };
         self.out = self.out.take().or(given.out.take());
         self.resume |= given.resume.unwrap_or(false);
-        common.threads = common.threads.or(given.threads);
-        if let Some(device) = given.device.take().filter(|_| common.device == "auto") {
-            common.device = device;
+        if common.threads.is_none() {
+            super::check_threads(given.threads).map_err(of_file)?;
+            common.threads = given.threads;
+        }
+        if common.device.is_none()
+            && let Some(device) = given.device.take()
+        {
+            super::check_device(&device).map_err(of_file)?;
+            common.device = Some(device);
         }
         self.given = given;
         Ok(())
@@ -230,13 +245,13 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
             bar.set_message(format!("{:.4}", progress.loss));
         }
     };
-    let (kind, resume) = (choice.kind(), args.resume);
+    let resume = args.resume;
     let Outcome { report, stopped } = match &choice.device {
-        Device::Cpu => experiments::run(&mut Cpu::new(), kind, &config, &dir, resume, &stop, &mut observe),
+        Device::Cpu => experiments::run(&mut Cpu::new(), &config, &dir, resume, &stop, &mut observe),
         #[cfg(feature = "cuda")]
         Device::Cuda(driver, _) => {
             let mut card = Cuda::new(driver, parse_precision(&config.precision)?);
-            experiments::run(&mut card, kind, &config, &dir, resume, &stop, &mut observe)
+            experiments::run(&mut card, &config, &dir, resume, &stop, &mut observe)
         }
     }
     .map_err(|e| match e {

@@ -43,6 +43,17 @@ impl Gaussian {
             let expected = format!("{}, none of them 0", text(expected));
             return Err(DataError::Covariance { found: text(found), expected });
         }
+        let symmetric = |c: &[f64], n: usize| {
+            let entries = || (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));
+            entries().all(|(i, j)| {
+                (c[i * n + j] - c[j * n + i]).abs() <= 1e-9 * (c[i * n + i] * c[j * n + j]).sqrt()
+            })
+        };
+        let finite = [&c_uu, &c_uv, &c_vv].iter().all(|c| c.iter().all(|x| x.is_finite()));
+        if !(finite && symmetric(&c_uu, dim_u) && symmetric(&c_vv, dim_v)) {
+            let found = "blocks that are not finite, or uu or vv that is not symmetric".into();
+            return Err(DataError::Covariance { found, expected: "a covariance".into() });
+        }
         let n = dim_u + dim_v;
         let mut c = vec![0.0; n * n];
         for i in 0..n {

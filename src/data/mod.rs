@@ -369,6 +369,22 @@ pub fn fits_memory(sizes: &[usize]) -> bool {
     bytes.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok())
 }
 
+/// Takes away what a data set in `folder` is made of, before another one is written there: files of two of them would
+/// look like one.
+///
+/// # Errors
+/// [`DataError::Write`] naming the file.
+pub fn clear_set(folder: &Path) -> Result<(), DataError> {
+    for name in ["u.npy", "v.npy", "labels.npy", "frequencies.npy"] {
+        let path = folder.join(name);
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(DataError::Write { path, source }),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// The folder that `path` lies in.
 fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))

@@ -15,7 +15,7 @@
 //! A trajectory is that of the coefficients and frequencies as stored, in f32, integrated by RK4 in f64.
 
 use super::npy::{write_npy_f32, write_npy_f32_parts};
-use super::{DataError, Memory};
+use super::{DataError, Memory, clear_set};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -135,6 +135,7 @@ impl Ocean {
                 })
             })
         };
+        clear_set(folder)?;
         write_npy_f32(folder.join("frequencies.npy"), &[MODES], &self.frequencies)?;
         file("u.npy", COEFFICIENTS, &|first, u| self.draw_u(first, u))?;
         file("v.npy", self.recording.dim(), &|first, v| self.draw_v(first, v))

@@ -315,6 +315,8 @@ pub trait Device: Sync {
 
     /// `len` zeros.
     fn alloc(&self, len: usize) -> Self::Buf;
+    /// What it is, as summaries and checkpoints have it: `cpu` or `cuda`.
+    fn kind(&self) -> &'static str;
     /// How many numbers `buf` holds.
     fn len(&self, buf: &Self::Buf) -> usize;
     /// Copies host numbers in; lengths must be equal.

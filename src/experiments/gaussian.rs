@@ -42,8 +42,8 @@ fn draw(law: &Gaussian, config: &Config) -> Result<Split, Error> {
     Ok(Split::at_end(Arc::new(law.sample(config.seed, config.samples)), 0))
 }
 
-/// The model of linear encoders `g` `[dim, dim_u]` and `h` `[dim, dim_v]`. `None` for cosine: unit rows make the model
-/// non-Gaussian.
+/// The model of linear encoders `g` `[dim, dim_u]` and `h` `[dim, dim_v]`. `None` for cosine, as unit rows make the model
+/// non-Gaussian, and for encoders so large that f64 does not tell its covariance.
 pub(super) fn quadratic<'a>(
     theory: &'a Theory,
     tilting: Tilting,
@@ -53,14 +53,15 @@ pub(super) fn quadratic<'a>(
     tau: f64,
 ) -> Option<Model<'a>> {
     let (nu, nv) = (g.len() / dim, h.len() / dim);
-    match tilting {
+    let model = match tilting {
         Tilting::Dot => {
             let entry = |ij: usize| (0..dim).map(|k| g[k * nu + ij / nv] * h[k * nv + ij % nv]).sum::<f64>() / tau;
-            Some(theory.dot(&(0..nu * nv).map(entry).collect::<Vec<_>>()))
+            theory.dot(&(0..nu * nv).map(entry).collect::<Vec<_>>())
         }
-        Tilting::L2 => Some(theory.l2(g, h, dim, tau)),
-        Tilting::Cosine => None,
-    }
+        Tilting::L2 => theory.l2(g, h, dim, tau),
+        Tilting::Cosine => return None,
+    };
+    model.has_conditionals().then_some(model)
 }
 
 fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
@@ -72,9 +73,11 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
     let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
     let theory = Theory::new(law);
     let Some(model) = quadratic(&theory, learned.tilting, &g, &h, dim, learned.tau) else {
-        return report.table.push("no closed form: the cosine tilting is not Gaussian".into());
+        return report.table.push("no closed form: a cosine tilting is not Gaussian, nor are encoders too large for f64".into());
     };
+    // The closed forms know of no smoothing.
     let optimum = match (learned.tilting, &config.objective[..]) {
+        _ if config.smoothing > 0.0 => None,
         (Tilting::Dot, "conditional") => Some(theory.conditional_optimum(dim)),
         (Tilting::Dot, "joint") => Some(theory.joint_optimum(dim)),
         (Tilting::L2, "conditional") if config.lambda_v == 0.0 => Some(theory.l2_optimum(dim)),

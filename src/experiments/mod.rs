@@ -256,7 +256,6 @@ fn base(name: &str) -> Config {
 /// [`Error`].
 pub fn run<D: Contrast + Device<Real = f32>>(
     device: &mut D,
-    device_name: &str,
     config: &Config,
     dir: &Path,
     resume: bool,
@@ -273,6 +272,15 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             path: dir.into(),
             found: format!("a checkpoint with {key} = {then}"),
             expected: format!("{key} = {now}, as in the settings to resume with"),
+        });
+    }
+    if let Some(made_on) = start.as_ref().map(|start| &start.device[..])
+        && made_on != device.kind()
+    {
+        return Err(Error::Folder {
+            path: dir.into(),
+            found: format!("a checkpoint made on {made_on}"),
+            expected: format!("--device {made_on}: on {} other bits would come of it", device.kind()),
         });
     }
     if !resume && Checkpoint::path(dir).exists() && !dir.join("summary.json").exists() {
@@ -293,6 +301,12 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         let expected = format!("fewer: {} parameters are more than there is memory for", network.layout.len());
         return Err(ConfigError::value("dim", config.dim, expected).into());
     }
+    if matches!(&config.objective[..], "mmd" | "joint-mmd") && !fits_memory(&[config.features, config.batch, 2]) {
+        return Err(ConfigError::value("features", config.features, "fewer: there is no memory for them").into());
+    }
+    if !fits_memory(&[config.pairings as usize, config.batch, 3]) {
+        return Err(ConfigError::value("pairings", config.pairings, "fewer: there is no memory for them").into());
+    }
     if let Some(start) = &start
         && start.arenas[0].len() != network.layout.len()
     {
@@ -302,7 +316,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{}, as these encoders have on this data", network.layout.len()),
         });
     }
-    open_folder(dir, config, resume)?;
+    open_folder(dir, config, start.is_some())?;
 
     let tilting = parse_tilting(&config.tilting)?;
     let mut evaluate = experiment.evaluate.map(|evaluate| {
@@ -315,7 +329,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe, evaluate)?;
     let mut report = Report::default();
     report.insert("experiment", experiment.name);
-    report.insert("device", device_name);
+    report.insert("device", device.kind());
     report.insert("seconds", trained.seconds);
     report.insert("steps", trained.steps);
     report.insert("samples_per_s", (trained.steps * config.batch as u64) as f64 / trained.seconds);
@@ -325,8 +339,8 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     if !trained.stopped {
         let (params, tau) = (&trained.params[..], trained.tau);
         let learned = Learned { config, network: &network, params, tau, split: &split, tilting, device };
-        (experiment.report)(&learned, &mut report);
         checkpoint::write_model(dir, config, &network.layout, &trained.params)?;
+        (experiment.report)(&learned, &mut report);
         write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
     }
     Ok(Outcome { report, stopped: trained.stopped })
@@ -352,11 +366,11 @@ const CONFIG: &str = "config.toml";
 /// Files of a run's folder; results first, so that old ones never stand beside new settings.
 pub const FILES: [&str; 5] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors", CONFIG];
 
-/// Makes the folder and its `config.toml`; a new run takes away what an old one left.
-fn open_folder(dir: &Path, config: &Config, resume: bool) -> Result<(), Error> {
+/// Makes the folder and its `config.toml`; a run that does not go on from a checkpoint takes away what an old one left.
+fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<(), Error> {
     std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
     // Before the new settings: old results never stand beside them.
-    if !resume {
+    if !goes_on {
         for name in FILES.iter().filter(|name| **name != CONFIG) {
             let path = dir.join(name);
             match std::fs::remove_file(&path) {

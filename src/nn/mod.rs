@@ -125,12 +125,15 @@ pub struct ConvSpec {
     pub pool_size: usize,
 }
 
+/// Most numbers of an image between layers.
+const MOST_PIXELS: usize = 1 << 31;
+
 /// Why an encoder could not be built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NnError {
     /// Layers that do not fit each other or the data.
-    #[error("encoder {encoder}: found {found}, expected {expected}")]
+    #[error("encoder_{encoder}: found {found}, expected {expected}")]
     Shape {
         /// The encoder's prefix in the layout.
         encoder: String,
@@ -412,6 +415,12 @@ impl Builder<'_> {
             if outputs == 0 || kernel == 0 || size == 0 {
                 let found = format!("conv {i} of {outputs} channels, kernel {kernel} and pool_size {size}");
                 return shape(found, "at least 1 of each".to_owned());
+            }
+            let padded = |side: usize| padding.checked_mul(2).and_then(|both| both.checked_add(side));
+            let pixels = padded(height).zip(padded(width)).and_then(|(h, w)| h.checked_mul(w));
+            if pixels.and_then(|pixels| pixels.checked_mul(outputs.max(channels))).is_none_or(|all| all > MOST_PIXELS) {
+                let found = format!("conv {i} of {outputs} channels and padding {padding}");
+                return shape(found, format!("images of at most {MOST_PIXELS} numbers"));
             }
             if height.min(width) + 2 * padding < kernel {
                 let found = format!("conv {i} of kernel {kernel}");

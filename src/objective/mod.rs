@@ -11,6 +11,8 @@ pub mod pairing;
 pub mod reference;
 mod validate;
 
+pub(crate) use validate::fits_f32;
+
 pub use kernels::law::Tilting;
 
 use crate::data::permute_range;

@@ -154,7 +154,7 @@ impl Batch<'_> {
 }
 
 /// Engines compute in f32.
-fn fits_f32(x: f64) -> bool {
+pub(crate) fn fits_f32(x: f64) -> bool {
     (x as f32).is_finite()
 }
 

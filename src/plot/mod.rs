@@ -160,16 +160,19 @@ impl Figure {
         resvg::render(&tree, tiny_skia::Transform::from_scale(ZOOM, ZOOM), &mut pixels.as_mut());
         pixels.encode_png().expect("memory takes everything")
     }
-    /// Every number drawn, a line for each: `panel,mark,kind,x,y,z,w`. z is the half length of an error bar, the value
-    /// of a function at (x, y), the darkness of the square in column x and row y; `z, w` are the length of an arrow.
+    /// Every number drawn, a line for each: `panel,title,mark,label,kind,x,y,z,w`, panels and the marks of each counted from 0.
+    /// z is the half length of an error bar, the value
+    /// of a function at (x, y), the darkness of the square in column x and row y; `z, w` are the length of an arrow. A line of
+    /// kind `level` has a contour's level as z.
     pub fn csv(&self) -> String {
-        let mut out = String::from("panel,mark,kind,x,y,z,w\n");
-        for panel in &self.panels {
-            for mark in &panel.marks {
+        let mut out = String::from("panel,title,mark,label,kind,x,y,z,w\n");
+        for (panel_index, panel) in self.panels.iter().enumerate() {
+            for (mark_index, mark) in panel.marks.iter().enumerate() {
                 let mut push = |kind: &str, numbers: &[f64]| {
-                    let [panel, label] = [&panel.title, &mark.label].map(|text| quoted(text));
-                    let cells = (0..4).map(|i| numbers.get(i).map_or(String::new(), f64::to_string));
-                    out += &format!("{panel},{label},{kind},{}\n", cells.collect::<Vec<_>>().join(","));
+                    let [title, label] = [&panel.title, &mark.label].map(|text| quoted(text));
+                    let cell = |i: usize| numbers.get(i).filter(|x: &&f64| !x.is_nan()).map_or(String::new(), f64::to_string);
+                    let cells = (0..4).map(cell);
+                    out += &format!("{panel_index},{title},{mark_index},{label},{kind},{}\n", cells.collect::<Vec<_>>().join(","));
                 };
                 match &mark.shape {
                     Shape::Line(xy) => xy.iter().for_each(|p| push("line", p)),
@@ -177,10 +180,11 @@ impl Figure {
                     Shape::Errors(xyz) => xyz.iter().for_each(|p| push("errors", p)),
                     Shape::Bars(y) => y.iter().enumerate().for_each(|(x, &y)| push("bars", &[x as f64, y])),
                     Shape::Arrows(xyzw) => xyzw.iter().for_each(|p| push("arrows", p)),
-                    Shape::Contours { x, y, values, .. } => values
-                        .iter()
-                        .enumerate()
-                        .for_each(|(at, &z)| push("contours", &[x[at % x.len()], y[at / x.len()], z])),
+                    Shape::Contours { x, y, values, levels } => {
+                        let point = |at: usize| [x[at % x.len()], y[at / x.len()], values[at]];
+                        (0..values.len()).for_each(|at| push("contours", &point(at)));
+                        levels.iter().for_each(|&level| push("level", &[f64::NAN, f64::NAN, level]));
+                    }
                     Shape::Image { width, values } => values
                         .iter()
                         .enumerate()

@@ -61,6 +61,8 @@ pub(super) struct Results {
     pub tau: f64,
     /// Before clipping.
     pub grad_norm: f64,
+    /// Left out, as gradients overflowed because they were scaled: the scale is less after it.
+    pub skipped: bool,
     /// Not finite, and no matter of scaling: the step changed nothing.
     pub diverged: bool,
 }
@@ -260,12 +262,12 @@ impl<'a, D: Contrast> State<'a, D> {
             device.download(all(&self.log[which], host.len()), &mut host);
             host
         });
-        // Gradients that overflowed because they were scaled are a step left out.
         let narrow = self.scaling.is_some();
         (0..count).map(move |row| {
             let [loss, tau, grad_norm] = [scalars[4 * row], scalars[4 * row + 3], judged[2 * row]].map(f64::from);
-            let diverged = !(loss.is_finite() && (narrow || grad_norm.is_finite()));
-            Results { loss, tau, grad_norm, diverged }
+            let skipped = narrow && !grad_norm.is_finite();
+            let diverged = !(loss.is_finite() && (skipped || grad_norm.is_finite()));
+            Results { loss, tau, grad_norm, skipped, diverged }
         })
     }
 

@@ -785,6 +785,7 @@ pub unsafe fn launch_without<A: crate::abi::Args>(
     let launch = (LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1) & 0xff_ffff;
     let blocks = grid.iter().product::<u32>() as usize;
     assert!(blocks > 0, "{}: an empty grid {grid:?}", kernel.name);
+    assert!(grid[1..].iter().all(|&n| n <= 65_535), "{}: no card takes a grid of {grid:?}", kernel.name);
     let mut order: Vec<u32> = (0..blocks as u32).collect();
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for i in (1..blocks).rev() {

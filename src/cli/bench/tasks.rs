@@ -160,7 +160,7 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
     let mut cpu = Cpu::new();
     let mut flops = 0.0;
     let scratch = growth(|| {
-        let outcome = experiments::run(&mut cpu, "cpu", &config, dir.path(), false, &stop, &mut observe)?;
+        let outcome = experiments::run(&mut cpu, &config, dir.path(), false, &stop, &mut observe)?;
         flops = outcome.report.values["step_flops"].as_f64().unwrap_or_default();
         Ok(())
     })?;

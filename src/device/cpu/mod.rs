@@ -134,6 +134,9 @@ impl<T: Lane> Device for Cpu<T> {
     type Real = T;
     type Buf = Vec<T>;
 
+    fn kind(&self) -> &'static str {
+        "cpu"
+    }
     fn alloc(&self, len: usize) -> Vec<T> {
         vec![T::ZERO; len]
     }
@@ -342,7 +345,9 @@ impl<T: Lane> Device for Cpu<T> {
         let mut none = [T::ONE, T::ZERO];
         let scaling = scaling.map_or(&mut none[..], write);
         let (scale, good) = (scaling[0].to_f64(), scaling[1].to_f64());
-        let norm = layers::sum_squares(read(&grads)).sqrt() / scale;
+        let squares = layers::sum_squares(read(&grads));
+        // Beyond f32 its square has no moment: nothing would be learned after it.
+        let norm = if (squares as f32).is_finite() { squares.sqrt() / scale } else { f64::INFINITY };
         let clip = if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
         let counts = norm.is_finite() && read(&loss)[0].to_f64().is_finite();
         let to = write(to);

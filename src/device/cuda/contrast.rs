@@ -191,12 +191,13 @@ struct Part {
     target_u: *const f32,
     norm_v: *const abi::Norm,
     target_v: *const f32,
+    far: [*const u32; 2],
     factor: Option<Logits>,
 }
 
 impl Default for Part {
     fn default() -> Self {
-        Part { norm_u: null(), target_u: null(), norm_v: null(), target_v: null(), factor: None }
+        Part { norm_u: null(), target_u: null(), norm_v: null(), target_v: null(), far: [null(); 2], factor: None }
     }
 }
 
@@ -285,6 +286,8 @@ struct Side {
     share: *const f32,
     norm: *const abi::Norm,
     target: *const f32,
+    /// See [`abi::Normalise::far`]; null where nobody asks.
+    far: *const u32,
     rows: usize,
 }
 
@@ -299,6 +302,7 @@ struct Slots {
     positives: &'static str,
     share: &'static str,
     norm: &'static str,
+    far: &'static str,
     target: &'static str,
     acc: &'static str,
 }
@@ -313,6 +317,7 @@ const U: Slots = Slots {
     positives: "positives of u",
     share: "share of u",
     norm: "norm of u",
+    far: "far norm of u",
     target: "target of u",
     acc: "acc of u",
 };
@@ -326,6 +331,7 @@ const V: Slots = Slots {
     positives: "positives of v",
     share: "share of v",
     norm: "norm of v",
+    far: "far norm of v",
     target: "target of v",
     acc: "acc of v",
 };
@@ -394,12 +400,10 @@ impl<C: Card> Cuda<C> {
         features: Option<[&Buffer<f32, C>; 2]>,
         gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
     ) -> Result<Value, LossError> {
-        for card in [u.card(), v.card()].into_iter().chain(features.iter().flatten().map(|x| x.card())) {
-            if !Arc::ptr_eq(card, &self.card) {
-                return Err(CudaError::OtherCard.into());
-            }
+        if features.iter().flatten().any(|x| !Arc::ptr_eq(x.card(), &self.card)) {
+            return Err(CudaError::OtherCard.into());
         }
-        let (rows, out) = addresses([u, v], dim, gradients)?;
+        let (rows, out) = addresses(&self.card, [u, v], dim, gradients)?;
         let features = match features {
             Some(features) => {
                 let mut on_card = rows;
@@ -526,6 +530,12 @@ impl<C: Card> Cuda<C> {
         ignore: bool,
         live: *const f32,
     ) -> Result<Call, LossError> {
+        // Of so many pairs a probability times the largest gain is a number of few bits, or none.
+        let joint = matches!(loss.objective, Objective::Joint | Objective::JointMmd);
+        if precision == Precision::F16 && joint && rows[0].rows.saturating_mul(rows[1].rows) > 1 << 32 {
+            let pairs = format!("f16 for a joint loss of {} x {} pairs", rows[0].rows, rows[1].rows);
+            return Err(only_cpu("precision", &pairs, "bf16: f16 holds joint losses of at most 2^32 pairs"));
+        }
         let kernels = match precision {
             Precision::Bf16 => &BF16,
             Precision::F16 => &F16,
@@ -789,6 +799,7 @@ impl<C: Card> Cuda<C> {
             share: self.arena.get(slots.share, rows)?,
             norm: null(),
             target: null(),
+            far: null(),
             rows,
         })
     }
@@ -925,24 +936,28 @@ impl<C: Card> Cuda<C> {
         let n = this.rows;
         let norm: *mut abi::Norm = self.arena.get(slots.norm, n)?;
         let target: *mut f32 = self.arena.get(slots.target, n)?;
-        let this = Side { norm, target, ..this };
+        let far = match call.anchored {
+            Some(_) => self.arena.get(slots.far, n.div_ceil(256))?,
+            None => null_mut(),
+        };
+        let this = Side { norm, target, far, ..this };
         let joint: *mut [f32; 2] = if joint { self.arena.get("joint", 1)? } else { null_mut() };
-        let losses = self.normalise(&this, &other, joint, lambda, call.smoothing, row_all)?;
+        let losses = self.normalise(call, &this, other.rows, joint, lambda, row_all)?;
         let at = [scalar::ROW_LOSS, scalar::COL_LOSS][which];
         self.total(null(), losses, n.div_ceil(256), 1, scalars.wrapping_add(at))?;
         let side = if which == 0 { &mut call.u } else { &mut call.v };
-        (side.norm, side.target) = (norm, target);
+        (side.norm, side.target, side.far) = (norm, target, far);
         Ok(())
     }
 
     /// Merged tallies of `this` into its norms and targets; the loss of each block.
     fn normalise(
         &mut self,
+        call: &Call,
         this: &Side,
-        other: &Side,
+        opposite: usize,
         joint: *const [f32; 2],
         lambda: f64,
-        smoothing: f64,
         row_all: *const [f32; 2],
     ) -> Result<*mut f64, CudaError> {
         let n = this.rows;
@@ -955,11 +970,15 @@ impl<C: Card> Cuda<C> {
             joint,
             norm: this.norm.cast_mut(),
             target: this.target.cast_mut(),
+            far: this.far.cast_mut(),
+            live: call.live,
             loss,
             n: n as u32,
-            opposite: other.rows as f32,
+            opposite: opposite as f32,
             lambda: lambda as f32,
-            smoothing: smoothing as f32,
+            smoothing: call.smoothing as f32,
+            scale: call.logits(&call.u, &call.v).scale,
+            reserved: 0,
         };
         self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)?;
         Ok(loss)
@@ -1113,6 +1132,8 @@ impl<C: Card> Cuda<C> {
             target_u: part.target_u,
             norm_v: part.norm_v,
             target_v: part.target_v,
+            far_u: part.far[0],
+            far_v: part.far[1],
             factor: null(),
             g,
             row_sums: null_mut(),
@@ -1354,6 +1375,9 @@ impl<C: Card> Cuda<C> {
     }
 
     pub(super) fn run<A: abi::Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
+        if grid[1..].iter().any(|&n| n > 65_535) {
+            return Err(CudaError::Grid { kernel: kernel.name, grid });
+        }
         // SAFETY: every address in `args` is of a slot of the arena that was asked for at the extent the kernel's argument
         // states, or of a part of a caller's buffer, which its view checked and its verb sizes; what a kernel writes is
         // scratch that only this engine's queue of work touches, or the caller's output, borrowed mutably.
@@ -1530,6 +1554,7 @@ impl Call {
             target_u: self.u.target,
             norm_v: self.v.norm,
             target_v: self.v.target,
+            far: [self.u.far, self.v.far],
             factor: None,
         }
     }
@@ -1580,8 +1605,9 @@ fn wrong_len(what: &'static str, found: usize, expected: String) -> LossError {
     LossError::Shape { what, found: format!("{found} elements"), expected }
 }
 
-/// Where embeddings on the card and their gradients are, if their lengths go together.
+/// Where embeddings on `card` and their gradients are, if they are there and their lengths go together.
 fn addresses<T: Embedding, C: Card>(
+    card: &Arc<C>,
     [u, v]: [&Buffer<T, C>; 2],
     dim: usize,
     gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
@@ -1592,6 +1618,11 @@ fn addresses<T: Embedding, C: Card>(
     for (((x, gradient), name), (rows, out)) in
         [u, v].into_iter().zip(gradients).zip(names).zip(rows.iter_mut().zip(&mut out))
     {
+        let elsewhere = |other: &Arc<C>| !Arc::ptr_eq(other, card);
+        let out_elsewhere = matches!(&gradient, Some(Write::Set(to) | Write::Add(to)) if elsewhere(to.card()));
+        if elsewhere(x.card()) || out_elsewhere {
+            return Err(CudaError::OtherCard.into());
+        }
         if dim == 0 || x.is_empty() || !x.len().is_multiple_of(dim) {
             return Err(wrong_len(name.0, x.len(), format!("rows of {dim} elements, at least one")));
         }

@@ -239,6 +239,14 @@ pub enum CudaError {
         /// Elements of the other side.
         other: usize,
     },
+    /// A launch of more blocks than any card takes.
+    #[error("{kernel} would take a grid of {grid:?}, and cards take at most 65535 down and deep: fewer rows at a time (--micro-batch)")]
+    Grid {
+        /// The kernel.
+        kernel: &'static str,
+        /// Blocks across, down and deep.
+        grid: [u32; 3],
+    },
     /// Memory of one card is no other's.
     #[error("the two buffers are of different cards: copy through the host")]
     OtherCard,

@@ -85,9 +85,10 @@ fn target<C: Card>(to: Write<ViewMut<'_, Buf<C>>>, len: usize) -> Result<(*mut f
         Write::Add(view) => Ok((as_many_mut(view, len)?, true)),
     }
 }
-/// Kernels count in 32 bits.
+/// Kernels count in 32 bits, by as many at a time as a grid has threads.
 fn count(n: usize) -> Result<u32, CudaError> {
-    u32::try_from(n).map_err(|_| CudaError::Range { start: 0, end: n, len: u32::MAX as usize })
+    let most = u32::MAX - 256 * BLOCKS as u32;
+    u32::try_from(n).ok().filter(|&n| n <= most).ok_or(CudaError::Range { start: 0, end: n, len: most as usize })
 }
 fn code(activation: Activation) -> u32 {
     match activation {
@@ -168,6 +169,9 @@ impl<C: Card> Device for Cuda<C> {
     type Real = f32;
     type Buf = Buf<C>;
 
+    fn kind(&self) -> &'static str {
+        "cuda"
+    }
     fn alloc(&self, len: usize) -> Buf<C> {
         let mut made = None;
         self.attempt(|_| {

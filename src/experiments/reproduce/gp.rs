@@ -135,13 +135,16 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
 
 impl Sweep {
     fn figure(&self, request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> {
-        let seeds = if request.quick { 2 } else { 4 };
+        // As printed, time grows with all that is swept; its trends need no error bars to be seen.
+        let seeds = |settings| match (request.quick, settings) {
+            (true, Settings::Printed) => 1,
+            (true, Settings::Converged) => 2,
+            (false, _) => 4,
+        };
         let mut runs = Vec::new();
         for settings in [Settings::Converged, Settings::Printed] {
             for &point in &self.points {
-                // As printed, time grows with all that is swept; its trends need no error bars to be seen.
-                let seeds = if settings == Settings::Printed && request.quick { 1 } else { seeds };
-                for seed in 0..seeds {
+                for seed in 0..seeds(settings) {
                     let seed = request.seed + seed;
                     let mut run = Run { settings, dim: DIM, batch: BATCH, samples: SAMPLES, seed };
                     (self.vary)(&mut run, point);
@@ -254,7 +257,10 @@ impl Sweep {
             columns: 2,
             tables: vec![table(
                 &format!(
-                    "squared error (mean of {seeds} seeds) and its excess over the optimum as a share of the signal"
+                    "squared error (mean over seeds: {} converged, {} as printed) and its excess over the optimum as a share of \
+                     the signal",
+                    seeds(Settings::Converged),
+                    seeds(Settings::Printed)
                 ),
                 &["mean of", self.label, "optimum", "converged", "excess", "as printed", "excess"],
                 rows,
@@ -388,12 +394,6 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
     let [dot, l2, joint] = [&numbers[0], &numbers[1], &numbers[2]];
     criteria.push(below("l2, u given v: the relative error of the conditional covariance (Cor 5.4)", l2[0], 0.05));
     criteria.push(near(
-        "dot: the relative error of the covariance, left at the marginal's (Cor 5.2),",
-        dot[0],
-        dot[1],
-        1e-6,
-    ));
-    criteria.push(near(
         "dot, joint: the size of the mean operator over the true one (Cor 5.7)",
         joint[2],
         joint[3],
@@ -405,7 +405,7 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
             true => format!("off by {}; the conditional model has no joint law at all", short(joint[4])),
             false => format!("off by {} against {}", short(joint[4]), short(dot[4])),
         },
-        passed: dot[4].is_nan() || joint[4] < dot[4],
+        passed: !joint[4].is_nan() && (dot[4].is_nan() || joint[4] < dot[4]),
     });
     let panel = |title: &str, label: &str, range: [f64; 2], at: usize| {
         let bars = |at: usize| Shape::Bars(numbers.iter().map(|n| n[at]).collect());
@@ -421,7 +421,7 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
         name: "gp-models".into(),
         title: "Covariances, means and marginals of the other models".into(),
         see: "Only the one-sided l2 model has the right spread of u given v; the joint loss shrinks the means and brings the \
-              marginals closer."
+              marginals closer. A dot model's covariance is the marginal's, whatever its encoders (Cor 5.2)."
             .into(),
         panels: vec![
             panel("error of Cov[u|v]", "relative error", [0.001, 100.0], 0),

@@ -48,23 +48,34 @@ pub struct Request<'a> {
 /// `report.html` to `request.out`.
 ///
 /// # Errors
-/// [`Error`].
+/// [`Error`]; what was made before it is written.
 pub fn reproduce(parts: &[&Part], request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     let io = |source| DataError::Io { path: request.out.into(), source };
     std::fs::create_dir_all(request.out).map_err(io)?;
     let write = |name: &str, bytes: &[u8]| write_atomic(&request.out.join(name), |w| w.write_all(bytes));
-    let mut all = Vec::new();
+    let (mut all, mut names, mut failed) = (Vec::new(), Vec::new(), None);
     for part in parts {
         (request.tell)(&format!("{}: {}", part.name, part.about));
-        for figure in (part.figures)(request)? {
+        let figures = match (part.figures)(request) {
+            Ok(figures) => figures,
+            // What was made before it is reported all the same.
+            Err(e) => {
+                failed = Some(e);
+                break;
+            }
+        };
+        names.push(part.name);
+        for figure in figures {
             write(&format!("{}.svg", figure.name), figure.svg().as_bytes())?;
             write(&format!("{}.png", figure.name), &figure.png())?;
             write(&format!("{}.csv", figure.name), figure.csv().as_bytes())?;
             all.push(figure);
         }
     }
+    if let Some(e) = failed.take_if(|_| all.is_empty()) {
+        return Err(e);
+    }
     let figures: Vec<_> = all.iter().map(Figure::json).collect();
-    let names: Vec<_> = parts.iter().map(|p| p.name).collect();
     let record = json!({
         "paper": "arXiv 2505.24134", "parts": names, "quick": request.quick, "seed": request.seed, "figures": figures,
     });
@@ -81,7 +92,7 @@ pub fn reproduce(parts: &[&Part], request: &Request<'_>) -> Result<Vec<Figure>, 
         ),
     ];
     write("report.html", report("The paper, reproduced", &intro, &all).as_bytes())?;
-    Ok(all)
+    failed.map_or(Ok(all), Err)
 }
 
 /// `f` of each job, in order: as many at a time as there are threads, each on one thread, since a run of small

@@ -82,7 +82,7 @@ impl<C: Card> Cuda<C> {
         dim: usize,
         block: Block,
     ) -> Result<Tallies, LossError> {
-        let (rows, _) = addresses(embeddings, dim, [None, None])?;
+        let (rows, _) = addresses(&self.card, embeddings, dim, [None, None])?;
         let (call, _) = self.block::<T>(loss, rows, block)?;
         let mut tallies = Tallies::NONE;
         let (lambdas, joint) = call.form.softmaxes();
@@ -113,7 +113,7 @@ impl<C: Card> Cuda<C> {
         tallies: &Tallies,
         gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
     ) -> Result<Value, LossError> {
-        let (rows, out) = addresses(embeddings, dim, gradients)?;
+        let (rows, out) = addresses(&self.card, embeddings, dim, gradients)?;
         let (mut call, batch) = self.block::<T>(loss, rows, block)?;
         let scalars: *mut f64 = self.arena.get("scalars", super::scalar::COUNT)?;
         let (lambdas, joint) = call.form.softmaxes();

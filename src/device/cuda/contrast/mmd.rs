@@ -196,9 +196,9 @@ impl<C: Card> Cuda<C> {
         let most = lambda * f64::from(shares.iter().copied().fold(0.0, f32::max));
         let mut part = Part::default();
         if which == 0 {
-            (part.norm_v, part.target_v) = (side.norm, side.target);
+            (part.norm_v, part.target_v, part.far[1]) = (side.norm, side.target, side.far);
         } else {
-            (part.norm_u, part.target_u) = (side.norm, side.target);
+            (part.norm_u, part.target_u, part.far[0]) = (side.norm, side.target, side.far);
         }
         let rounded = self.rounded_targets(call, batch, which, &f)?;
         let (acc, gain) = self.carry(call, part, which == 0, &f, slots.residual, most)?;
@@ -251,7 +251,12 @@ impl<C: Card> Cuda<C> {
         let size = dims[0] * dims[1];
         let [f_u, f_v] =
             [self.features(call, &SLOTS[0], features_u, false)?, self.features(call, &SLOTS[1], features_v, false)?];
-        let part = Part { norm_u: call.u.norm, target_u: call.u.target, ..Part::default() };
+        let part = Part {
+            norm_u: call.u.norm,
+            target_u: call.u.target,
+            far: [call.u.far, null()],
+            ..Part::default()
+        };
         // exp(S - z) sums to one, and so do the targets.
         let (h, gain) = self.carry(call, part, false, &f_v, SLOTS[1].residual, 2.0)?;
         let weighed: *mut f32 = self.arena.get(SLOTS[1].target, n * dims[1])?;
@@ -299,7 +304,7 @@ impl<C: Card> Cuda<C> {
         self.arena.download("joint", &mut total)?;
         total[1] *= (unit * f_v.unit) as f32;
         let total = self.put("joint", &[total])?;
-        self.normalise(&call.u, &call.v, total, 0.0, 0.0, null())?;
+        self.normalise(call, &call.u, call.v.rows, total, 0.0, null())?;
         let sides = [Factor { halves, shift: offset }, Factor { halves: f_v.rows.at, shift: null() }];
         let part =
             Part { norm_u: call.u.norm, factor: Some(factor(call, sides, dims[1], f_v.rows.pitch)), ..Part::default() };
