@@ -741,19 +741,21 @@ pub unsafe fn normalise(a: &Normalise) {
             }
         }
         let loss = block_sum(loss);
-        let raised = u32::from(ballot(far) != 0);
+        let (raised, base, warp) = (u32::from(ballot(far) != 0), shared_base(), warp());
         if lane() == 0 {
-            store_shared(shared_base() + 4 * warp(), raised);
+            store_shared(base + 4 * warp, raised);
         }
         sync();
         if thread() == 0 {
             store(a.loss.wrapping_add(block_x() as usize), loss);
             let (mut any, mut w) = (0, 0);
             while w < WARPS {
-                any |= load_shared::<u32>(shared_base() + 4 * w);
+                any |= load_shared::<u32>(base + 4 * w);
                 w += 1;
             }
-            store_where(a.far.wrapping_add(block_x() as usize).cast(), any, !a.far.is_null());
+            if !a.far.is_null() {
+                store(a.far.wrapping_add(block_x() as usize), any);
+            }
         }
     }
 }
