@@ -140,7 +140,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
                 state.step(device, step).map_err(|source| TrainError::Loss { step, source })?;
             }
             device.finish().map_err(TrainError::Device)?;
-            for (Results { loss, tau, grad_norm, skipped, diverged }, lr) in state.results(device, rates.len()).zip(rates) {
+            for (Results { loss, tau, grad_norm, skipped, diverged }, lr) in
+                state.results(device, rates.len()).zip(rates)
+            {
                 skips = if skipped { skips + 1 } else { 0 };
                 if diverged || skips > MOST_SKIPS {
                     return Err(TrainError::Diverged { step, loss, grad_norm });

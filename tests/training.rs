@@ -263,9 +263,11 @@ fn gradient_caching_is_the_plain_step_to_rounding() {
         assert!(moved > 1e-3, "{objective}: nothing was learned");
         for micro_batch in [1, 8, 24, 48] {
             let (_, _, got, _) = learn(&Config { micro_batch, ..plain.clone() }, &source);
-            let off = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            // Sums of 48 f32 terms in another order.
-            assert!(off < 1e-5 * moved.max(1.0), "{objective}, micro-batch {micro_batch}: off by {off} of {moved}");
+            for (got, want) in got.iter().zip(&want) {
+                // Sums of 48 f32 terms in another order.
+                let near = (got - want).abs() < 1e-5 * moved.max(1.0);
+                assert!(near, "{objective}, micro-batch {micro_batch}: {got} for {want}, moved by {moved}");
+            }
         }
     }
 }
@@ -681,7 +683,7 @@ fn quick_gp_comes_near_the_closed_form() {
 
 #[test]
 fn quick_gaussian2d_learns_the_closed_forms_of_three_models() {
-    // In-batch sums bias A by 1% at this batch: section 5 of the framework allows 3%; the short run adds its own.
+    // In-batch sums bias A by 1% at this batch, and up to 3% may be; the short run adds its own.
     for (toml, a, b) in [
         ("", 4.0 / 9.0, 0.0),
         ("tilting = 'l2'\nlambda_u = 2.0\nlambda_v = 0.0\n", 4.0 / 5.0, 8.0 / 15.0),

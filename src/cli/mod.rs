@@ -46,10 +46,10 @@ struct Common {
     #[arg(long, global = true, value_name = "PRECISION")]
     precision: Option<String>,
     /// Makes the run reproducible bit for bit, whatever the number of threads [default: 0]
-    #[arg(long, global = true, value_name = "S")]
+    #[arg(long, global = true, value_name = "S", allow_negative_numbers = true)]
     seed: Option<u64>,
     /// Threads [default: all cores]
-    #[arg(long, global = true, value_name = "T")]
+    #[arg(long, global = true, value_name = "T", allow_negative_numbers = true)]
     threads: Option<usize>,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]

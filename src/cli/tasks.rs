@@ -42,7 +42,7 @@ pub struct Retrieve {
     #[arg(long, value_name = "Q.npy")]
     queries: PathBuf,
     /// Items for each query
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     k: usize,
     /// cosine, dot or l2
     #[arg(long, default_value = "cosine", value_name = "TILTING")]
@@ -71,7 +71,7 @@ pub struct Classify {
     /// was trained on them]
     #[arg(long, value_name = "C.npy")]
     classes: Option<PathBuf>,
-    /// Train a classifier on the frozen embeddings and --labels (framework: fine_tune) [default: off]
+    /// Train a classifier on the frozen embeddings and --labels (the paper's fine-tuning) [default: off]
     #[arg(long)]
     fine_tune: bool,
     /// --fine-tune: share of the rows, the last ones, to judge the classifier by
@@ -95,7 +95,7 @@ pub struct Sample {
     #[arg(long, value_name = "V.npy")]
     given: PathBuf,
     /// Draws for each
-    #[arg(long, value_name = "C")]
+    #[arg(long, value_name = "C", allow_negative_numbers = true)]
     count: usize,
     /// Which side to draw: u, given v; or v, given u
     #[arg(long, default_value = "u", value_name = "SIDE")]
@@ -214,6 +214,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
         lines.push(format!("recall@1 {:.2}%, recall@5 {:.2}%", 100.0 * within(1), 100.0 * within(5)));
     }
     if args.output.is_none() {
+        json["indices"] = (0..n).map(|i| best.indices[narrow(i)].to_vec()).collect();
         lines.extend((0..n.min(10)).map(|i| format!("query {i}: {:?}", &best.indices[narrow(i)])));
     }
     common.print(&json, &lines)

@@ -2,6 +2,7 @@
 
 use super::device::Device;
 use super::{Common, Failure, from_flag, on_terminal};
+use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::config::parse_precision;
 use crate::config::{ConfigError, Partial};
@@ -14,6 +15,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
+use std::time::{Duration, Instant};
+
+/// After so long a second Ctrl-C is one of its own.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Flags of `train`. What is not given comes from --config, then from the experiment's own defaults, and ends up in
 /// the run's config.toml.
@@ -22,7 +27,7 @@ pub struct Train {
     /// gp, gaussian2d, digits, mnist, ocean or pairs [default: gp]
     #[arg(value_name = "EXPERIMENT")]
     experiment: Option<String>,
-    /// Settings, .toml: every flag is also a key [default: none]
+    /// Settings, .toml: every flag here is also a key, a dash an underscore [default: none]
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Folder of the run's files [default: runs/EXPERIMENT]
@@ -31,7 +36,7 @@ pub struct Train {
     /// Go on from the folder's checkpoint, to the same bits as if never stopped [default: start anew]
     #[arg(long)]
     resume: bool,
-    /// A short run, for a first look and for tests [default: off]
+    /// A short run, for a first look and for tests: other epochs, rates and sizes where none are given [default: off]
     #[arg(long)]
     quick: bool,
     /// pairs: the u side, .npy [default: none]
@@ -217,11 +222,15 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
-    // Before the first step there is nothing to save, and the second time nobody waits for a checkpoint.
+    // Before the first step there is nothing to save, and the second time nobody waits for a checkpoint; but one signal may
+    // come twice, from a terminal and from who watches over the program.
     let stepping = Arc::new(AtomicBool::new(false));
     let steps = stepping.clone();
+    let mut first = None::<Instant>;
     let stopping = move || {
-        if told.swap(true, Ordering::Relaxed) || !steps.load(Ordering::Relaxed) {
+        told.store(true, Ordering::Relaxed);
+        let again = first.get_or_insert_with(Instant::now).elapsed() > AGAIN;
+        if again || !steps.load(Ordering::Relaxed) {
             std::process::exit(130);
         }
     };
@@ -246,6 +255,9 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         }
     };
     let resume = args.resume;
+    if resume && !Checkpoint::path(&dir).exists() {
+        super::log(format_args!("no checkpoint in {}: the run starts anew", dir.display()));
+    }
     let Outcome { report, stopped } = match &choice.device {
         Device::Cpu => experiments::run(&mut Cpu::new(), &config, &dir, resume, &stop, &mut observe),
         #[cfg(feature = "cuda")]

@@ -45,9 +45,7 @@ impl Gaussian {
         }
         let symmetric = |c: &[f64], n: usize| {
             let entries = || (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));
-            entries().all(|(i, j)| {
-                (c[i * n + j] - c[j * n + i]).abs() <= 1e-9 * (c[i * n + i] * c[j * n + j]).sqrt()
-            })
+            entries().all(|(i, j)| (c[i * n + j] - c[j * n + i]).abs() <= 1e-9 * (c[i * n + i] * c[j * n + j]).sqrt())
         };
         let finite = [&c_uu, &c_uv, &c_vv].iter().all(|c| c.iter().all(|x| x.is_finite()));
         if !(finite && symmetric(&c_uu, dim_u) && symmetric(&c_vv, dim_v)) {

@@ -286,6 +286,12 @@ fn header_v1(descr: &str, shape: &[usize]) -> io::Result<Vec<u8>> {
 }
 
 fn map(path: &Path) -> Result<Mmap, DataError> {
+    // Before it is opened: a pipe would wait for who writes to it.
+    let kind = std::fs::metadata(path).map_err(DataError::io(path))?.file_type();
+    if !kind.is_file() {
+        let found = if kind.is_dir() { "a folder" } else { "a device or a pipe" };
+        return Err(DataError::format(path, found, "a regular file, .npy"));
+    }
     let file = File::open(path).map_err(DataError::io(path))?;
     // SAFETY: the map is read-only and private to this room; bytes are only ever decoded, so no value of them is
     // invalid. What we cannot rule out is another process cutting the file short meanwhile: the operating system then

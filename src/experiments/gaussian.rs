@@ -73,7 +73,9 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
     let (g, h) = (learned.tensor("u.0.weight"), learned.tensor("v.0.weight"));
     let theory = Theory::new(law);
     let Some(model) = quadratic(&theory, learned.tilting, &g, &h, dim, learned.tau) else {
-        return report.table.push("no closed form: a cosine tilting is not Gaussian, nor are encoders too large for f64".into());
+        return report
+            .table
+            .push("no closed form: a cosine tilting is not Gaussian, nor are encoders too large for f64".into());
     };
     // The closed forms know of no smoothing.
     let optimum = match (learned.tilting, &config.objective[..]) {

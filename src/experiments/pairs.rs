@@ -34,6 +34,8 @@ fn data(config: &Config) -> Result<Split, Error> {
         }
     }
     let source = PairsSource::open(&config.u, &config.v)?;
-    let held_out = (source.len() as f64 * config.held_out) as usize;
+    // A share above 0 is of one pair at least: a report is of something then.
+    let share = (source.len() as f64 * config.held_out) as usize;
+    let held_out = share.max(usize::from(config.held_out > 0.0));
     Ok(Split::at_end(Arc::new(source), held_out))
 }

@@ -170,9 +170,13 @@ impl Figure {
             for (mark_index, mark) in panel.marks.iter().enumerate() {
                 let mut push = |kind: &str, numbers: &[f64]| {
                     let [title, label] = [&panel.title, &mark.label].map(|text| quoted(text));
-                    let cell = |i: usize| numbers.get(i).filter(|x: &&f64| !x.is_nan()).map_or(String::new(), f64::to_string);
+                    let cell =
+                        |i: usize| numbers.get(i).filter(|x: &&f64| !x.is_nan()).map_or(String::new(), f64::to_string);
                     let cells = (0..4).map(cell);
-                    out += &format!("{panel_index},{title},{mark_index},{label},{kind},{}\n", cells.collect::<Vec<_>>().join(","));
+                    out += &format!(
+                        "{panel_index},{title},{mark_index},{label},{kind},{}\n",
+                        cells.collect::<Vec<_>>().join(",")
+                    );
                 };
                 match &mark.shape {
                     Shape::Line(xy) => xy.iter().for_each(|p| push("line", p)),

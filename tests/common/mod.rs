@@ -198,10 +198,11 @@ pub fn options(case: Case) -> Vec<Case> {
     all
 }
 
-/// |a - b| / |b|, with b's norm no smaller than `floor`.
+/// `|a - b| / |b|`, of a `b` of `floor` at least; infinite where there is a NaN, which a maximum of several would lose.
 pub fn relative(a: &[f64], b: &[f64], floor: f64) -> f64 {
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()).max(floor)
+    let off = norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()).max(floor);
+    if off.is_nan() { f64::INFINITY } else { off }
 }
 
 pub fn wide(x: &[f32]) -> Vec<f64> {

@@ -365,9 +365,14 @@ fn softmax<T: Element>(
     match over {
         Over::Each { lambda_u, lambda_v } => {
             let one = |side: Counted<'_>, wanted, lambda: f64, norms: &mut _| {
-                if wanted { lambda * (side.normalise(lambda, smoothing, norms) - (side.opposite as f64).ln()) } else { 0.0 }
+                if wanted {
+                    lambda * (side.normalise(lambda, smoothing, norms) - (side.opposite as f64).ln())
+                } else {
+                    0.0
+                }
             };
-            value = one(row_side, want.rows, 0.5 * lambda_v, row_norms) + one(col_side, want.cols, 0.5 * lambda_u, col_norms);
+            value = one(row_side, want.rows, 0.5 * lambda_v, row_norms)
+                + one(col_side, want.cols, 0.5 * lambda_u, col_norms);
             law = Law::Softmax {
                 rows: want.rows.then(|| row_norms.part(0..n)),
                 cols: want.cols.then(|| col_norms.part(0..m)),

@@ -391,7 +391,8 @@ impl<C: Card> Cuda<C> {
     /// both; gradients stay there. The MMD losses take `features` of each row of u and of v.
     ///
     /// # Errors
-    /// As [`Engine::loss`] of this engine; [`LossError::Shape`] for buffers of other lengths.
+    /// As [`Engine::loss`] of this engine; [`LossError::Shape`] for buffers of other lengths; [`LossError::Device`] for those of
+    /// another card. [`LossError::NotFinite`] is found after the launches: gradients hold rubbish then, and its row is 0.
     pub fn loss_on_card<T: Embedding>(
         &mut self,
         loss: &Loss,
@@ -433,7 +434,7 @@ impl<C: Card> Cuda<C> {
     /// nobody else writes the rows or touches the outputs meanwhile.
     ///
     /// # Errors
-    /// As [`Engine::loss`] of this engine.
+    /// As [`Self::loss_on_card`]. Pair i is row i of both, and there is no MMD: it takes features.
     pub unsafe fn loss_at(
         &mut self,
         loss: &Loss,

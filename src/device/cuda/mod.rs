@@ -240,7 +240,9 @@ pub enum CudaError {
         other: usize,
     },
     /// A launch of more blocks than any card takes.
-    #[error("{kernel} would take a grid of {grid:?}, and cards take at most 65535 down and deep: fewer rows at a time (--micro-batch)")]
+    #[error(
+        "{kernel} would take a grid of {grid:?}, and cards take at most 65535 down and deep: fewer rows at a time (--micro-batch)"
+    )]
     Grid {
         /// The kernel.
         kernel: &'static str,

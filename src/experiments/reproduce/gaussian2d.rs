@@ -1,7 +1,7 @@
 //! Two correlated numbers (section 5.4, Figures 1 to 6): trained models beside closed forms and the truth.
 
 use super::super::{Error, Model, gaussian};
-use super::{Part, Request, axis, below, linspace, mark, near, parallel, short, table};
+use super::{Part, Request, axis, below, largest, linspace, mark, near, parallel, short, table};
 use crate::config::Config;
 use crate::data::gaussian2d::{Gaussian, gaussian2d};
 use crate::data::{Memory, Side, Table};
@@ -151,7 +151,7 @@ fn setup(law: &Gaussian, seed: u64) -> Figure {
         let made = |&(u, v): &(f64, f64)| product(u, v) * (u * a * v - 0.5 * (b * u * u + d * v * v)).exp();
         let whole = points.iter().map(made).sum::<f64>() * cell;
         let off = |at: &(f64, f64)| (made(at) / whole - joint_density(&tilted, at.0, at.1)).abs();
-        points.iter().map(off).fold(0.0, f64::max) / joint_density(&tilted, 0.0, 0.0)
+        largest(points.iter().map(off)) / joint_density(&tilted, 0.0, 0.0)
     };
     Figure {
         name: "fig01".into(),
@@ -372,8 +372,8 @@ fn normalised(law: &Gaussian, data: &Memory, seed: u64) -> Result<Figure, Error>
     let gradients = Gradients { u: Some(Write::Set(&mut grad_u)), v: Some(Write::Set(&mut grad_v)), offset_v: None };
     Cpu::<f32>::new().loss(&loss, &batch, gradients).map_err(|source| TrainError::Loss { step: 0, source })?;
     // Against the embedding's own size: a row's normalisation divides its gradient, rounding included, by that.
-    let steepest = (grad_u.iter().zip(u).chain(grad_v.iter().zip(v)))
-        .fold(0f64, |most, (&g, &x)| most.max((f64::from(g) * f64::from(x)).abs()));
+    let slopes = grad_u.iter().zip(u).chain(grad_v.iter().zip(v));
+    let steepest = largest(slopes.map(|(&g, &x)| (f64::from(g) * f64::from(x)).abs()));
     Ok(Figure {
         name: "fig06".into(),
         title: "Normalised encoders of one dimension".into(),

@@ -3,7 +3,8 @@
 
 use super::super::{Error, Model, gaussian};
 use super::{
-    Part, Request, above, axis, below, falls, linspace, log_axis, mark, mean_error, near, parallel, short, table,
+    Part, Request, above, axis, below, falls, largest, linspace, log_axis, mark, mean_error, near, parallel, short,
+    table,
 };
 use crate::config::Config;
 use crate::data::gaussian2d::Gaussian;
@@ -211,7 +212,7 @@ impl Sweep {
                             "{side}: the largest excess over the optimum, as a share of the signal {},",
                             short(signal)
                         ),
-                        excess.fold(0.0, f64::max),
+                        largest(excess),
                         bound,
                     ));
                     criteria.push(falls(format!("{side}: the error up to d = 5"), &means[..4]));
@@ -328,7 +329,7 @@ fn samples(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> 
         tables: vec![],
         criteria: vec![below(
             "the largest distance of the learned E[v|u] from the true one, relative, over the three paths",
-            gaps.iter().fold(0.0, |most: f64, &g| most.max(g)),
+            largest(gaps),
             0.1,
         )],
     })

@@ -174,7 +174,8 @@ fn probabilities(set: &str, split: &Split, found: &[Found]) -> Figure {
     // By how sure the two-sided loss is of them; the distance between the label laws of two losses is their total variation.
     let mut by_doubt: Vec<usize> = (0..truth.len()).collect();
     by_doubt.sort_by(|&a, &b| sure(a).total_cmp(&sure(b)));
-    let distance = |[k, l]: [usize; 2], i: usize| 0.5 * row(k, i).iter().zip(row(l, i)).map(|(a, b)| (a - b).abs()).sum::<f64>();
+    let distance =
+        |[k, l]: [usize; 2], i: usize| 0.5 * row(k, i).iter().zip(row(l, i)).map(|(a, b)| (a - b).abs()).sum::<f64>();
     let mean_distance = |images: &[usize]| {
         let of = |&i: &usize| [[0, 1], [0, 2], [1, 2]].map(|pair| distance(pair, i)).iter().sum::<f64>() / 3.0;
         images.iter().map(of).sum::<f64>() / images.len().max(1) as f64

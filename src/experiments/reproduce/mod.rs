@@ -144,6 +144,11 @@ fn above(claim: impl Into<String>, found: f64, bound: f64) -> Criterion {
     }
 }
 
+/// The largest of what is 0 or more; NaN where one is, for which no criterion holds.
+fn largest(x: impl IntoIterator<Item = f64>) -> f64 {
+    x.into_iter().fold(0.0, |most: f64, x| if most >= x || most.is_nan() { most } else { x })
+}
+
 /// A criterion on a series: each number is below the one before.
 fn falls(claim: impl Into<String>, series: &[f64]) -> Criterion {
     Criterion {

@@ -1,7 +1,7 @@
 //! Beyond the paper: three modalities whose encoders are shared by all pairs, beside the closed form of each pair.
 
 use super::super::Error;
-use super::{Part, Request, above, axis, below, mark, parallel, table};
+use super::{Part, Request, above, axis, below, largest, mark, parallel, table};
 use crate::data::gaussian2d::Gaussian;
 use crate::data::{Side, Source, permute};
 use crate::device::cpu::Cpu;
@@ -145,7 +145,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
         .flat_map(|&[u, v]| [format!("{}|{}", NAMES[u], NAMES[v]), format!("{}|{}", NAMES[v], NAMES[u])])
         .collect();
     let series: Vec<Vec<f64>> = found.iter().map(|pairs| pairs.iter().flat_map(excess).collect()).collect();
-    let most = |at: usize| series[at].iter().fold(0.0, |most: f64, &x| most.max(x));
+    let most = |at: usize| largest(series[at].iter().copied());
     let least = |at: usize| series[at].iter().copied().fold(f64::INFINITY, f64::min);
     let percent = |x: f64| format!("{:.2}%", 100.0 * x);
     Ok(vec![Figure {

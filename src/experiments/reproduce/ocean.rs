@@ -1,6 +1,6 @@
 //! Figures 13 to 15 (section 6.3): drifters and the flows that carry them, recall over training, flows retrieved.
 
-use super::{Part, Request};
+use super::{Part, Request, largest};
 use crate::Cpu;
 use crate::config::{Config, Partial};
 use crate::data::ocean::{COEFFICIENTS, Flow, HORIZON, Ocean, Recording, START};
@@ -86,13 +86,12 @@ fn drifters(ocean: &Ocean) -> Figure {
     });
 
     // Points of space and time all over: multiples of irrational numbers.
-    let divergence = (flows.iter().enumerate())
-        .map(|(i, flow)| {
-            let [x, y, t] = [2f64, 3.0, 5.0].map(|root| ((i + 1) as f64 * root.sqrt()).fract());
-            flow.divergence([x, y], HORIZON * t).abs()
-        })
-        .fold(0.0, f64::max);
-    let residual = flows.par_iter().map(|flow| flow.residual(Recording::PAPER)).reduce(|| 0.0, f64::max);
+    let divergence = largest(flows.iter().enumerate().map(|(i, flow)| {
+        let [x, y, t] = [2f64, 3.0, 5.0].map(|root| ((i + 1) as f64 * root.sqrt()).fract());
+        flow.divergence([x, y], HORIZON * t).abs()
+    }));
+    let residuals: Vec<f64> = flows.par_iter().map(|flow| flow.residual(Recording::PAPER)).collect();
+    let residual = largest(residuals);
     Figure {
         name: "fig13".into(),
         title: "Flows on the torus and the drifters they carry".into(),

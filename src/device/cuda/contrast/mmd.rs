@@ -251,12 +251,7 @@ impl<C: Card> Cuda<C> {
         let size = dims[0] * dims[1];
         let [f_u, f_v] =
             [self.features(call, &SLOTS[0], features_u, false)?, self.features(call, &SLOTS[1], features_v, false)?];
-        let part = Part {
-            norm_u: call.u.norm,
-            target_u: call.u.target,
-            far: [call.u.far, null()],
-            ..Part::default()
-        };
+        let part = Part { norm_u: call.u.norm, target_u: call.u.target, far: [call.u.far, null()], ..Part::default() };
         // exp(S - z) sums to one, and so do the targets.
         let (h, gain) = self.carry(call, part, false, &f_v, SLOTS[1].residual, 2.0)?;
         let weighed: *mut f32 = self.arena.get(SLOTS[1].target, n * dims[1])?;
