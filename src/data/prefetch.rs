@@ -21,16 +21,22 @@ pub struct PairBatch {
     pub v: Vec<f32>,
 }
 
-/// The endless stream of batches of a run, gathered by a thread one batch ahead of the reader.
+/// The endless stream of batches of a run, gathered by a thread ahead of the reader.
 ///
 /// Batch `step` of `epoch` is samples `permute(seed, epoch, n, step * batch + i)`; the last incomplete batch of an
-/// epoch is dropped. Two buffers go round, so nothing is allocated after the second batch.
+/// epoch is dropped. Two groups of batches go round, so nothing is allocated after the second.
 #[derive(Debug)]
 pub struct Prefetch {
-    ready: Receiver<PairBatch>,
-    spare: Sender<PairBatch>,
-    current: PairBatch,
+    ready: Receiver<Vec<PairBatch>>,
+    spare: Sender<Vec<PairBatch>>,
+    current: Vec<PairBatch>,
+    /// Batches of the group that were read.
+    read: usize,
 }
+
+/// Numbers of a group: as many small batches are handed over at once, since the handing over of one, which wakes a thread,
+/// takes longer than its gathering.
+const GROUP: usize = 1 << 16;
 
 impl Prefetch {
     /// Batches in an epoch of `samples`.
@@ -54,19 +60,24 @@ impl Prefetch {
         let (filled, ready) = sync_channel(1);
         let (spare, empty) = channel();
         // The other buffer of the two is `current`.
-        spare.send(PairBatch::default()).expect("the receiver is alive");
+        let group = (GROUP / (batch * (source.dim(Side::U) + source.dim(Side::V))).max(1)).max(1);
+        spare.send(vec![PairBatch::default(); group]).expect("the receiver is alive");
         let steps = Self::steps_per_epoch(source.len(), batch);
         let (epoch, step) = (epoch + step / steps, step % steps);
         scope.spawn(move || gather_all(source, seed, batch, epoch, step, &empty, &filled));
-        Prefetch { ready, spare, current: PairBatch::default() }
+        Prefetch { ready, spare, current: vec![PairBatch::default(); group], read: group }
     }
     /// The next batch. Waits for it when compute was faster than the gathering.
     pub fn next_batch(&mut self) -> &PairBatch {
-        let next = self.ready.recv().expect("the gathering thread ended: its source panicked");
-        let used = std::mem::replace(&mut self.current, next);
-        // Nobody receives once the gathering thread has panicked, which the next call reports.
-        let _ = self.spare.send(used);
-        &self.current
+        if self.read == self.current.len() {
+            let next = self.ready.recv().expect("the gathering thread ended: its source panicked");
+            let used = std::mem::replace(&mut self.current, next);
+            // Nobody receives once the gathering thread has panicked, which the next call reports.
+            let _ = self.spare.send(used);
+            self.read = 0;
+        }
+        self.read += 1;
+        &self.current[self.read - 1]
     }
 }
 
@@ -77,26 +88,28 @@ fn gather_all<S: Source + ?Sized>(
     batch: usize,
     mut epoch: u64,
     mut step: u64,
-    empty: &Receiver<PairBatch>,
-    filled: &SyncSender<PairBatch>,
+    empty: &Receiver<Vec<PairBatch>>,
+    filled: &SyncSender<Vec<PairBatch>>,
 ) {
     let n = source.len();
-    while let Ok(mut buffer) = empty.recv() {
-        let first = step as usize * batch;
-        buffer.epoch = epoch;
-        buffer.step = step;
-        buffer.index.clear();
-        permute_range(seed, epoch, n, first..first + batch, &mut buffer.index);
-        buffer.u.resize(batch * source.dim(Side::U), 0.0);
-        buffer.v.resize(batch * source.dim(Side::V), 0.0);
-        source.gather(Side::U, &buffer.index, &mut buffer.u);
-        source.gather(Side::V, &buffer.index, &mut buffer.v);
-        if filled.send(buffer).is_err() {
-            return;
+    while let Ok(mut group) = empty.recv() {
+        for buffer in &mut group {
+            let first = step as usize * batch;
+            buffer.epoch = epoch;
+            buffer.step = step;
+            buffer.index.clear();
+            permute_range(seed, epoch, n, first..first + batch, &mut buffer.index);
+            buffer.u.resize(batch * source.dim(Side::U), 0.0);
+            buffer.v.resize(batch * source.dim(Side::V), 0.0);
+            source.gather(Side::U, &buffer.index, &mut buffer.u);
+            source.gather(Side::V, &buffer.index, &mut buffer.v);
+            step += 1;
+            if step == Prefetch::steps_per_epoch(n, batch) {
+                (epoch, step) = (epoch + 1, 0);
+            }
         }
-        step += 1;
-        if step == Prefetch::steps_per_epoch(n, batch) {
-            (epoch, step) = (epoch + 1, 0);
+        if filled.send(group).is_err() {
+            return;
         }
     }
 }

@@ -576,6 +576,8 @@ mod tests {
             (cnn([2, 4, 4], vec![conv(1, 5, 0, 1)]), 32, 1, "kernel 5"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 2), conv(1, 2, 0, 1)]), 32, 1, "kernel 2"),
             (cnn([2, 4, 4], vec![conv(1, 3, 0, 3)]), 32, 1, "pool_size 3"),
+            (cnn([2, 4, 4], vec![conv(1, 3, usize::MAX / 2, 1)]), 32, 1, "padding 9223372036854775807"),
+            (cnn([2, 4, 4], vec![conv(1, 3, 1 << 40, 1)]), 32, 1, "padding 1099511627776"),
             (transformer([5, 2], 6, 2), 11, 1, "11 inputs"),
             (transformer([usize::MAX, 2], 6, 2), 10, 1, "10 inputs"),
             (transformer([5, 2], 0, 2), 10, 1, "width of 0"),
@@ -583,7 +585,7 @@ mod tests {
             (transformer([5, 2], 6, 4), 10, 1, "4 heads"),
         ] {
             let error = Encoder::build(&spec, "u", input, output, &mut Layout::default()).unwrap_err().to_string();
-            assert!(error.starts_with("encoder u: found ") && error.contains(part), "{error}");
+            assert!(error.starts_with("encoder_u: found ") && error.contains(part), "{error}");
         }
     }
 }

@@ -163,16 +163,14 @@ impl Figure {
     /// Every number drawn, a line for each: `panel,title,mark,label,kind,x,y,z,w`, panels and the marks of each counted from 0.
     /// z is the half length of an error bar, the value
     /// of a function at (x, y), the darkness of the square in column x and row y; `z, w` are the length of an arrow. A line of
-    /// kind `level` has a contour's level as z.
+    /// kind `level` has one of a contour's levels as x.
     pub fn csv(&self) -> String {
         let mut out = String::from("panel,title,mark,label,kind,x,y,z,w\n");
         for (panel_index, panel) in self.panels.iter().enumerate() {
             for (mark_index, mark) in panel.marks.iter().enumerate() {
                 let mut push = |kind: &str, numbers: &[f64]| {
                     let [title, label] = [&panel.title, &mark.label].map(|text| quoted(text));
-                    let cell =
-                        |i: usize| numbers.get(i).filter(|x: &&f64| !x.is_nan()).map_or(String::new(), f64::to_string);
-                    let cells = (0..4).map(cell);
+                    let cells = (0..4).map(|i| numbers.get(i).map_or(String::new(), f64::to_string));
                     out += &format!(
                         "{panel_index},{title},{mark_index},{label},{kind},{}\n",
                         cells.collect::<Vec<_>>().join(",")
@@ -187,7 +185,7 @@ impl Figure {
                     Shape::Contours { x, y, values, levels } => {
                         let point = |at: usize| [x[at % x.len()], y[at / x.len()], values[at]];
                         (0..values.len()).for_each(|at| push("contours", &point(at)));
-                        levels.iter().for_each(|&level| push("level", &[f64::NAN, f64::NAN, level]));
+                        levels.iter().for_each(|&level| push("level", &[level]));
                     }
                     Shape::Image { width, values } => values
                         .iter()

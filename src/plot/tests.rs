@@ -51,9 +51,10 @@ fn figure() -> Figure {
 fn every_number_is_in_the_files() {
     let csv = figure().csv();
     let rows: Vec<_> = csv.lines().collect();
-    assert_eq!(rows.len(), 1 + 3 + 1 + 1 + 81 + 3 + 2 + 2 + 3);
-    assert!(rows.contains(&r#""<a & ""b"">","line, dashed",line,-2.25,7.75,,"#), "{csv}");
+    assert_eq!(rows.len(), 1 + 3 + 1 + 1 + 81 + 1 + 3 + 2 + 2 + 3);
+    assert!(rows.contains(&r#"0,"<a & ""b"">",0,"line, dashed",line,-2.25,7.75,,"#), "{csv}");
     assert!(csv.contains(",errors,10,2,3,\n") && csv.contains(",image,1,0,1,\n") && csv.contains(",arrows,0,0,1,2\n"));
+    assert!(csv.contains(",level,0.5,,,\n"), "{csv}");
     let json = figure().json();
     assert_eq!(json["panels"][0]["marks"][0]["shape"]["Line"][2][1], 7.75);
     assert!(json["panels"][0]["marks"][0]["shape"]["Line"][1][0].is_null());

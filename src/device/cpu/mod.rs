@@ -1,6 +1,7 @@
 //! The CPU: a fused engine on all cores, deterministic bit for bit for any number of threads.
 
 mod attention;
+mod awake;
 mod contrast;
 mod conv;
 mod fused;
@@ -122,7 +123,9 @@ impl Engine for Cpu<f32> {
     fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
         batch.validate(loss)?;
         gradients.validate(batch)?;
-        Ok(contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients))
+        let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
+        let evaluate = || contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients);
+        Ok(if sweep::is_for_one(n, m, dim) { evaluate() } else { awake::in_pool(evaluate) })
     }
 
     fn scratch_bytes(&self) -> usize {
@@ -436,7 +439,7 @@ impl Contrast for Cpu<f32> {
         (): &mut (),
         work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
     ) -> Result<(), LossError> {
-        work(self)
+        awake::awake(|| work(self))
     }
 }
 

@@ -36,10 +36,15 @@ pub struct Cut {
 const ALONE: usize = 1 << 22;
 const EXPONENTIAL: usize = 32;
 
+/// Whether one thread is through with an `n` x `m` matrix of logits of `dim` terms before the others have woken up.
+pub fn is_for_one(n: usize, m: usize, dim: usize) -> bool {
+    n * m * (dim + EXPONENTIAL) <= ALONE
+}
+
 impl Cut {
     /// For an `n` x `m` matrix of logits of `dim` terms.
     pub fn new(n: usize, m: usize, dim: usize) -> Self {
-        let shorter = if n * m * (dim + EXPONENTIAL) <= ALONE { 1 } else { n.min(m) };
+        let shorter = if is_for_one(n, m, dim) { 1 } else { n.min(m) };
         let least = if n.max(m) >= LONGER * shorter { NARROW } else { SHORTEST };
         let pieces = shorter.div_ceil(SHORT).max(shorter.div_ceil(least).min(4)).clamp(1, PIECES);
         // Column pieces start where a packed panel starts.
