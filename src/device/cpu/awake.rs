@@ -93,7 +93,9 @@ mod tests {
             for _ in 0..50 {
                 assert_eq!(pool.install(|| awake(|| work() + awake(work))), 2 * 41_664);
             }
-            let unwound = std::panic::catch_unwind(|| pool.install(|| awake(|| -> usize { panic!("{}", work()) })));
+            let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.install(|| awake(|| -> usize { panic!("{}", work()) }))
+            }));
             assert!(unwound.is_err());
             assert_eq!(pool.install(|| awake(work)), 41_664);
         }

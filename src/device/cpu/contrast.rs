@@ -6,6 +6,7 @@ use super::fused::{
 };
 use super::operand::Element;
 use super::simd::{Isa, Pair};
+use super::sweep::is_for_one;
 use super::{inner, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, pairing::Pairing};
 use kernels::law::{Num, Product, decay};
@@ -371,8 +372,11 @@ fn softmax<T: Element>(
                     0.0
                 }
             };
-            value = one(row_side, want.rows, 0.5 * lambda_v, row_norms)
-                + one(col_side, want.cols, 0.5 * lambda_u, col_norms);
+            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_norms);
+            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_norms);
+            let (by_row, by_col) =
+                if is_for_one(n, m, batch.u.dim) { (by_row(), by_col()) } else { rayon::join(by_row, by_col) };
+            value = by_row + by_col;
             law = Law::Softmax {
                 rows: want.rows.then(|| row_norms.part(0..n)),
                 cols: want.cols.then(|| col_norms.part(0..m)),

@@ -18,7 +18,7 @@
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
-use super::operand::{Element, ElementOp, Operands, carry};
+use super::operand::{Element, ElementOp, Operands};
 use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
 use super::sweep::{Cut, sweep};
 use super::together;
@@ -997,24 +997,12 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                 if let Some(out) = &mut row.out {
                     let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
                     let out = &mut out[at_rows.start * carry_v.rows.dim..];
-                    carry::<S, T>(
-                        by_row,
-                        Right { packed: col.packed, total, first },
-                        out,
-                        carry_v.rows.dim,
-                        &mut ws.spill,
-                    );
+                    T::carry(by_row, Right { packed: col.packed, total, first }, out, carry_v.rows.dim, &mut ws.spill);
                 }
                 if let Some(out) = &mut col.out {
                     let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
                     let out = &mut out[at_cols.start * carry_u.rows.dim..];
-                    carry::<S, T>(
-                        by_col,
-                        Right { packed: row.packed, total, first },
-                        out,
-                        carry_u.rows.dim,
-                        &mut ws.spill,
-                    );
+                    T::carry(by_col, Right { packed: row.packed, total, first }, out, carry_u.rows.dim, &mut ws.spill);
                 }
             }
         }

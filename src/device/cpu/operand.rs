@@ -9,7 +9,7 @@
 use super::fused::{Buffer, COLS, Logits, ROWS, Side, TILE, blocks, stride};
 use super::simd::{
     Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT, Simd,
-    SquaredDistance, WIDEST, pack_pairs, pack_part, product_part,
+    SquaredDistance, Vector, WIDEST, pack_pairs, pack_part, product_part,
 };
 use crate::objective::Storage;
 use half::bf16;
@@ -61,10 +61,10 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
     ) -> [Left<'g, Self>; 2];
     /// `c (+)= left right` for `n` columns, see [`product_part`].
     fn product(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool);
-    /// [`product`](Self::product) with what [`pack_rows`](Self::pack_rows) packed.
+    /// `out += left right`, `out` `[rows, dim]`, with what [`pack_rows`](Self::pack_rows) packed.
     #[inline(always)]
-    fn product_rows(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
-        Self::product(left, right, n, c, ldc, add);
+    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
+        carry::<S, Self>(left, right, out, dim, spill);
     }
 }
 
@@ -156,11 +156,60 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn product_rows(left: Left<'_, f32>, right: Right<'_, f32>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
-        if is_narrow::<S>(n) {
-            <f32 as Operands<S::Narrow>>::product(left, right, n, c, ldc, add);
+    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
+        if !is_narrow::<S>(dim) {
+            carry::<S, f32>(left, right, out, dim, spill);
+        } else if left.row == 1 {
+            across_of::<S>(left, right, out, dim);
         } else {
-            <f32 as Operands<S>>::product(left, right, n, c, ldc, add);
+            carry::<S::Narrow, f32>(left, right, out, dim, spill);
+        }
+    }
+}
+
+/// [`across`] for rows of `dim` numbers.
+#[inline(always)]
+fn across_of<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize) {
+    match dim {
+        1 => across::<S, 1, 2>(left, right, out),
+        2 => across::<S, 2, 2>(left, right, out),
+        3 => across::<S, 3, 2>(left, right, out),
+        4 => across::<S, 4, 2>(left, right, out),
+        5 => across::<S, 5, 2>(left, right, out),
+        6 => across::<S, 6, 2>(left, right, out),
+        7 => across::<S, 7, 1>(left, right, out),
+        _ => across::<S, 8, 1>(left, right, out),
+    }
+}
+
+/// `out += left right` of rows of `K` numbers, with G's columns side by side in registers: all of their numbers are used, where
+/// one of a narrow row's are K.
+#[inline(always)]
+fn across<S: Simd, const K: usize, const V: usize>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32]) {
+    let (lanes, wide) = (<S::F32 as Register<f32>>::LANES, <<S::Narrow as Simd>::F32 as Register<f32>>::LANES);
+    let rows = &right.packed[right.first * wide..];
+    for first in (0..left.rows).step_by(V * lanes) {
+        let mut sum = [[S::F32::splat(0.0); V]; K];
+        for (g, row) in left.data.chunks(left.col).zip(rows.chunks_exact(wide)).take(left.depth) {
+            let mut columns = [S::F32::splat(0.0); V];
+            for (v, column) in columns.iter_mut().enumerate() {
+                *column = S::F32::load(&g[first + v * lanes..]);
+            }
+            for (sum, &x) in sum.iter_mut().zip(row) {
+                let x = S::F32::splat(x);
+                for (sum, &g) in sum.iter_mut().zip(&columns) {
+                    *sum = x.mul_add(g, *sum);
+                }
+            }
+        }
+        let mut sums = [[0.0; 2 * WIDEST]; K];
+        for (sums, sum) in sums.iter_mut().zip(&sum) {
+            for (v, sum) in sum.iter().enumerate() {
+                sum.store(&mut sums[v * lanes..]);
+            }
+        }
+        for (j, out) in out[first * K..left.rows * K].chunks_exact_mut(K).take(V * lanes).enumerate() {
+            out.iter_mut().zip(&sums).for_each(|(out, sums)| *out += sums[j]);
         }
     }
 }
@@ -305,9 +354,9 @@ fn scaled<S: Simd>((x, factor): (&[f32], &[f32])) -> S::F32 {
     S::F32::load(x).mul(S::F32::load(factor))
 }
 
-/// `out += left right`, `out` `[rows, dim]`.
+/// [`Operands::carry`] by the micro-kernel.
 #[inline(always)]
-pub fn carry<S: Simd, T: Operands<S>>(
+fn carry<S: Simd, T: Operands<S>>(
     left: Left<'_, T>,
     right: Right<'_, T>,
     out: &mut [f32],
@@ -315,11 +364,11 @@ pub fn carry<S: Simd, T: Operands<S>>(
     spill: &mut Buffer,
 ) {
     if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
-        T::product_rows(left, right, dim, out, dim, true);
+        T::product(left, right, dim, out, dim, true);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
         let spill = spill.sized(left.rows * wide);
-        T::product_rows(left, right, dim, spill, wide, false);
+        T::product(left, right, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }
