@@ -1109,6 +1109,11 @@ impl Law<'_> {
         sums: &mut [RowSums],
         col_sums: Option<&mut [f32]>,
     ) {
+        if let (Law::Softmax { rows: Some(by_row), cols: Some(by_col) }, Holds::Shared | Holds::Exponentials(_)) =
+            (self, holds)
+        {
+            return apply_bare::<S>([(by_row, rows), (by_col, cols)], tile, holds, specials, col_sums);
+        }
         let (w, wide, stride) = (cols.len(), wide::<S>(cols), stride(cols));
         let mut columns = Columns::default();
         if let Law::Softmax { cols: Some(part), .. } = self {
@@ -1123,11 +1128,7 @@ impl Law<'_> {
             let (own, rest) = specials.split_at(specials.iter().take_while(|special| special.0 == i).count());
             specials = rest;
             own.iter().for_each(|&(_, j, ..)| row[j - cols.start] = HOLE);
-            if let (Law::Softmax { rows: Some(by_row), .. }, Holds::Shared | Holds::Exponentials(_)) = (self, holds) {
-                let kept = if let Holds::Exponentials(kept) = holds { Some(&kept[r * stride..][..wide]) } else { None };
-                bare_row::<S>(by_row, i, &columns, kept, row);
-                own.iter().for_each(|&(_, j, _, g)| row[j - cols.start] = g);
-            } else if let Law::Softmax { rows: Some(by_row), cols: Some(_) } = self
+            if let Law::Softmax { rows: Some(by_row), cols: Some(_) } = self
                 && columns.shares_exponentials(by_row, i)
             {
                 let (mut gs, mut g_sum) = shared_row::<S>(by_row, i, &columns, row);
@@ -1245,20 +1246,47 @@ fn shared_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, row: &mut [
     (f64::from(fold::<S>(gs, |a, b| a + b)), f64::from(fold::<S>(sum, |a, b| a + b)))
 }
 
-/// Row `i` of `R + C` where one exponential serves both; it is there already, if it was `kept`.
+/// [`Law::apply`] of both sides' softmaxes where one exponential serves both and of the sums only `col_sums` are wanted: a row
+/// of `R + C` is a multiple of that exponential, which is there already, if it was kept.
 #[inline(always)]
-fn bare_row<S: Simd>(part: &Part<'_>, i: usize, columns: &Columns, kept: Option<&[f32]>, row: &mut [f32]) {
-    let (anchor, weight) = (S::F32::splat(part.max[i]), S::F32::splat(part.weight[i]));
-    let weights = lanes::<S>(&columns.weight[..row.len()]);
-    if let Some(kept) = kept {
-        for ((to, e), w) in lanes_mut::<S>(row).zip(lanes::<S>(kept)).zip(weights) {
-            S::F32::load(e).mul(S::F32::load(w).add(weight)).store(to);
+fn apply_bare<S: Simd>(
+    [(by_row, rows), (by_col, cols)]: [(&Part<'_>, &Range<usize>); 2],
+    tile: &mut [f32],
+    holds: Holds<'_>,
+    specials: &[(usize, usize, f32, f32)],
+    col_sums: Option<&mut [f32]>,
+) {
+    let (wide, stride) = (wide::<S>(cols), stride(cols));
+    let mut weights = [0.0; COLS];
+    weights[..cols.len()].copy_from_slice(&by_col.weight[cols.clone()]);
+    for (r, (i, row)) in rows.clone().zip(tile.chunks_exact_mut(stride)).enumerate() {
+        let row = &mut row[..wide];
+        let weight = S::F32::splat(by_row.weight[i]);
+        if let Holds::Exponentials(kept) = holds {
+            let kept = lanes::<S>(&kept[r * stride..][..wide]);
+            for ((to, e), w) in lanes_mut::<S>(row).zip(kept).zip(lanes::<S>(&weights)) {
+                S::F32::load(e).mul(S::F32::load(w).add(weight)).store(to);
+            }
+        } else {
+            row[cols.len()..].fill(HOLE);
+            let anchor = S::F32::splat(by_row.max[i]);
+            for (to, w) in lanes_mut::<S>(row).zip(lanes::<S>(&weights)) {
+                let e = law::exp_uncapped(S::F32::load(to).sub(anchor));
+                e.mul(S::F32::load(w).add(weight)).store(to);
+            }
         }
-    } else {
-        for (to, w) in lanes_mut::<S>(row).zip(weights) {
-            let e = law::exp_uncapped(S::F32::load(to).sub(anchor));
-            e.mul(S::F32::load(w).add(weight)).store(to);
+    }
+    for &(i, j, _, g) in specials {
+        tile[(i - rows.start) * stride + j - cols.start] = g;
+    }
+    if let Some(sums) = col_sums {
+        let mut total = [0.0; COLS];
+        for row in tile.chunks_exact(stride) {
+            for (total, g) in lanes_mut::<S>(&mut total).zip(lanes::<S>(&row[..wide])) {
+                S::F32::load(total).add(S::F32::load(g)).store(total);
+            }
         }
+        sums.iter_mut().zip(&total).for_each(|(c, x)| *c += x);
     }
 }
 

@@ -107,20 +107,24 @@ impl<S: Simd> Operands<S> for f32 {
         let left = Left { data: u, row: dim, col: 1, rows: rows.len(), depth: dim };
         let right = Right { packed: &logits.packed[cols.start * dim..], total: dim, first: 0 };
         let (n, ldc) = (cols.len(), stride(cols));
-        let mut factors = Factors::new(1.0);
-        if let Some(offset) = logits.offset {
-            factors.offset[..n].copy_from_slice(&offset[cols.clone()]);
-        }
+        let factors = |scale: f32| {
+            let mut factors = Factors::new(scale);
+            if let Some(offset) = logits.offset {
+                factors.offset[..n].copy_from_slice(&offset[cols.clone()]);
+            }
+            factors
+        };
         match logits.product {
             // Rows of u came with the scale.
             Product::Inner if logits.offset.is_none() => {
                 product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, AsIs);
             }
             Product::Inner => {
+                let factors = factors(1.0);
                 product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
             }
             Product::SquaredDistance => {
-                factors.rows.fill(logits.scale);
+                let factors = factors(logits.scale);
                 product_part::<S, f32, SquaredDistance, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
             }
         }
