@@ -479,6 +479,43 @@ fn a_link_stays_a_link() {
     assert_eq!(Npy::open(dir.path().join("real.npy")).unwrap().rows(), 20);
 }
 
+// What is read beside the embeddings is no place for a gradient either.
+#[test]
+fn nothing_that_is_read_is_written_over() {
+    let dir = files();
+    write_npy_f32(dir.path().join("weights.npy"), &[20], &[1.0; 20]).unwrap();
+    let loss = ["loss", "--u", "u.npy", "--v", "v.npy"];
+    for (flag, name) in [("--weights-u", "weights.npy"), ("--ignore-u", "zeros.npy")] {
+        let before = std::fs::read(dir.path().join(name)).unwrap();
+        let other = if flag == "--ignore-u" { vec!["--ignore-v", "zeros.npy"] } else { vec![] };
+        let args = [&loss[..], &[flag, name, "--grad-u", name], &other].concat();
+        refused(dir.path(), vec![("--grad-u", args)]);
+        assert_eq!(std::fs::read(dir.path().join(name)).unwrap(), before);
+    }
+}
+
+// A pipe would wait for who writes to it.
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_refused_at_once() {
+    let dir = files();
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe.npy")).status().unwrap().success());
+    std::fs::create_dir(dir.path().join("folder.npy")).unwrap();
+    for name in ["pipe.npy", "folder.npy"] {
+        refused(dir.path(), vec![(name, vec!["loss", "--u", name, "--v", "v.npy"])]);
+    }
+}
+
+// A set of fewer files than the one before it leaves none of the old ones.
+#[test]
+fn a_data_set_takes_the_place_of_another() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["data", "digits", "--out", "set", "--samples", "20", "--json"]);
+    assert!(dir.path().join("set/labels.npy").exists());
+    json(dir.path(), &["data", "gp", "--out", "set", "--samples", "30", "--json"]);
+    assert!(!dir.path().join("set/labels.npy").exists() && dir.path().join("set/v.npy").exists());
+}
+
 #[test]
 fn integers_may_be_of_any_width() {
     let dir = files();

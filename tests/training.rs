@@ -498,6 +498,13 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         ("micro_batch = 100", "micro_batch"),
         ("[adam]\nbeta1 = 1.0", "adam.beta1"),
         ("[adam]\neps = 0.0", "adam.eps"),
+        // Numbers of f64 that f32 does not hold: devices would find them after the folder was made.
+        ("[adam]\neps = 1e-50", "adam.eps"),
+        ("tau = 1e-40", "tau"),
+        ("lambda_u = 1e39", "lambda_u"),
+        ("objective = 'sigmoid'\nbias = 1e39", "bias"),
+        ("lr = 1e-60", "lr"),
+        ("kernel = 'gaussian:1e-320'", "kernel"),
     ] {
         let error = value(toml);
         assert!(matches!(error, ConfigError::Value { key: found, .. } if found == key), "{toml}: {error}");
@@ -633,7 +640,7 @@ fn bad_input_writes_nothing() {
         (Config { v: nan, ..good.clone() }, "nan.npy: found a value that is not finite in row 7"),
         (Config { u: data.path().join("none.npy"), ..good.clone() }, "none.npy"),
         (Config { u: Default::default(), ..good.clone() }, "u: found nothing"),
-        (Config { encoder_u: lenet, ..good.clone() }, "encoder u"),
+        (Config { encoder_u: lenet, ..good.clone() }, "encoder_u"),
         (Config { tau: 0.0, ..good.clone() }, "tau"),
         (settings("experiment = 'mnist'"), "data: found nothing"),
         (settings("experiment = 'mnist'\ndata = '/nonexistent'"), "/nonexistent"),
@@ -647,6 +654,56 @@ fn bad_input_writes_nothing() {
     let error = run(&good, &out, false, None).unwrap_err();
     assert!(error.is_input() && error.to_string().contains("out"), "{error}");
     assert_eq!(fs::read(&out).unwrap(), b"mine");
+}
+
+// On another device other bits would come of it.
+#[test]
+fn a_checkpoint_goes_on_where_it_was_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = settings(BUSY);
+    run(&config, dir.path(), false, Some(3)).unwrap();
+    let made = Checkpoint::read(dir.path()).unwrap().unwrap();
+    Checkpoint { device: "cuda".into(), ..made.clone() }.write(dir.path()).unwrap();
+    let error = run(&config, dir.path(), true, None).unwrap_err();
+    assert!(error.is_input() && error.to_string().contains("--device cuda"), "{error}");
+    made.write(dir.path()).unwrap();
+    assert!(!run(&config, dir.path(), true, None).unwrap().stopped);
+}
+
+// Its checkpoint gone, what a finished run left is not kept beside new settings.
+#[test]
+fn resuming_without_a_checkpoint_is_a_new_run() {
+    let dir = tempfile::tempdir().unwrap();
+    run(&settings(BUSY), dir.path(), false, None).unwrap();
+    fs::remove_file(Checkpoint::path(dir.path())).unwrap();
+    let other = Config { dim: 3, ..settings(BUSY) };
+    run(&other, dir.path(), true, Some(3)).unwrap();
+    assert!(!dir.path().join("summary.json").exists() && !dir.path().join("model.safetensors").exists());
+}
+
+// Squares of such gradients are beyond f32, and Adam would not move again.
+#[test]
+fn gradients_whose_squares_f32_does_not_hold_are_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = run(&settings("samples = 1000\nbatch = 100\ntau = 1e-30\n"), dir.path(), false, None).unwrap_err();
+    assert!(matches!(error, Error::Train(TrainError::Diverged { .. })), "{error}");
+}
+
+// W of these encoders has digits beyond those of I + W: the report does without its closed form, and the model is there.
+#[test]
+fn encoders_too_large_for_a_closed_form_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let outcome = run(
+        &settings("samples = 1000\nbatch = 100\nepochs = 1\ntilting = 'l2'\ntau = 1e-16\nlr = 1e-9\n"),
+        dir.path(),
+        false,
+        None,
+    );
+    let report = outcome.unwrap().report;
+    assert!(
+        report.table[0].starts_with("no closed form") && dir.path().join("model.safetensors").exists(),
+        "{report:?}"
+    );
 }
 
 #[test]
