@@ -705,7 +705,8 @@ pub unsafe fn normalise(a: &Normalise) {
             let at = row as usize;
             let [max, negatives, positives, pulled]: [f32; 4] = load(a.row.wrapping_add(at));
             let from = if a.joint.is_null() { max } else { load(a.joint)[0] };
-            far = !(anchor(a.scale * optional(a.live, 0, 1.0)) - from <= NEAR);
+            let below = anchor(a.scale * optional(a.live, 0, 1.0)) - from;
+            far = below > NEAR || below.is_nan();
             let share: f32 = load(a.share.wrapping_add(at));
             let count = load(a.positives.wrapping_add(at)) as f32;
             let [all, ignored] = if a.row_all.is_null() { [0.0, 0.0] } else { load(a.row_all.wrapping_add(at)) };

@@ -11,6 +11,7 @@ pub mod pairing;
 pub mod reference;
 mod validate;
 
+#[cfg(feature = "cli")]
 pub(crate) use validate::fits_f32;
 
 pub use kernels::law::Tilting;
