@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 pub struct Checkpoint {
     /// The run's settings.
     pub config: Config,
-    /// What it was made on: see [`Device::kind`].
+    /// What it was made on: see [`Device::kind`]; empty where that is not known.
     pub device: String,
     /// Steps done.
     pub step: u64,
@@ -128,7 +128,8 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        let device = text("device")?.clone();
+        // One that was written before devices were told is nobody's.
+        let device = metadata.get("device").cloned().unwrap_or_default();
         Ok(Some(Checkpoint { config, device, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
 }

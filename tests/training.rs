@@ -656,6 +656,19 @@ fn bad_input_writes_nothing() {
     assert_eq!(fs::read(&out).unwrap(), b"mine");
 }
 
+// Two runs would write over each other's files.
+#[test]
+fn a_folder_is_one_runs_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = fs::File::open(dir.path()).unwrap();
+    other.lock().unwrap();
+    let error = run(&settings(BUSY), dir.path(), false, Some(2)).unwrap_err();
+    assert!(error.is_input() && error.to_string().contains("a run that goes on"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    drop(other);
+    run(&settings(BUSY), dir.path(), false, Some(2)).unwrap();
+}
+
 // On another device other bits would come of it.
 #[test]
 fn a_checkpoint_goes_on_where_it_was_made() {

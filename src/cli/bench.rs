@@ -14,7 +14,8 @@ use crate::device::cuda::{
 };
 use crate::device::{Device as Verbs, Engine, Gemm, View, ViewMut};
 use crate::objective::{
-    Batch, Gradients, Loss, Matrix, Moments, Pairs, Precision, Storage, Write, features::random_fourier, reference,
+    Batch, Gradients, Loss, Matrix, Moments, Objective, Pairs, Precision, Storage, Write, features::random_fourier,
+    reference,
 };
 use half::{bf16, f16};
 use kernels::random;
@@ -27,7 +28,7 @@ use std::time::Instant;
 /// Flags of `bench`.
 #[derive(clap::Args)]
 pub struct Bench {
-    /// What to time: loss (value and both gradients; its operations are counted as 8 N M D, whatever is kept or left out),
+    /// What to time: loss (value and both gradients; its operations are counted as if no logits were kept, 8 N M D of a softmax),
     /// retrieve (exact search) or train (steps of an experiment). The peak is this program's own f32 product, on cards the
     /// portable 16-bit one, so that a fraction of it may exceed 1
     #[arg(value_name = "WHAT")]
@@ -190,7 +191,7 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
             (scratch, ceiling, kernels) = (engine.scratch_bytes(), product(&engine, [n, m], d)?, &name[..]);
         }
     }
-    let flops = 8.0 * n as f64 * m as f64 * d as f64;
+    let flops = n as f64 * m as f64 * operations(&loss.objective, d as f64);
     let rate = flops / median(&times);
     let peak = ceiling.1 / median(&ceiling.0);
     let json = json!({
@@ -210,14 +211,26 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
         ),
         format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
         format!(
-            "{:.1} GFLOP/s (8 N M D), {:.0}% of the matrix product's {:.1}",
+            "{:.1} GFLOP/s ({:.1} N M D), {:.0}% of the matrix product's {:.1}",
             rate / 1e9,
+            operations(&loss.objective, d as f64) / d as f64,
             100.0 * rate / peak,
             peak / 1e9
         ),
         format!("scratch {:.1} MiB", scratch as f64 / f64::from(1 << 20)),
     ];
     common.print(&json, &lines)
+}
+
+/// Operations for a pair of rows of `d` numbers where no logits are kept, on the CPU: those of docs/engine.md.
+fn operations(objective: &Objective, d: f64) -> f64 {
+    let features = FEATURES as f64;
+    match objective {
+        Objective::Conditional { .. } | Objective::Joint | Objective::JointShuffled { .. } => 8.0 * d,
+        Objective::Sigmoid { .. } => 6.0 * d,
+        Objective::Mmd { .. } => 12.0 * d + 8.0 * features,
+        Objective::JointMmd => 10.0 * d + 4.0 * features,
+    }
 }
 
 /// The ceiling: seconds and operations of the device's own matrix product of the logits' shape, in the same process.

@@ -2,7 +2,7 @@
 
 use super::device::{Choice, Device};
 use super::{Common, Failure, bad_flag, check_outputs, check_room, failed, from_flag};
-use crate::config::parse_tilting;
+use crate::config::{Config, parse_tilting};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
 use crate::device::cpu::Cpu;
@@ -335,9 +335,13 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
     let file = args.items.as_deref().map(open).transpose()?;
     let outputs = [("--output", args.output.as_ref())];
     // Without --items those are the run's own pairs.
-    let own = [&model.config.u, &model.config.v, &model.config.data.join("u.npy"), &model.config.data.join("v.npy")];
-    let own = own.map(|path| Some(path).filter(|path| args.items.is_none() && path.exists()));
-    let inputs: Vec<_> = [Some(&args.given), args.items.as_ref()].into_iter().chain(own).collect();
+    let Config { u, v, data, .. } = &model.config;
+    let own = match (&args.items, data.as_os_str().is_empty()) {
+        (Some(items), _) => [items.clone(), PathBuf::new()],
+        (None, true) => [u.clone(), v.clone()],
+        (None, false) => ["u.npy", "v.npy"].map(|name| data.join(name)),
+    };
+    let inputs = [Some(&args.given), Some(&own[0]), Some(&own[1])];
     check_outputs(&outputs, &inputs, Some(&args.model))?;
     check_room("--count", &[args.count, given.rows(), 8])?;
     let choice = common.choose(None)?;

@@ -23,6 +23,7 @@ use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
 use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -275,7 +276,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         });
     }
     if let Some(made_on) = start.as_ref().map(|start| &start.device[..])
-        && made_on != device.kind()
+        && !["", device.kind()].contains(&made_on)
     {
         return Err(Error::Folder {
             path: dir.into(),
@@ -316,7 +317,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{}, as these encoders have on this data", network.layout.len()),
         });
     }
-    open_folder(dir, config, start.is_some())?;
+    let _own = open_folder(dir, config, start.is_some())?;
 
     let tilting = parse_tilting(&config.tilting)?;
     let mut evaluate = experiment.evaluate.map(|evaluate| {
@@ -367,8 +368,15 @@ const CONFIG: &str = "config.toml";
 pub const FILES: [&str; 5] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors", CONFIG];
 
 /// Makes the folder and its `config.toml`; a run that does not go on from a checkpoint takes away what an old one left.
-fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<(), Error> {
+/// Nobody else writes there while the answer lives.
+fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<Option<File>, Error> {
     std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
+    // Where a folder cannot be locked, its owner has to know what runs.
+    let own = File::open(dir).ok();
+    if let Some(Err(TryLockError::WouldBlock)) = own.as_ref().map(File::try_lock) {
+        let (found, expected) = ("a run that goes on".into(), "another --out, or to wait for its end".into());
+        return Err(Error::Folder { path: dir.into(), found, expected });
+    }
     // Before the new settings: old results never stand beside them.
     if !goes_on {
         for name in FILES.iter().filter(|name| **name != CONFIG) {
@@ -381,7 +389,8 @@ fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<(), Error> 
             }
         }
     }
-    Ok(write_text(&dir.join("config.toml"), &config.to_toml())?)
+    write_text(&dir.join(CONFIG), &config.to_toml())?;
+    Ok(own)
 }
 
 fn write_text(path: &Path, text: &str) -> Result<(), DataError> {

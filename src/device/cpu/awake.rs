@@ -12,6 +12,9 @@ const TURN: Duration = Duration::from_micros(5);
 /// Without any work for so long a thread may go to sleep: what runs then is long beside a waking.
 const PATIENCE: Duration = Duration::from_millis(1);
 
+/// Threads that stay awake, the caller among them: a small pass has no work for more, and others may want the processors.
+const MOST: usize = 8;
+
 thread_local! {
     static AWAKE: Cell<bool> = const { Cell::new(false) };
 }
@@ -32,7 +35,7 @@ pub fn awake<R>(work: impl FnOnce() -> R) -> R {
         AWAKE.set(true);
         // Also when `work` unwinds.
         let _end = End(&done);
-        for _ in 1..threads {
+        for _ in 1..threads.min(MOST) {
             let watch = Watch { done: &done, caller, idle_since: Instant::now() };
             scope.spawn(move |scope| watch.turn(scope));
         }
