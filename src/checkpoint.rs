@@ -2,7 +2,7 @@
 //! happens while it is written.
 
 use crate::config::Config;
-use crate::data::{DataError, tensors, write_atomic};
+use crate::data::{DataError, Side, Source, tensors, write_atomic};
 use crate::device::{Device, SCALING_START, View};
 use crate::nn::{EncoderSpec, Layout, Network};
 use serde::Serialize;
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 pub struct Checkpoint {
     /// The run's settings.
     pub config: Config,
-    /// What it was made on: see [`Device::kind`]; empty where that is not known.
-    pub device: String,
+    /// What it was made on, and of which data.
+    pub origin: Origin,
     /// Steps done.
     pub step: u64,
     /// Sum of the losses of the current epoch so far.
@@ -31,16 +31,44 @@ pub struct Checkpoint {
     pub arenas: [Vec<f32>; 3],
 }
 
+/// What a run must still find to go on to the same bits. Empty is what was not written down.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Origin {
+    /// See [`Device::kind`].
+    pub device: String,
+    /// A hash of the data's shape and of some of its rows, all over it.
+    pub data: String,
+}
+
+impl Origin {
+    /// Of training on `device` with `source`.
+    pub fn of<D: Device>(device: &D, source: &dyn Source) -> Origin {
+        const ROWS: usize = 256;
+        let (samples, mut hash) = (source.len(), 0xcbf2_9ce4_8422_2325u64);
+        // FNV-1a, by words.
+        let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+        let rows = ROWS.min(samples);
+        let index: Vec<usize> = (0..rows).map(|k| k * (samples - 1) / (rows - 1).max(1)).collect();
+        for side in [Side::U, Side::V] {
+            let mut x = vec![0.0; rows * source.dim(side)];
+            source.gather(side, &index, &mut x);
+            add(samples as u64);
+            x.iter().for_each(|x| add(u64::from(x.to_bits())));
+        }
+        Origin { device: device.kind().into(), data: format!("{hash:016x}") }
+    }
+}
+
 const ARENAS: [&str; 3] = ["param", "adam_m", "adam_v"];
 
 impl Checkpoint {
     /// A run that has not begun.
-    pub fn fresh<D: Device>(device: &D, config: &Config, network: &Network) -> Checkpoint {
+    pub fn fresh(origin: Origin, config: &Config, network: &Network) -> Checkpoint {
         let params = network.init(config.seed, config.tau, config.bias);
         let zeros = vec![0.0; params.len()];
         Checkpoint {
             config: config.clone(),
-            device: device.kind().into(),
+            origin,
             step: 0,
             loss_sum: 0.0,
             seconds: 0.0,
@@ -50,8 +78,10 @@ impl Checkpoint {
     }
 
     /// The state of a run on a device: parameters and Adam's moments.
+    #[allow(clippy::too_many_arguments, reason = "its fields")]
     pub fn of<D: Device>(
         device: &D,
+        origin: Origin,
         config: &Config,
         step: u64,
         loss_sum: f64,
@@ -65,8 +95,7 @@ impl Checkpoint {
             device.download(View { buf, at: 0..len }, &mut host);
             host
         });
-        let config = config.clone();
-        Checkpoint { config, device: device.kind().into(), step, loss_sum, seconds, scaling, arenas }
+        Checkpoint { config: config.clone(), origin, step, loss_sum, seconds, scaling, arenas }
     }
 
     /// Where a run in `dir` keeps it.
@@ -83,7 +112,8 @@ impl Checkpoint {
         let entries: Vec<_> = ARENAS.iter().zip(&self.arenas).map(|(&n, x)| (n, &shape[..], &x[..])).collect();
         let metadata = BTreeMap::from([
             ("config".into(), self.config.to_toml()),
-            ("device".into(), self.device.clone()),
+            ("device".into(), self.origin.device.clone()),
+            ("data".into(), self.origin.data.clone()),
             ("step".into(), self.step.to_string()),
             ("loss_sum".into(), format!("{:016x}", self.loss_sum.to_bits())),
             ("seconds".into(), self.seconds.to_string()),
@@ -128,9 +158,9 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        // One that was written before devices were told is nobody's.
-        let device = metadata.get("device").cloned().unwrap_or_default();
-        Ok(Some(Checkpoint { config, device, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
+        let told = |key: &str| metadata.get(key).cloned().unwrap_or_default();
+        let origin = Origin { device: told("device"), data: told("data") };
+        Ok(Some(Checkpoint { config, origin, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
 }
 

@@ -18,7 +18,7 @@ mod moments;
 mod state;
 
 pub use crate::checkpoint::Evaluation;
-use crate::checkpoint::{Checkpoint, Due, Metrics, Record};
+use crate::checkpoint::{Checkpoint, Due, Metrics, Origin, Record};
 use crate::config::Config;
 use crate::data::{DataError, Prefetch, Source};
 use crate::device::{Contrast, Device, DeviceError};
@@ -116,7 +116,7 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let begun = Instant::now();
     let epoch_steps = Prefetch::steps_per_epoch(source.len(), config.batch);
     let steps = config.epochs.saturating_mul(epoch_steps);
-    let start = start.unwrap_or_else(|| Checkpoint::fresh(device, config, network));
+    let start = start.unwrap_or_else(|| Checkpoint::fresh(Origin::of(device, source), config, network));
     let (mut step, mut loss_sum) = (start.step, start.loss_sum);
     let mut skips = 0;
     let mut state = State::new(device, config, network, source, &start);

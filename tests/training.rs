@@ -4,7 +4,7 @@
 #![allow(missing_docs)]
 
 use contrastive::Cpu;
-use contrastive::checkpoint::{Checkpoint, Metrics, Record};
+use contrastive::checkpoint::{Checkpoint, Metrics, Origin, Record};
 use contrastive::config::{Config, ConfigError, Partial};
 use contrastive::data::{Npy, Side, Source, gp, permute, tensors, write_npy_f32};
 use contrastive::experiments::{self, Error, Model, Outcome};
@@ -669,18 +669,33 @@ fn a_folder_is_one_runs_at_a_time() {
     run(&settings(BUSY), dir.path(), false, Some(2)).unwrap();
 }
 
-// On another device other bits would come of it.
+// On another device, or of other data, other bits would come of it.
 #[test]
 fn a_checkpoint_goes_on_where_it_was_made() {
     let dir = tempfile::tempdir().unwrap();
     let config = settings(BUSY);
     run(&config, dir.path(), false, Some(3)).unwrap();
     let made = Checkpoint::read(dir.path()).unwrap().unwrap();
-    Checkpoint { device: "cuda".into(), ..made.clone() }.write(dir.path()).unwrap();
-    let error = run(&config, dir.path(), true, None).unwrap_err();
-    assert!(error.is_input() && error.to_string().contains("--device cuda"), "{error}");
+    for (origin, part) in [
+        (Origin { device: "cuda".into(), ..made.origin.clone() }, "--device cuda"),
+        (Origin { data: "0".into(), ..made.origin.clone() }, "other data"),
+    ] {
+        Checkpoint { origin, ..made.clone() }.write(dir.path()).unwrap();
+        let error = run(&config, dir.path(), true, None).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(part), "{error}");
+    }
     made.write(dir.path()).unwrap();
     assert!(!run(&config, dir.path(), true, None).unwrap().stopped);
+    // A file that was changed in between.
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config { epochs: 2, batch: 50, ..pairs(folder.path(), 400) };
+    run(&config, dir.path(), false, Some(3)).unwrap();
+    let (u, v) = (Npy::open(folder.path().join("u.npy")).unwrap(), folder.path().join("v.npy"));
+    let rows = u.rows();
+    let wide = Npy::open(&v).unwrap().dim();
+    write_npy_f32(&v, &[rows, wide], &noise(99, rows, wide)).unwrap();
+    let error = run(&config, dir.path(), true, None).unwrap_err();
+    assert!(error.is_input() && error.to_string().contains("other data"), "{error}");
 }
 
 // Its checkpoint gone, what a finished run left is not kept beside new settings.

@@ -10,7 +10,7 @@ mod pairs;
 pub mod reproduce;
 mod retrieval;
 
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Origin};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
 use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, write_atomic};
@@ -275,15 +275,6 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{key} = {now}, as in the settings to resume with"),
         });
     }
-    if let Some(made_on) = start.as_ref().map(|start| &start.device[..])
-        && !["", device.kind()].contains(&made_on)
-    {
-        return Err(Error::Folder {
-            path: dir.into(),
-            found: format!("a checkpoint made on {made_on}"),
-            expected: format!("--device {made_on}: on {} other bits would come of it", device.kind()),
-        });
-    }
     if !resume && Checkpoint::path(dir).exists() && !dir.join("summary.json").exists() {
         return Err(Error::Folder {
             path: dir.into(),
@@ -295,6 +286,18 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     if config.batch > split.train.len() {
         let expected = format!("at most the {} training pairs", split.train.len());
         return Err(ConfigError::value("batch", config.batch, expected).into());
+    }
+    if let Some(Origin { device: made_on, data }) = start.as_ref().map(|start| &start.origin) {
+        let now = Origin::of(device, &*split.train);
+        let differ = |then: &str, now: &str| !then.is_empty() && then != now;
+        let refused = |found: String, expected: String| Err(Error::Folder { path: dir.into(), found, expected });
+        if differ(made_on, &now.device) {
+            let expected = format!("--device {made_on}: on {} other bits would come of it", now.device);
+            return refused(format!("a checkpoint made on {made_on}"), expected);
+        }
+        if differ(data, &now.data) {
+            return refused("a checkpoint of other data".into(), "the data that the run began with".into());
+        }
     }
     let network = network(config, &*split.train)?;
     // Parameters, gradients and Adam's moments; embeddings and their gradients.

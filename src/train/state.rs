@@ -1,7 +1,7 @@
 //! What a training step works on: buffers made once, and the passes over them.
 
 use super::moments::Moments;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Origin};
 use crate::config::{Config, parse_precision};
 use crate::data::{PairBatch, Side, Source, permute_range};
 use crate::device::{Contrast, Device, Embeddings, SCALING_START, Scalars, View, ViewMut};
@@ -22,6 +22,7 @@ pub(super) struct State<'a, D: Contrast> {
     config: &'a Config,
     network: &'a Network,
     precision: Precision,
+    origin: Origin,
     samples: usize,
     /// Rows embedded at a time.
     micro: usize,
@@ -101,6 +102,7 @@ impl<'a, D: Contrast> State<'a, D> {
             config,
             network,
             precision: parse_precision(&config.precision).expect("validated"),
+            origin: Origin::of(device, source),
             samples: source.len(),
             micro,
             params,
@@ -295,7 +297,7 @@ impl<'a, D: Contrast> State<'a, D> {
             device.download(all(buf, 2), &mut scaling);
         }
         let arenas = [&self.params, &self.adam.m, &self.adam.v];
-        Checkpoint::of(device, self.config, step, loss_sum, seconds, scaling, arenas)
+        Checkpoint::of(device, self.origin.clone(), self.config, step, loss_sum, seconds, scaling, arenas)
     }
 
     /// Embeds the micro-batch that begins at row `first` into `acts`.
