@@ -147,6 +147,14 @@ fn from_flag(e: ConfigError) -> Failure {
     }
 }
 
+/// `e`, of a value that came from the settings in `file`.
+fn from_file(file: &Path, e: ConfigError) -> Failure {
+    match e {
+        e @ ConfigError::Value { .. } => Failure::Input(format!("{}: {e}", file.display())),
+        other => other.into(),
+    }
+}
+
 /// `lambda_u` as `--lambda-u`.
 fn as_flag(key: &str) -> String {
     format!("--{}", key.replace('_', "-"))
@@ -202,27 +210,27 @@ fn usage(e: &clap::Error) -> String {
 /// Threads that no machine has more of; many more take longer to start than to work.
 const MOST_THREADS: usize = 1024;
 
-fn check_threads(threads: Option<usize>) -> Result<(), Failure> {
+fn check_threads(threads: Option<usize>) -> Result<(), ConfigError> {
     match threads {
         Some(threads) if !(1..=MOST_THREADS).contains(&threads) => {
-            Err(bad_flag("--threads", threads, format!("1 to {MOST_THREADS}")))
+            Err(ConfigError::value("threads", threads, format!("1 to {MOST_THREADS}")))
         }
         _ => Ok(()),
     }
 }
 
-fn check_device(name: &str) -> Result<(), Failure> {
+fn check_device(name: &str) -> Result<(), ConfigError> {
     match name {
         "auto" | "cpu" | "cuda" => Ok(()),
         other if other.strip_prefix("cuda:").is_some_and(|k| k.parse::<u32>().is_ok()) => Ok(()),
-        other => Err(bad_flag("--device", other, "auto, cpu, cuda or cuda:K")),
+        other => Err(ConfigError::value("device", other, "auto, cpu, cuda or cuda:K")),
     }
 }
 
 /// Makes the pool of as many threads as asked for. Commands then run inside it: entering it from outside costs two
 /// context switches a parallel loop, which is half the time of a small training step.
 fn threads(common: &Common) -> Result<(), Failure> {
-    check_threads(common.threads)?;
+    check_threads(common.threads).map_err(from_flag)?;
     let threads = common.threads.unwrap_or(0);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
@@ -251,7 +259,7 @@ impl Common {
         if let Some(precision) = &self.precision {
             parse_precision(precision).map_err(from_flag)?;
         }
-        check_device(self.device())
+        check_device(self.device()).map_err(from_flag)
     }
 
     fn device(&self) -> &str {
@@ -301,7 +309,7 @@ fn check_outputs(
         if let Some((other, _)) = given().take(k).find(|(_, other)| place(other) == place(path)) {
             return Err(bad_flag(flag, path.display(), format!("another file than {other}")));
         }
-        let run = model.into_iter().flat_map(|dir| experiments::FILES.iter().map(|name| dir.join(name)));
+        let run = model.into_iter().flat_map(|dir| experiments::files().map(|name| dir.join(name)));
         if inputs.iter().flatten().copied().cloned().chain(run).any(|input| place(&input) == place(path)) {
             return Err(bad_flag(flag, path.display(), "another file than what is read"));
         }

@@ -1,7 +1,7 @@
 //! `contrastive train`.
 
 use super::device::Device;
-use super::{Common, Failure, from_flag, on_terminal};
+use super::{Common, Failure, from_file, from_flag, on_terminal};
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::config::parse_precision;
@@ -138,20 +138,16 @@ impl Train {
             let found = format!("{}, which says quick = false", file.display());
             return Err(super::bad_flag("--quick", found, "settings that do not, or the flag left out"));
         }
-        let of_file = |e: Failure| match e {
-            Failure::Input(e) => Failure::Input(format!("{}: {}", file.display(), e.trim_start_matches('-'))),
-            e => e,
-        };
         self.out = self.out.take().or(given.out.take());
         self.resume |= given.resume.unwrap_or(false);
         if common.threads.is_none() {
-            super::check_threads(given.threads).map_err(of_file)?;
+            super::check_threads(given.threads).map_err(|e| from_file(&file, e))?;
             common.threads = given.threads;
         }
         if common.device.is_none()
             && let Some(device) = given.device.take()
         {
-            super::check_device(&device).map_err(of_file)?;
+            super::check_device(&device).map_err(|e| from_file(&file, e))?;
             common.device = Some(device);
         }
         self.given = given;
@@ -207,9 +203,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     };
     // What is refused has the name it was given by.
     let refused = |e: ConfigError| match (&file, e) {
-        (Some(path), ConfigError::Value { key, found, expected }) if given.has(key) && !flags.has(key) => {
-            Failure::Input(format!("{}: {key}: found {found}, expected {expected}", path.display()))
-        }
+        (Some(path), e @ ConfigError::Value { key, .. }) if given.has(key) && !flags.has(key) => from_file(path, e),
         (_, e) => from_flag(e),
     };
     let precision = flags.precision.clone().or_else(|| given.precision.clone());

@@ -375,7 +375,15 @@ pub fn fits_memory(sizes: &[usize]) -> bool {
 /// # Errors
 /// [`DataError::Write`] naming the file.
 pub fn clear_set(folder: &Path) -> Result<(), DataError> {
-    for name in ["u.npy", "v.npy", "labels.npy", "frequencies.npy"] {
+    remove_files(folder, &["u.npy", "v.npy", "labels.npy", "frequencies.npy"])
+}
+
+/// Takes away those of `folder`'s files `names` that are there, in their order.
+///
+/// # Errors
+/// [`DataError::Write`] naming the file.
+pub(crate) fn remove_files(folder: &Path, names: &[&str]) -> Result<(), DataError> {
+    for name in names {
         let path = folder.join(name);
         match std::fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(DataError::Write { path, source }),

@@ -59,8 +59,8 @@ impl Prefetch {
         assert!(0 < batch && batch <= source.len(), "batch of {batch} from {} samples", source.len());
         let (filled, ready) = sync_channel(1);
         let (spare, empty) = channel();
-        // The other buffer of the two is `current`.
         let group = (GROUP / (batch * (source.dim(Side::U) + source.dim(Side::V))).max(1)).max(1);
+        // The other group of the two is `current`.
         spare.send(vec![PairBatch::default(); group]).expect("the receiver is alive");
         let steps = Self::steps_per_epoch(source.len(), batch);
         let (epoch, step) = (epoch + step / steps, step % steps);

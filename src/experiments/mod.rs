@@ -13,7 +13,7 @@ mod retrieval;
 use crate::checkpoint::{self, Checkpoint, Origin};
 use crate::config::{Config, ConfigError, Partial, parse_tilting};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, write_atomic};
+use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, remove_files, write_atomic};
 #[cfg(feature = "plots")]
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
@@ -367,8 +367,13 @@ fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
 /// A run's settings.
 const CONFIG: &str = "config.toml";
 
-/// Files of a run's folder; results first, so that old ones never stand beside new settings.
-pub const FILES: [&str; 5] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors", CONFIG];
+/// What a run makes of its settings.
+const RESULTS: [&str; 4] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors"];
+
+/// Files of a run's folder.
+pub fn files() -> impl Iterator<Item = &'static str> {
+    RESULTS.into_iter().chain([CONFIG])
+}
 
 /// Makes the folder and its `config.toml`; a run that does not go on from a checkpoint takes away what an old one left.
 /// Nobody else writes there while the answer lives.
@@ -382,15 +387,7 @@ fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<Option<File
     }
     // Before the new settings: old results never stand beside them.
     if !goes_on {
-        for name in FILES.iter().filter(|name| **name != CONFIG) {
-            let path = dir.join(name);
-            match std::fs::remove_file(&path) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(DataError::Io { path, source }.into());
-                }
-                _ => {}
-            }
-        }
+        remove_files(dir, &RESULTS)?;
     }
     write_text(&dir.join(CONFIG), &config.to_toml())?;
     Ok(own)

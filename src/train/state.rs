@@ -102,7 +102,7 @@ impl<'a, D: Contrast> State<'a, D> {
             config,
             network,
             precision: parse_precision(&config.precision).expect("validated"),
-            origin: Origin::of(device, source),
+            origin: start.origin.clone(),
             samples: source.len(),
             micro,
             params,

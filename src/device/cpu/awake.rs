@@ -1,7 +1,7 @@
 //! Threads that stay awake through a loss or a training step.
 //!
-//! A pool's idle threads go to sleep within microseconds, and waking one takes 20 to 40 us, on a virtual machine more: as long as
-//! its part of a small pass. Between the parallel loops of a step they therefore look for work without a pause.
+//! A pool's idle threads go to sleep within microseconds, and waking one takes as long as its part of a small pass. Between the
+//! parallel loops of a step they therefore look for work without a pause.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -114,7 +114,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
             "u",
             |t| t.u_given_v(),
             |m| m.u_given_v(),
-            |m, u| u * m.a()[0] - 0.5 * m.b()[0] * u * u,
+            &|m, u| density([0.0, law.c_uu[0]], u) * (u * m.a()[0] - 0.5 * m.b()[0] * u * u).exp(),
             "The l2 model has the true law; dot models keep the marginal's variance, and the joint loss shrinks the mean.",
         ),
         models.conditionals(
@@ -123,7 +123,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
             "v",
             |t| t.v_given_u(),
             |m| m.v_given_u(),
-            |m, v| v * m.a()[0] - 0.5 * m.d()[0] * v * v,
+            &|m, v| density([0.0, law.c_vv[0]], v) * (v * m.a()[0] - 0.5 * m.d()[0] * v * v).exp(),
             "The one-sided l2 model, exact for u given v, pays on the other side: its mean is 3/7 instead of 2/3.",
         ),
         models.marginals(&law),
@@ -187,7 +187,7 @@ struct Models<'a> {
 }
 
 impl Models<'_> {
-    /// `tilting` is s where the other number is 1, less what does not depend on `x`.
+    /// `made` is a model's density where the other number is 1, up to a factor: the marginal, tilted.
     #[allow(clippy::too_many_arguments, reason = "a figure's words and laws")]
     fn conditionals(
         &self,
@@ -196,18 +196,16 @@ impl Models<'_> {
         x: &str,
         truth: fn(&Theory) -> Conditional,
         of: fn(&theory::Model<'_>) -> Conditional,
-        tilting: fn(&theory::Model<'_>, f64) -> f64,
+        made: &dyn Fn(&theory::Model<'_>, f64) -> f64,
         see: &str,
     ) -> Figure {
-        // Of both sides of this example.
-        let marginal = |x| density([0.0, 1.5], x);
         let truth = at_one(&truth(self.theory));
         let mut criteria = Vec::new();
         let mut rows = vec![vec!["truth".into(), short(truth[0]), short(truth[1]), String::new(), String::new()]];
         let panels = (KINDS.iter().zip(self.learned).zip(self.optima))
             .map(|((kind, learned), optimum)| {
                 // What was learned is integrated; theory is in closed form.
-                let got = moments(|x| marginal(x) * tilting(learned, x).exp());
+                let got = moments(|x| made(learned, x));
                 let best = at_one(&of(optimum));
                 criteria.push(near(format!("{}: mean", kind.name), got[0], best[0], TOLERANCE));
                 criteria.push(near(format!("{}: variance", kind.name), got[1], best[1], TOLERANCE));
