@@ -231,7 +231,7 @@ impl Partial {
     pub fn read(path: &Path) -> Result<Partial, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
         toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |span| text[..span.start].lines().count().max(1));
+            let line = 1 + e.span().map_or(0, |span| text[..span.start].matches('\n').count());
             ConfigError::Parse {
                 path: path.to_owned(),
                 reason: format!("line {line}: {}", e.message().replace('\n', " ")),

@@ -676,9 +676,8 @@ fn ocean_reports_recall_as_it_learns() {
         assert!(over_training("test", 0).is_null() && over_training("train", 1).is_number());
         assert_eq!(*over_training("test", 2), made["recall"][key], "{key}");
     }
-    let data = contrastive::data::ocean::Ocean::new(0, contrastive::data::ocean::Recording::QUICK);
-    data.write(dir.path(), 80).unwrap();
-    let read = json(dir.path(), &[&args[..], &["--data", ".", "--held-out", "0.4", "--out", "read"]].concat());
+    json(dir.path(), &["data", "ocean", "--quick", "--samples", "80", "--out", "data", "--json"]);
+    let read = json(dir.path(), &[&args[..], &["--data", "data", "--held-out", "0.4", "--out", "read"]].concat());
     assert_eq!((&made["loss"], &made["recall"]), (&read["loss"], &read["recall"]));
 }
 
@@ -756,6 +755,22 @@ fn ctrl_c_leaves_a_checkpoint_and_130() {
         assert!(model(&dir.path().join("whole")) == model(&dir.path().join("run")));
         std::fs::remove_dir_all(dir.path().join("run")).unwrap();
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_no_half_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = || std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut child = start(dir.path(), &["data", "ocean", "--out", ".", "--samples", "1000000"]);
+    // v.npy is hours of work, and a temporary file until it is done.
+    while !(names().any(|name| name == "u.npy") && names().any(|name| name.starts_with(".tmp"))) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let left: std::collections::BTreeSet<_> = names().collect();
+    assert_eq!(left, ["frequencies.npy", "u.npy"].map(String::from).into());
 }
 
 #[test]

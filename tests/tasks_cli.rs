@@ -6,7 +6,7 @@ mod common;
 
 use common::command::{json, refused};
 use contrastive::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
-use contrastive::objective::Tilting;
+use contrastive::objective::{Precision, Tilting};
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use std::fs;
@@ -171,6 +171,42 @@ fn retrieve_refuses_bad_input() {
             ("--queries", vec!["retrieve", "--items", "x.npy", "--k", "1"]),
         ],
     );
+}
+
+// What is stored in halves is a file of halves.
+#[test]
+fn precision_rounds_what_is_read_and_what_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (n, dim) = (90, 5);
+    for (name, precision) in [("bf16", Precision::Bf16), ("f16", Precision::F16)] {
+        let halves = |x: &[f32]| x.iter().map(|&x| precision.round(x)).collect::<Vec<_>>();
+        let [q, x] = [1, 2].map(|seed| rows(seed, n, dim).iter().map(|x| 1.0 + 1e-3 * x).collect::<Vec<f32>>());
+        for (file, x) in [("q.npy", &q), ("x.npy", &x), ("hq.npy", &halves(&q)), ("hx.npy", &halves(&x))] {
+            write_npy_f32(at(file), &[n, dim], x).unwrap();
+        }
+        let best = |items, queries, extra: &[&str]| {
+            let files = ["retrieve", "--items", items, "--queries", queries, "--k", "4", "--tilting", "l2", "--json"];
+            json(dir.path(), &[&files, extra].concat())["indices"].clone()
+        };
+        let found = best("x.npy", "q.npy", &["--precision", name]);
+        assert_eq!(found, best("hx.npy", "hq.npy", &[]), "{name}");
+        assert!(found != best("x.npy", "q.npy", &[]), "{name} rounds nothing away");
+
+        train(dir.path(), "model", &["gp", "--samples", "600", "--epochs", "1"]);
+        json(dir.path(), &["data", "gp", "--out", "data", "--samples", "70", "--json"]);
+        let embed = |output: &str, extra: &[&str]| {
+            let files = ["embed", "--model", "model", "--side", "u", "--input", "data/u.npy", "--output", output];
+            json(dir.path(), &[&files[..], &["--json"], extra].concat());
+            Npy::open(at(output)).unwrap().as_f32().unwrap().to_vec()
+        };
+        let whole = embed("e.npy", &[]);
+        assert!(halves(&whole) != whole && embed("h.npy", &["--precision", name]) == halves(&whole), "{name}");
+    }
+    write_npy_f32(at("large.npy"), &[2, 1], &[1.0, 7e4]).unwrap();
+    let files = ["retrieve", "--items", "large.npy", "--queries", "large.npy", "--k", "1", "--precision"];
+    json(dir.path(), &[&files[..], &["bf16", "--json"]].concat());
+    refused(dir.path(), vec![("row 1", [&files[..], &["f16"]].concat())]);
 }
 
 /// Trains a small model in `dir/name`.

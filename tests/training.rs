@@ -9,7 +9,7 @@ use contrastive::config::{Config, ConfigError, Partial};
 use contrastive::data::{Npy, Side, Source, gp, permute, tensors, write_npy_f32};
 use contrastive::experiments::{self, Error, Model, Outcome};
 use contrastive::nn::{EncoderSpec, Network};
-use contrastive::objective::{Batch, Loss, Matrix, Objective, reference};
+use contrastive::objective::{Batch, Loss, Matrix, Objective, Precision, reference};
 use contrastive::optim::{AdamConfig, Schedule};
 use contrastive::train::{Progress, TrainError, train};
 use rand::{RngExt, SeedableRng};
@@ -559,7 +559,7 @@ fn pairs_are_learned_embedded_and_retrieved() {
     write_npy_f32(&input, &[1500, 9], &x).unwrap();
     let model = Model::load(&dir).unwrap();
     assert_eq!(model.config, config);
-    model.embed(&Cpu::new(), Side::V, &Npy::open(&input).unwrap(), &output).unwrap();
+    model.embed(&Cpu::new(), Side::V, &Npy::open(&input).unwrap(), &output, Precision::F32).unwrap();
     let (tensors, _) = tensors::read(&dir.join("model.safetensors")).unwrap();
     let tensor = |name: &str| &tensors.iter().find(|t| t.name == name).unwrap().data;
     let (w, b) = (tensor("v.0.weight"), tensor("v.0.bias"));
@@ -570,7 +570,10 @@ fn pairs_are_learned_embedded_and_retrieved() {
         let want: f32 = (0..9).map(|j| w[k * 9 + j] * x[i * 9 + j]).sum::<f32>() + b[k];
         assert!((got - want).abs() < 1e-5, "row {i}: {got}, want {want}");
     }
-    let message = model.embed(&Cpu::new(), Side::U, &Npy::open(&input).unwrap(), &output).unwrap_err().to_string();
+    let message = model
+        .embed(&Cpu::new(), Side::U, &Npy::open(&input).unwrap(), &output, Precision::F32)
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("x.npy: found 9 columns, expected 6"), "{message}");
 }
 
@@ -615,9 +618,12 @@ fn a_transformer_learns_flows_from_trajectories() {
     let model = Model::load(&dir).unwrap();
     assert_eq!(model.config, config);
     let output = data.path().join("e.npy");
-    model.embed(&Cpu::new(), Side::V, &Npy::open(&config.v).unwrap(), &output).unwrap();
+    model.embed(&Cpu::new(), Side::V, &Npy::open(&config.v).unwrap(), &output, Precision::F32).unwrap();
     assert_eq!((Npy::open(&output).unwrap().rows(), Npy::open(&output).unwrap().dim()), (n, 8));
-    let message = model.embed(&Cpu::new(), Side::V, &Npy::open(&config.u).unwrap(), &output).unwrap_err().to_string();
+    let message = model
+        .embed(&Cpu::new(), Side::V, &Npy::open(&config.u).unwrap(), &output, Precision::F32)
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("u.npy: found 3 columns, expected 48"), "{message}");
 }
 

@@ -47,12 +47,18 @@ pub struct Data {
     /// Samples to generate [default: 10000]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
+    /// ocean: the shorter trajectories that `train ocean --quick` reads [default: off]
+    #[arg(long)]
+    quick: bool,
     /// mnist: folder of the files on another server, http://HOST/PATH [default: two public mirrors]
     #[arg(long, value_name = "URL")]
     from: Option<String>,
 }
 
 pub fn run(args: &Data, common: &Common) -> Result<(), Failure> {
+    if args.quick && args.set != "ocean" {
+        return Err(bad_flag("--quick", &args.set, "ocean, which alone has shorter samples"));
+    }
     let (json, lines) = if args.set == "mnist" { mnist(args) } else { generate(args, common.seed()) }?;
     common.print(&json, &lines)
 }
@@ -87,9 +93,10 @@ fn generate(args: &Data, seed: u64) -> Result<Answer, Failure> {
         "digits" => write(out, &digits::digits(seed, n))?,
         "ocean" => {
             make_folder(out)?;
-            Ocean::new(seed, Recording::PAPER).write(out, n)?;
+            let recording = if args.quick { Recording::QUICK } else { Recording::PAPER };
+            Ocean::new(seed, recording).write(out, n)?;
             let frequencies = format!("{}: [{MODES}] f32", out.join("frequencies.npy").display());
-            ([COEFFICIENTS, Recording::PAPER.dim()], vec![frequencies])
+            ([COEFFICIENTS, recording.dim()], vec![frequencies])
         }
         other => return Err(bad_flag("data", other, "gp, gaussian2d, digits, ocean or mnist")),
     };

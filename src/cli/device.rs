@@ -123,6 +123,11 @@ impl Choice {
         parse_precision(self.precision_name()).unwrap_or(Precision::F32)
     }
 
+    /// What embeddings are rounded to where they are kept: what --precision says, and f32 where it says nothing.
+    pub fn storage(&self) -> Precision {
+        self.precision.as_ref().map_or(Precision::F32, |_| self.precision())
+    }
+
     /// The loss engine of the device; `workspace` as [`Cpu::set_workspace`] has it.
     pub fn engine(&self, workspace: usize) -> Box<dyn Engine> {
         match &self.device {

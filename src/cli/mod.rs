@@ -13,7 +13,7 @@ mod train;
 
 use self::device::why_not_cuda;
 use crate::config::{ConfigError, parse_precision};
-use crate::data::{DataError, download::DownloadError, fits_memory};
+use crate::data::{DataError, abandon_writes, download::DownloadError, fits_memory};
 use crate::device::DeviceError;
 use crate::device::cpu::Isa;
 use crate::experiments;
@@ -42,7 +42,7 @@ struct Common {
     /// Where to compute: auto, cpu, cuda or cuda:K [default: auto]
     #[arg(long, global = true, value_name = "DEVICE")]
     device: Option<String>,
-    /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu, bf16 on cuda]
+    /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu, bf16 on cuda, where `retrieve` rounds nothing]
     #[arg(long, global = true, value_name = "PRECISION")]
     precision: Option<String>,
     /// Makes the run reproducible bit for bit, whatever the number of threads [default: 0]
@@ -236,9 +236,23 @@ fn threads(common: &Common) -> Result<(), Failure> {
     pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
 }
 
+/// What Ctrl-C, or a polite kill, does.
+fn on_stop(stopping: impl FnMut() + Send + 'static) -> Result<(), Failure> {
+    ctrlc::set_handler(stopping).map_err(|e| Failure::Other(format!("signals: {e}")))
+}
+
+/// Ends the program in the middle of whatever it does; no temporary file stays.
+fn leave() {
+    abandon_writes();
+    std::process::exit(130);
+}
+
 fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { command, common } = cli;
     common.check()?;
+    if !matches!(command, Command::Train(_)) {
+        on_stop(leave)?;
+    }
     match command {
         Command::Loss(args) => loss::run(&args, &common),
         Command::Train(args) => train::run(*args, &common),

@@ -9,8 +9,10 @@ use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::contrast::Cuda;
 use crate::experiments::{self, Model};
+use crate::objective::Precision;
 use crate::tasks::classification::{self, Head};
 use crate::tasks::{retrieval, sampling};
+use rayon::prelude::*;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -116,6 +118,47 @@ fn side_of(name: &str) -> Result<Side, Failure> {
     }
 }
 
+/// A file's rows, rounded on reading.
+struct Stored<'a>(&'a Npy, Precision);
+
+impl Rows for Stored<'_> {
+    fn count(&self) -> usize {
+        self.0.rows()
+    }
+    fn dim(&self) -> usize {
+        self.0.dim()
+    }
+    fn read(&self, first: usize, out: &mut [f32]) {
+        Rows::read(self.0, first, out);
+        round(self.1, out);
+    }
+}
+
+impl Stored<'_> {
+    /// Fails on a number that is not finite, or not in this precision.
+    fn check_finite(&self) -> Result<(), Failure> {
+        self.0.check_finite()?;
+        let finite = |row: &mut Vec<f32>, i: usize| {
+            self.read(i, row);
+            row.iter().all(|x| x.is_finite())
+        };
+        let rows = (0..self.count()).into_par_iter();
+        let row = || vec![0.0; self.dim()];
+        let bad = if self.1 == Precision::F32 { None } else { rows.map_init(row, finite).position_first(|ok| !ok) };
+        bad.map_or(Ok(()), |i| {
+            let found = format!("a number in row {i} that is beyond --precision");
+            Err(bad_flag(&self.0.path().display().to_string(), found, "smaller ones"))
+        })
+    }
+}
+
+/// Rounds `x` to numbers of this precision.
+fn round(precision: Precision, x: &mut [f32]) {
+    if precision != Precision::F32 {
+        x.iter_mut().for_each(|x| *x = precision.round(*x));
+    }
+}
+
 /// A matrix of finite numbers.
 fn open(path: &Path) -> Result<Npy, Failure> {
     let x = Npy::open(path)?;
@@ -130,9 +173,12 @@ pub fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
     check_outputs(&[("--output", Some(&args.output))], &[Some(&args.input)], Some(&args.model))?;
     let choice = common.choose(None)?;
     match &choice.device {
-        Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output),
+        Device::Cpu => model.embed(&Cpu::new(), side, &x, &args.output, choice.storage()),
         #[cfg(feature = "cuda")]
-        Device::Cuda(driver, _) => model.embed(&Cuda::new(driver, choice.precision()), side, &x, &args.output),
+        Device::Cuda(driver, _) => {
+            let card = Cuda::new(driver, choice.precision());
+            model.embed(&card, side, &x, &args.output, choice.storage())
+        }
     }?;
     choice.announce();
     let json = json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
@@ -151,12 +197,13 @@ fn embedded(
     path: &Path,
 ) -> Result<Vec<f32>, experiments::Error> {
     model.check_width(side, rows, path)?;
-    let out = match &choice.device {
+    let mut out = match &choice.device {
         Device::Cpu => model.embed_in_memory(&Cpu::new(), side, rows),
         #[cfg(feature = "cuda")]
         Device::Cuda(driver, _) => model.embed_in_memory(&Cuda::new(driver, choice.precision()), side, rows),
     }?;
-    if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(experiments::Error::beyond_f32(path)) }
+    round(choice.storage(), &mut out);
+    if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(experiments::Error::beyond(path)) }
 }
 
 pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
@@ -174,15 +221,16 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     if args.k == 0 || args.k > items.rows() {
         return Err(bad_flag("--k", args.k, format!("1 to the {} items", items.rows())));
     }
+    let [items, queries] = [&items, &queries].map(|file| Stored(file, choice.storage()));
     items.check_finite()?;
     queries.check_finite()?;
     let outputs = [("--output", args.output.as_ref()), ("--scores", args.scores.as_ref())];
     check_outputs(&outputs, &[Some(&args.items), Some(&args.queries)], None)?;
     // Pairs: recall is of the best five, however few were asked for.
-    let pairs = items.rows() == queries.rows();
-    let wide = if pairs { args.k.max(5).min(items.rows()) } else { args.k };
+    let pairs = items.count() == queries.count();
+    let wide = if pairs { args.k.max(5).min(items.count()) } else { args.k };
     // An index and a score for each, and what of them is written.
-    check_room("--k", &[wide, queries.rows(), 6])?;
+    check_room("--k", &[wide, queries.count(), 6])?;
     choice.announce();
     let start = Instant::now();
     let best = match choice.search() {
@@ -191,7 +239,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     };
     let seconds = start.elapsed().as_secs_f64();
     let narrow = |i: usize| i * wide..i * wide + args.k;
-    let n = queries.rows();
+    let n = queries.count();
     if let Some(path) = &args.output {
         let indices: Vec<i64> = (0..n).flat_map(|i| best.indices[narrow(i)].iter().map(|&j| j as i64)).collect();
         write_npy_i64(path, &[n, args.k], &indices)?;
@@ -201,10 +249,10 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
         write_npy_f32(path, &[n, args.k], &scores)?;
     }
     let mut json = json!({
-        "items": items.rows(), "queries": n, "dim": items.dim(), "k": args.k, "tilting": args.tilting, "seconds": seconds,
+        "items": items.count(), "queries": n, "dim": items.dim(), "k": args.k, "tilting": args.tilting, "seconds": seconds,
         "output": args.output, "scores": args.scores,
     });
-    let mut lines = vec![format!("{} best of {} items for {n} queries in {seconds:.2} s", args.k, items.rows())];
+    let mut lines = vec![format!("{} best of {} items for {n} queries in {seconds:.2} s", args.k, items.count())];
     if pairs {
         let within = |k: usize| {
             let found = |i: &usize| best.indices[i * wide..][..k.min(wide)].contains(i);

@@ -225,10 +225,10 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         told.store(true, Ordering::Relaxed);
         let again = first.get_or_insert_with(Instant::now).elapsed() > AGAIN;
         if again || !steps.load(Ordering::Relaxed) {
-            std::process::exit(130);
+            super::leave();
         }
     };
-    ctrlc::set_handler(stopping).map_err(|e| Failure::Other(format!("signals: {e}")))?;
+    super::on_stop(stopping)?;
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
     let said = Once::new();

@@ -27,7 +27,7 @@ use std::{
     io::{self, BufWriter, Write},
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Which member of the pairs.
@@ -353,7 +353,9 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut writer = BufWriter::new(builder.tempfile_in(folder(path))?);
+        let file = builder.tempfile_in(folder(path))?;
+        let _unfinished = Unfinished::new(file.path());
+        let mut writer = BufWriter::new(file);
         fill(&mut writer)?;
         let file = writer.into_inner()?;
         file.as_file().sync_all()?;
@@ -361,6 +363,34 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         sync_folder(path)
     };
     write().map_err(|source| DataError::Write { path: path.to_owned(), source })
+}
+
+/// Temporary files that are being written.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// One of them, until it is dropped.
+struct Unfinished(PathBuf);
+
+impl Unfinished {
+    fn new(path: &Path) -> Self {
+        UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
+        Unfinished(path.to_owned())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| *path != self.0);
+    }
+}
+
+/// Takes away the temporary files of all that [`write_atomic`] is writing: for a program that ends in the middle of it.
+/// Writes under way fail then.
+pub fn abandon_writes() {
+    for path in &*UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) {
+        // Nobody is left to tell.
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// Whether the machine has memory for the product of `sizes` f32.

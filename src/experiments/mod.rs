@@ -18,7 +18,7 @@ use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, remove_file
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
-use crate::objective::Tilting;
+use crate::objective::{Precision, Tilting};
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
@@ -78,9 +78,9 @@ pub enum Error {
 }
 
 impl Error {
-    /// Of a file of numbers, finite themselves, whose embeddings are not.
-    pub fn beyond_f32(path: &Path) -> Self {
-        let found = "numbers whose embeddings are beyond f32".into();
+    /// Of a file of numbers, finite themselves, whose embeddings are not in their precision.
+    pub fn beyond(path: &Path) -> Self {
+        let found = "numbers whose embeddings are beyond what they are stored in (f32, or --precision)".into();
         DataError::Format { path: path.into(), found, expected: "smaller ones".into() }.into()
     }
 
@@ -424,23 +424,34 @@ impl Model {
         Ok(Model { config, network, params })
     }
 
-    /// Embeds the rows of `x` as `side` and writes `[rows, dim]` to `output`; neither is ever whole in memory.
+    /// Embeds the rows of `x` as `side` and writes `[rows, dim]` f32, rounded to `precision`, to `output`; neither is ever
+    /// whole in memory.
     ///
     /// # Errors
-    /// [`Error`] when `x` has another width than the encoder, or a row that is not finite.
-    pub fn embed<D: Device<Real = f32>>(&self, device: &D, side: Side, x: &Npy, output: &Path) -> Result<(), Error> {
+    /// [`Error`] when `x` has another width than the encoder, or a row that is not finite or whose embedding is not.
+    pub fn embed<D: Device<Real = f32>>(
+        &self,
+        device: &D,
+        side: Side,
+        x: &Npy,
+        output: &Path,
+        precision: Precision,
+    ) -> Result<(), Error> {
         let encoder = &self.network.encoders[side as usize];
         self.check_width(side, x, x.path())?;
         x.check_finite()?;
         let mut beyond = false;
         let written = npy::write_npy_f32_parts(output, &[x.rows(), encoder.output], |push| {
+            let mut rounded = Vec::new();
             let push = &mut |part: &[f32]| {
-                beyond = !part.iter().all(|x| x.is_finite());
-                if beyond { Err(io::Error::other("not finite")) } else { push(part) }
+                rounded.clear();
+                rounded.extend(part.iter().map(|&x| precision.round(x)));
+                beyond = !rounded.iter().all(|x| x.is_finite());
+                if beyond { Err(io::Error::other("not finite")) } else { push(&rounded) }
             };
             embed_to(device, &self.network, &self.params, side, self.config.micro(), x, push)
         });
-        if beyond { Err(Error::beyond_f32(x.path())) } else { Ok(written?) }
+        if beyond { Err(Error::beyond(x.path())) } else { Ok(written?) }
     }
 
     /// Trains on `source` in memory, on this CPU.

@@ -95,6 +95,17 @@ pub enum Precision {
     F16,
 }
 
+impl Precision {
+    /// The number of this type that is nearest to `x`.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Precision::F32 => x,
+            Precision::Bf16 => bf16::from_f32(x).to_f32(),
+            Precision::F16 => f16::from_f32(x).to_f32(),
+        }
+    }
+}
+
 /// Elements of a matrix in one of the storage types.
 #[derive(Clone, Copy, Debug)]
 pub enum Storage<'a> {
