@@ -1,15 +1,26 @@
-//! The files of a run: its checkpoint, its metrics and its model. Each is whole or absent, whatever
+//! The files of a run, by name: its checkpoint, its metrics and its model. Each is whole or absent, whatever
 //! happens while it is written.
 
 use crate::config::Config;
 use crate::data::{DataError, Side, Source, tensors, write_atomic};
-use crate::device::{Device, SCALING_START, View};
+use crate::device::{Device, SCALING_START};
 use crate::nn::{EncoderSpec, Layout, Network};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// A run's settings.
+pub const CONFIG: &str = "config.toml";
+/// Its [`Record`]s, a line each.
+pub const METRICS: &str = "metrics.jsonl";
+/// Its [`Checkpoint`].
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// What it learned, once it has ended.
+pub const MODEL: &str = "model.safetensors";
+/// What is said of that.
+pub const SUMMARY: &str = "summary.json";
 
 /// All that a run needs to go on as if it had never stopped. Data positions and random numbers are
 /// functions of the seed and the step.
@@ -31,8 +42,8 @@ pub struct Checkpoint {
     pub arenas: [Vec<f32>; 3],
 }
 
-/// What a run must still find to go on to the same bits. Empty is what was not written down.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// What a run must still find to go on to the same bits.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Origin {
     /// See [`Device::kind`].
     pub device: String,
@@ -77,30 +88,9 @@ impl Checkpoint {
         }
     }
 
-    /// The state of a run on a device: parameters and Adam's moments.
-    #[allow(clippy::too_many_arguments, reason = "its fields")]
-    pub fn of<D: Device>(
-        device: &D,
-        origin: Origin,
-        config: &Config,
-        step: u64,
-        loss_sum: f64,
-        seconds: f64,
-        scaling: [f32; 2],
-        arenas: [&D::Buf; 3],
-    ) -> Checkpoint {
-        let arenas = arenas.map(|buf| {
-            let len = device.len(buf);
-            let mut host = vec![0.0; len];
-            device.download(View { buf, at: 0..len }, &mut host);
-            host
-        });
-        Checkpoint { config: config.clone(), origin, step, loss_sum, seconds, scaling, arenas }
-    }
-
     /// Where a run in `dir` keeps it.
     pub fn path(dir: &Path) -> PathBuf {
-        dir.join("checkpoint.safetensors")
+        dir.join(CHECKPOINT)
     }
 
     /// Writes it, atomically.
@@ -141,14 +131,8 @@ impl Checkpoint {
         let config = toml::from_str(text("config")?).map_err(|_| broken("config"))?;
         let step = text("step")?.parse().map_err(|_| broken("step"))?;
         let seconds = text("seconds")?.parse().map_err(|_| broken("seconds"))?;
-        let scaling = match metadata.get("scaling") {
-            Some(text) => {
-                let numbers: Option<Vec<f32>> = text.split(' ').map(|x| x.parse().ok()).collect();
-                numbers.and_then(|x| x.try_into().ok()).ok_or_else(|| broken("scaling"))?
-            }
-            // Written before there was one.
-            None => [SCALING_START, 0.0],
-        };
+        let scaling: Option<Vec<f32>> = text("scaling")?.split(' ').map(|x| x.parse().ok()).collect();
+        let scaling = scaling.and_then(|x| x.try_into().ok()).ok_or_else(|| broken("scaling"))?;
         let bits = u64::from_str_radix(text("loss_sum")?, 16).map_err(|_| broken("loss_sum"))?;
         let arena = |name: &str| {
             let tensor = found.iter().find(|t| t.name == name).ok_or_else(|| broken(name))?;
@@ -158,8 +142,7 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
-        let told = |key: &str| metadata.get(key).cloned().unwrap_or_default();
-        let origin = Origin { device: told("device"), data: told("data") };
+        let origin = Origin { device: text("device")?.clone(), data: text("data")?.clone() };
         Ok(Some(Checkpoint { config, origin, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
 }
@@ -171,7 +154,7 @@ impl Checkpoint {
 pub fn write_model(dir: &Path, config: &Config, layout: &Layout, params: &[f32]) -> Result<(), DataError> {
     let spans: Vec<_> = layout.spans.iter().map(|s| (&s.name[..], &s.shape[..], &params[s.at.clone()])).collect();
     let metadata = BTreeMap::from([("config".into(), config.to_toml())]);
-    tensors::write(&dir.join("model.safetensors"), &spans, &metadata)
+    tensors::write(&dir.join(MODEL), &spans, &metadata)
 }
 
 /// Reads a model back into its layout.
@@ -179,7 +162,7 @@ pub fn write_model(dir: &Path, config: &Config, layout: &Layout, params: &[f32])
 /// # Errors
 /// [`DataError`] when the file is absent, broken or of another layout.
 pub fn read_model(dir: &Path, layout: &Layout) -> Result<Vec<f32>, DataError> {
-    let path = dir.join("model.safetensors");
+    let path = dir.join(MODEL);
     let (found, _) = tensors::read(&path)?;
     let mut params = vec![0.0; layout.len()];
     for span in &layout.spans {
@@ -196,28 +179,27 @@ pub fn read_model(dir: &Path, layout: &Layout) -> Result<Vec<f32>, DataError> {
     Ok(params)
 }
 
-/// Numbers a sample on each side that the model in `dir` reads: what its first layers are as wide as, or its
-/// embedding where the data is prescribed.
+/// Numbers a sample on each side that the model in `dir` reads: what its encoders say, or its first layers are as wide
+/// as, or its embedding where the data is prescribed.
 ///
 /// # Errors
 /// [`DataError`] when the file is absent or broken.
 pub fn inputs(dir: &Path, config: &Config) -> Result<[usize; 2], DataError> {
-    let path = dir.join("model.safetensors");
+    let path = dir.join(MODEL);
     let (found, _) = tensors::read(&path)?;
-    let read = |spec: &EncoderSpec, name: &str| match spec {
-        EncoderSpec::Identity {} => Ok(config.dim),
-        EncoderSpec::Lenet {} => Ok(28 * 28),
-        EncoderSpec::Cnn { image, .. } => Ok(image.iter().product()),
-        EncoderSpec::Transformer { sequence, .. } => Ok(sequence.iter().product()),
-        EncoderSpec::Linear { .. } | EncoderSpec::Mlp { .. } => {
-            found.iter().find(|t| t.name == name && t.shape.len() == 2).map(|t| t.shape[1]).ok_or_else(|| {
-                DataError::Format {
-                    path: path.clone(),
-                    found: format!("no matrix {name}"),
-                    expected: "the model that the folder's config.toml describes".into(),
-                }
-            })
-        }
+    let first_layer = |name: &str| {
+        found.iter().find(|t| t.name == name && t.shape.len() == 2).map(|t| t.shape[1]).ok_or_else(|| {
+            DataError::Format {
+                path: path.clone(),
+                found: format!("no matrix {name}"),
+                expected: "the model that the folder's config.toml describes".into(),
+            }
+        })
+    };
+    let read = |spec: &EncoderSpec, name: &str| match spec.input_len() {
+        Some(len) => Ok(len),
+        None if *spec == EncoderSpec::Identity {} => Ok(config.dim),
+        None => first_layer(name),
     };
     Ok([read(&config.encoder_u, "u.0.weight")?, read(&config.encoder_v, "v.0.weight")?])
 }
@@ -260,7 +242,7 @@ impl Metrics {
     /// # Errors
     /// [`DataError::Io`] naming the file.
     pub fn open(dir: &Path, step: u64) -> Result<Self, DataError> {
-        let path = dir.join("metrics.jsonl");
+        let path = dir.join(METRICS);
         let io = |source| DataError::Io { path: path.clone(), source };
         let before = match std::fs::read(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),

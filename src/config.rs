@@ -3,7 +3,7 @@
 use crate::nn::EncoderSpec;
 use crate::objective::{DataKernel, Loss, Objective, Precision, Tilting, fits_f32};
 use crate::optim::{AdamConfig, Schedule};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::{Path, PathBuf};
 
 /// Why a configuration is not usable. Messages name the file or key, what was found and what was expected.
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum ConfigError {
     /// A file could not be read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: found {source}, expected a file that can be read", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -229,15 +229,21 @@ impl Partial {
     /// # Errors
     /// [`ConfigError`] naming the file and the offending key.
     pub fn read(path: &Path) -> Result<Partial, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|e| {
-            let line = 1 + e.span().map_or(0, |span| text[..span.start].matches('\n').count());
-            ConfigError::Parse {
-                path: path.to_owned(),
-                reason: format!("line {line}: {}", e.message().replace('\n', " ")),
-            }
-        })
+        read_toml(path)
     }
+}
+
+/// Reads a TOML file.
+///
+/// # Errors
+/// [`ConfigError`] naming the file, and the line and key that are not as they should be.
+pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|e| {
+        let line = 1 + e.span().map_or(0, |span| text[..span.start].matches('\n').count());
+        let reason = format!("line {line}: {}", e.message().replace('\n', " "));
+        ConfigError::Parse { path: path.to_owned(), reason }
+    })
 }
 
 impl Config {

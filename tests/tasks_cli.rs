@@ -392,6 +392,40 @@ fn sample_draws_from_the_conditional() {
     );
 }
 
+// Without --items the run's own pairs are drawn from, whatever files they are in.
+#[test]
+fn sample_writes_over_none_of_the_runs_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir(at("mnist")).unwrap();
+    let idx = |name: &str, shape: &[u32], data: Vec<u8>| {
+        let head = [0, 0, 8, shape.len() as u8].into_iter().chain(shape.iter().flat_map(|n| n.to_be_bytes()));
+        fs::write(at("mnist").join(name), head.chain(data).collect::<Vec<u8>>()).unwrap();
+    };
+    for part in ["train", "t10k"] {
+        idx(&format!("{part}-images-idx3-ubyte"), &[10, 28, 28], (0..7840).map(|at| (at % 251) as u8).collect());
+        idx(&format!("{part}-labels.idx1-ubyte"), &[10], (0..10).collect());
+    }
+    train(dir.path(), "digits", &["mnist", "--data", "mnist", "--batch", "5"]);
+    let label: Vec<f32> = (0..10).map(|class| f32::from(u8::from(class == 3))).collect();
+    write_npy_f32(at("label.npy"), &[1, 10], &label).unwrap();
+    json(dir.path(), &["data", "gaussian2d", "--out", "data", "--samples", "200", "--json"]);
+    train(dir.path(), "pairs", &["pairs", "--u", "data/u.npy", "--v", "data/v.npy", "--batch", "50"]);
+    write_npy_f32(at("given.npy"), &[1, 1], &[1.0]).unwrap();
+    let sample =
+        |model, given, output| vec!["sample", "--model", model, "--given", given, "--count", "3", "--output", output];
+    refused(
+        dir.path(),
+        vec![
+            ("--output", sample("digits", "label.npy", "mnist/train-images-idx3-ubyte")),
+            ("--output", sample("digits", "label.npy", "mnist/../mnist/t10k-labels.idx1-ubyte")),
+            ("--output", sample("pairs", "given.npy", "data/u.npy")),
+            ("--output", sample("pairs", "given.npy", "data/v.npy")),
+        ],
+    );
+    json(dir.path(), &[&sample("digits", "label.npy", "mnist/drawn.npy")[..], &["--json"]].concat());
+}
+
 const FIGURES: [&str; 6] = ["fig01", "fig02", "fig03", "fig04", "fig05", "fig06"];
 
 #[test]

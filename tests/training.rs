@@ -211,6 +211,16 @@ fn a_broken_checkpoint_is_an_error_and_no_panic() {
         let error = run(&config, dir.path(), true, None).unwrap_err();
         assert!(error.is_input() && error.to_string().contains("checkpoint.safetensors"), "{error}");
     }
+    fs::write(&path, &whole).unwrap();
+    let (arenas, metadata) = tensors::read(&path).unwrap();
+    let arenas: Vec<_> = arenas.iter().map(|t| (&t.name[..], &t.shape[..], &t.data[..])).collect();
+    for key in ["config", "device", "data", "step", "loss_sum", "seconds", "scaling"] {
+        let mut metadata = metadata.clone();
+        metadata.remove(key).unwrap();
+        tensors::write(&path, &arenas, &metadata).unwrap();
+        let error = run(&config, dir.path(), true, None).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(&format!("no usable {key}")), "{error}");
+    }
 }
 
 // All sums of the engine, of encoders and of their gradients are in one order: any thread count, the same bits.
@@ -469,6 +479,11 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         let named = message.contains(key) && message.contains(file.path().to_str().unwrap());
         assert!(named && !message.contains('\n'), "{text}: {message}");
     }
+    // Those of a model are read in the same way.
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("config.toml"), "seed = 1\nlr = 'fast'\n").unwrap();
+    let message = Model::load(dir.path()).err().unwrap().to_string();
+    assert!(message.contains("config.toml: line 2: ") && !message.contains('\n'), "{message}");
     let value = |toml: &str| experiments::resolve(toml::from_str(toml).unwrap()).unwrap_err();
     for (toml, key) in [
         ("experiment = 'cifar'", "experiment"),
@@ -808,7 +823,8 @@ fn models_without_a_closed_form_train_without_a_certificate() {
         let dir = tempfile::tempdir().unwrap();
         run(&settings(&format!("{short}{toml}")), dir.path(), false, None).unwrap();
         let summary = summary(dir.path());
-        assert_eq!(summary["theory"].as_object().map_or(0, |theory| theory.len()), keys, "{toml}");
+        let theory = summary["theory"].as_object().unwrap();
+        assert_eq!((theory.len(), theory.values().filter(|x| x.is_number()).count()), (7, keys), "{toml}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! LeNet against one-hot labels: rendered digits, and MNIST from its files (section 6.2).
 
-use super::{Experiment, Learned, OneHot, Report, check_samples};
+use super::{Error, Experiment, Learned, OneHot, Report, check_samples};
 use crate::config::{Config, ConfigError};
 use crate::data::images::PIXELS;
 use crate::data::{Side, SideOf, Split, Table, digits, idx};
@@ -15,6 +15,7 @@ pub const DIGITS: Experiment = Experiment {
     labelled: true,
     defaults: |base| Config { samples: 20_000, held_out: 0.25, epochs: 8, lambda_u: 0.0, lambda_v: 2.0, ..lenet(base) },
     quick: |config| Config { samples: 6_000, epochs: 4, ..config },
+    data_files: |_| Vec::new(),
     data: |config| {
         check_samples(config, PIXELS)?;
         let held_out = (config.samples as f64 * config.held_out) as usize;
@@ -31,6 +32,12 @@ pub const MNIST: Experiment = Experiment {
     labelled: true,
     defaults: |base| Config { epochs: 300, lr: 1e-4, ..lenet(base) },
     quick: |config| Config { epochs: 1, lr: 1e-3, ..config },
+    // However they are spelt.
+    data_files: |config| {
+        let entries = std::fs::read_dir(&config.data).into_iter().flatten().flatten();
+        let idx = entries.filter(|entry| entry.file_name().to_string_lossy().contains("-ubyte"));
+        idx.map(|entry| entry.path()).collect()
+    },
     data: |config| {
         if config.data.as_os_str().is_empty() {
             return Err(ConfigError::value("data", "nothing", "the folder of MNIST's four IDX files").into());
@@ -46,16 +53,16 @@ fn lenet(base: Config) -> Config {
 }
 
 /// Classifies each held-out image by the label of largest s(u, label) (Algorithm 2).
-fn report(learned: &Learned<'_>, report: &mut Report) {
-    let Some(labels) = learned.split.test.labels().filter(|labels| !labels.is_empty()) else { return };
+fn report(learned: &Learned<'_>, report: &mut Report) -> Result<(), Error> {
+    let Some(labels) = learned.split.test.labels().filter(|labels| !labels.is_empty()) else { return Ok(()) };
     let images = learned.embed(&SideOf(&*learned.split.test, Side::U), Side::U);
     let classes = learned.split.test.dim(Side::V);
     let names = learned.embed(&OneHot(classes), Side::V);
     let dim = learned.config.dim;
     let [inputs, names] = [&images, &names].map(|data| Table { data, dim });
-    let found = classification::classify(learned.tilting, learned.tau, &inputs, &names, None).labels;
-    let right = found.iter().zip(labels).filter(|&(&found, &label)| found == usize::from(label)).count();
-    let accuracy = right as f64 / labels.len() as f64;
+    let found = classification::classify(learned.tilting, learned.tau, &inputs, &names, None)?.labels;
+    let accuracy = classification::accuracy(&found, labels);
     report.insert("test_accuracy", accuracy);
     report.table.push(format!("test accuracy: {:.2}% of {} images", 100.0 * accuracy, labels.len()));
+    Ok(())
 }

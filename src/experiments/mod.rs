@@ -10,15 +10,17 @@ mod pairs;
 pub mod reproduce;
 mod retrieval;
 
-use crate::checkpoint::{self, Checkpoint, Origin};
-use crate::config::{Config, ConfigError, Partial, parse_tilting};
+use crate::checkpoint::{self, CHECKPOINT, CONFIG, Checkpoint, METRICS, MODEL, Origin, SUMMARY};
+use crate::config::{Config, ConfigError, Partial, parse_tilting, read_toml};
 use crate::data::npy::{self, Npy, Push};
-use crate::data::{DataError, Rows, Side, Source, Split, fits_memory, remove_files, write_atomic};
+use crate::data::{
+    DataError, PairsSource, Rows, Side, Source, Split, fits_memory, remove_files, remove_temporary, write_atomic,
+};
 #[cfg(feature = "plots")]
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
-use crate::objective::{Precision, Tilting};
+use crate::objective::{LossError, Precision, Tilting};
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
@@ -39,10 +41,19 @@ pub struct Experiment {
     defaults: fn(Config) -> Config,
     /// What `quick` changes.
     quick: fn(Config) -> Config,
+    /// What of the disk `data` reads.
+    data_files: fn(&Config) -> Vec<PathBuf>,
     data: fn(&Config) -> Result<Split, Error>,
     /// What else is measured of the model, after every epoch.
     evaluate: Option<fn(&Learned<'_>) -> Evaluation>,
-    report: fn(&Learned<'_>, &mut Report),
+    report: fn(&Learned<'_>, &mut Report) -> Result<(), Error>,
+}
+
+impl Experiment {
+    /// What its runs are made with where nothing is given.
+    fn settings(&self) -> Config {
+        (self.defaults)(base(self.name))
+    }
 }
 
 /// Every experiment; the first is the default.
@@ -65,6 +76,9 @@ pub enum Error {
     /// Training itself; not the input's fault.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// What was learned is of no use to a task: embeddings beyond f32.
+    #[error(transparent)]
+    Task(#[from] LossError),
     /// The folder of a run does not fit what is asked.
     #[error("{}: found {found}, expected {expected}", path.display())]
     Folder {
@@ -86,7 +100,7 @@ impl Error {
 
     /// Whether better input would have helped.
     pub fn is_input(&self) -> bool {
-        !matches!(self, Error::Train(_) | Error::Data(DataError::Write { .. }))
+        !matches!(self, Error::Train(_) | Error::Task(_) | Error::Data(DataError::Write { .. }))
     }
 }
 
@@ -127,19 +141,34 @@ pub struct Learned<'a> {
 
 /// A device as far as reports need it.
 trait Embed {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32>;
+    /// Embeds all rows, `[rows, dim]`.
+    fn embed(
+        &self,
+        network: &Network,
+        params: &[f32],
+        side: Side,
+        micro: usize,
+        rows: &dyn Rows,
+    ) -> Result<Vec<f32>, TrainError>;
     fn search(&self) -> Option<Box<dyn Search>>;
 }
 
 impl<D: Device<Real = f32>> Embed for D {
-    fn embed(&self, network: &Network, params: &[f32], side: Side, micro: usize, rows: &dyn Rows) -> Vec<f32> {
+    fn embed(
+        &self,
+        network: &Network,
+        params: &[f32],
+        side: Side,
+        micro: usize,
+        rows: &dyn Rows,
+    ) -> Result<Vec<f32>, TrainError> {
         let mut out = Vec::with_capacity(rows.count() * network.encoders[side as usize].output);
-        embed_to(self, network, params, side, micro, rows, &mut |part| {
+        let push = &mut |part: &[f32]| {
             out.extend_from_slice(part);
             Ok(())
-        })
-        .expect("memory takes everything");
-        out
+        };
+        embed_to(self, network, params, side, micro, rows, push).map_err(|e| TrainError::Device(e.into()))?;
+        Ok(out)
     }
     fn search(&self) -> Option<Box<dyn Search>> {
         Device::search(self)
@@ -180,7 +209,8 @@ fn embed_to<D: Device<Real = f32>>(
 impl Learned<'_> {
     /// Embeddings of `rows`, as `side`.
     fn embed(&self, rows: &dyn Rows, side: Side) -> Vec<f32> {
-        self.device.embed(self.network, self.params, side, self.config.micro(), rows)
+        let embedded = self.device.embed(self.network, self.params, side, self.config.micro(), rows);
+        embedded.expect("the device trained until now")
     }
     /// A tensor of the arena in f64, row-major.
     fn tensor(&self, name: &str) -> Vec<f64> {
@@ -201,7 +231,7 @@ fn tensor(network: &Network, params: &[f32], name: &str) -> Vec<f64> {
 pub fn resolve(given: Partial) -> Result<Config, ConfigError> {
     let name = given.experiment.clone().unwrap_or_else(|| ALL[0].name.into());
     let experiment = find(&name)?;
-    let config = (experiment.defaults)(base(experiment.name));
+    let config = experiment.settings();
     let config = if given.quick.unwrap_or(false) { (experiment.quick)(config) } else { config };
     let config = config.with(given);
     config.validate()?;
@@ -275,7 +305,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{key} = {now}, as in the settings to resume with"),
         });
     }
-    if !resume && Checkpoint::path(dir).exists() && !dir.join("summary.json").exists() {
+    if !resume && Checkpoint::path(dir).exists() && !dir.join(SUMMARY).exists() {
         return Err(Error::Folder {
             path: dir.into(),
             found: "an unfinished run".into(),
@@ -289,13 +319,12 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     }
     if let Some(Origin { device: made_on, data }) = start.as_ref().map(|start| &start.origin) {
         let now = Origin::of(device, &*split.train);
-        let differ = |then: &str, now: &str| !then.is_empty() && then != now;
         let refused = |found: String, expected: String| Err(Error::Folder { path: dir.into(), found, expected });
-        if differ(made_on, &now.device) {
+        if *made_on != now.device {
             let expected = format!("--device {made_on}: on {} other bits would come of it", now.device);
             return refused(format!("a checkpoint made on {made_on}"), expected);
         }
-        if differ(data, &now.data) {
+        if *data != now.data {
             return refused("a checkpoint of other data".into(), "the data that the run began with".into());
         }
     }
@@ -305,7 +334,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         let expected = format!("fewer: {} parameters are more than there is memory for", network.layout.len());
         return Err(ConfigError::value("dim", config.dim, expected).into());
     }
-    if matches!(&config.objective[..], "mmd" | "joint-mmd") && !fits_memory(&[config.features, config.batch, 2]) {
+    if config.loss(0)?.objective.takes_moments() && !fits_memory(&[config.features, config.batch, 2]) {
         return Err(ConfigError::value("features", config.features, "fewer: there is no memory for them").into());
     }
     if !fits_memory(&[config.pairings as usize, config.batch, 3]) {
@@ -344,10 +373,27 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         let (params, tau) = (&trained.params[..], trained.tau);
         let learned = Learned { config, network: &network, params, tau, split: &split, tilting, device };
         checkpoint::write_model(dir, config, &network.layout, &trained.params)?;
-        (experiment.report)(&learned, &mut report);
-        write_text(&dir.join("summary.json"), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
+        (experiment.report)(&learned, &mut report)?;
+        write_text(&dir.join(SUMMARY), &format!("{}\n", serde_json::Value::Object(report.values.clone())))?;
     }
     Ok(Outcome { report, stopped: trained.stopped })
+}
+
+/// Opens the pairs of two files, as wide as the encoders read.
+fn open_pairs(config: &Config, u: &Path, v: &Path) -> Result<PairsSource, DataError> {
+    let source = PairsSource::open(u, v)?;
+    for (side, spec, path) in [(Side::U, &config.encoder_u, u), (Side::V, &config.encoder_v, v)] {
+        if let Some(reads) = spec.input_len().filter(|&reads| reads != source.dim(side)) {
+            let name = if side == Side::U { "encoder_u" } else { "encoder_v" };
+            let short = if config.quick { " (of ocean: data ocean --quick)" } else { "" };
+            return Err(DataError::Format {
+                path: path.into(),
+                found: format!("{} columns", source.dim(side)),
+                expected: format!("{reads}, as {name} of these settings reads{short}"),
+            });
+        }
+    }
+    Ok(source)
 }
 
 /// Fails where the machine has no memory for a run's samples of so many `numbers` each.
@@ -364,11 +410,8 @@ fn network(config: &Config, source: &dyn Source) -> Result<Network, NnError> {
     Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)
 }
 
-/// A run's settings.
-const CONFIG: &str = "config.toml";
-
 /// What a run makes of its settings.
-const RESULTS: [&str; 4] = ["summary.json", "model.safetensors", "metrics.jsonl", "checkpoint.safetensors"];
+const RESULTS: [&str; 4] = [SUMMARY, MODEL, METRICS, CHECKPOINT];
 
 /// Files of a run's folder.
 pub fn files() -> impl Iterator<Item = &'static str> {
@@ -385,6 +428,7 @@ fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<Option<File
         let (found, expected) = ("a run that goes on".into(), "another --out, or to wait for its end".into());
         return Err(Error::Folder { path: dir.into(), found, expected });
     }
+    remove_temporary(dir);
     // Before the new settings: old results never stand beside them.
     if !goes_on {
         remove_files(dir, &RESULTS)?;
@@ -411,10 +455,8 @@ impl Model {
     /// # Errors
     /// [`Error`] naming the file.
     pub fn load(dir: &Path) -> Result<Model, Error> {
-        let path = dir.join("config.toml");
-        let text = std::fs::read_to_string(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
-        let config: Config = toml::from_str(&text)
-            .map_err(|e| ConfigError::Parse { path: path.clone(), reason: e.message().replace('\n', " ") })?;
+        let path = dir.join(CONFIG);
+        let config: Config = read_toml(&path)?;
         let wrong = |e: ConfigError| ConfigError::Parse { path: path.clone(), reason: e.to_string() };
         config.validate().map_err(wrong)?;
         // The tensors' shapes tell what the data was like.
@@ -484,14 +526,7 @@ impl Model {
         side: Side,
         rows: &dyn Rows,
     ) -> Result<Vec<f32>, Error> {
-        let mut out = Vec::with_capacity(rows.count() * self.config.dim);
-        let push = &mut |part: &[f32]| {
-            out.extend_from_slice(part);
-            Ok(())
-        };
-        embed_to(device, &self.network, &self.params, side, self.config.micro(), rows, push)
-            .map_err(|e| TrainError::Device(e.into()))?;
-        Ok(out)
+        Ok(device.embed(&self.network, &self.params, side, self.config.micro(), rows)?)
     }
 
     /// Fails unless rows of `path` are as wide as the encoder of `side` reads.
@@ -526,6 +561,11 @@ impl Model {
     /// [`Error`] when its files are no longer there.
     pub fn data(&self) -> Result<Split, Error> {
         (find(&self.config.experiment)?.data)(&self.config)
+    }
+
+    /// The files that those pairs are in, where they are not made.
+    pub fn data_files(&self) -> Vec<PathBuf> {
+        find(&self.config.experiment).map_or_else(|_| Vec::new(), |e| (e.data_files)(&self.config))
     }
 
     /// The one-hot labels that were its v side, if they were: `[classes, classes]`.

@@ -1,11 +1,12 @@
 //! Flows and the drifters they carry (section 6.3): coefficients as they are, trajectories through a transformer.
 
-use super::{Experiment, check_samples, retrieval};
+use super::{Experiment, check_samples, open_pairs, retrieval};
 use crate::config::Config;
 use crate::data::ocean::{COEFFICIENTS, Ocean, Recording};
-use crate::data::{PairsSource, Source, Split};
+use crate::data::{Source, Split};
 use crate::nn::EncoderSpec;
 use crate::optim::Schedule;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Trajectories and flows.
@@ -39,13 +40,14 @@ pub const OCEAN: Experiment = Experiment {
         encoder_v: transformer([10, 20], 64, 3),
         ..config
     },
+    data_files,
     data: |config| {
-        let source: Arc<dyn Source> = if config.data.as_os_str().is_empty() {
+        let source: Arc<dyn Source> = if let [u, v] = &data_files(config)[..] {
+            Arc::new(open_pairs(config, u, v)?)
+        } else {
             let recording = if config.quick { Recording::QUICK } else { Recording::PAPER };
             check_samples(config, COEFFICIENTS + recording.dim())?;
             Arc::new(Ocean::new(config.seed, recording).sample(config.samples))
-        } else {
-            Arc::new(PairsSource::open(config.data.join("u.npy"), config.data.join("v.npy"))?)
         };
         let held_out = (source.len() as f64 * config.held_out) as usize;
         Ok(Split::at_end(source, held_out))
@@ -53,6 +55,12 @@ pub const OCEAN: Experiment = Experiment {
     evaluate: Some(retrieval::evaluate),
     report: retrieval::report,
 };
+
+/// Of pairs that are not to be made.
+fn data_files(config: &Config) -> Vec<PathBuf> {
+    let made = config.data.as_os_str().is_empty();
+    if made { Vec::new() } else { ["u.npy", "v.npy"].map(|name| config.data.join(name)).into() }
+}
 
 fn transformer(sequence: [usize; 2], width: usize, depth: usize) -> EncoderSpec {
     EncoderSpec::Transformer { sequence, width, heads: 4, depth, causal: true }

@@ -1,8 +1,8 @@
 //! Your own pairs: two `.npy` files, memory-mapped.
 
-use super::{Error, Experiment, retrieval};
+use super::{Error, Experiment, open_pairs, retrieval};
 use crate::config::{Config, ConfigError};
-use crate::data::{PairsSource, Source, Split};
+use crate::data::{Source, Split};
 use crate::nn::EncoderSpec;
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ pub const PAIRS: Experiment = Experiment {
         ..base
     },
     quick: |config| Config { epochs: 1, ..config },
+    data_files: |config| vec![config.u.clone(), config.v.clone()],
     data,
     evaluate: Some(retrieval::evaluate),
     report: retrieval::report,
@@ -33,7 +34,7 @@ fn data(config: &Config) -> Result<Split, Error> {
             return Err(ConfigError::value(key, "nothing", "a .npy file of pairs").into());
         }
     }
-    let source = PairsSource::open(&config.u, &config.v)?;
+    let source = open_pairs(config, &config.u, &config.v)?;
     // A share above 0 is of one pair at least: a report is of something then.
     let share = (source.len() as f64 * config.held_out) as usize;
     let held_out = share.max(usize::from(config.held_out > 0.0));

@@ -1,6 +1,6 @@
 //! What experiments judged by retrieval report: recall both ways, at the end and over training.
 
-use super::{Learned, Report};
+use super::{Error, Learned, Report};
 use crate::data::{Side, SideOf, Source, Split, Subset, Table};
 use crate::tasks::retrieval::{self, Recall, recall_on};
 use crate::train::Evaluation;
@@ -14,14 +14,15 @@ fn recall(learned: &Learned<'_>, source: &dyn Source) -> Recall {
     let [u, v] = [&u, &v].map(|data| Table { data, dim: learned.config.dim });
     // A card without room for it leaves it to the host.
     let on_device = learned.device.search().and_then(|mut s| recall_on(&mut *s, learned.tilting, &u, &v).ok());
-    on_device.unwrap_or_else(|| retrieval::recall(learned.tilting, &u, &v))
+    // Embeddings beyond f32 find nobody.
+    on_device.or_else(|| retrieval::recall(learned.tilting, &u, &v).ok()).unwrap_or_default()
 }
 
 /// Recall on the held-out pairs.
-pub fn report(learned: &Learned<'_>, report: &mut Report) {
+pub fn report(learned: &Learned<'_>, report: &mut Report) -> Result<(), Error> {
     let test = &*learned.split.test;
     if test.is_empty() {
-        return;
+        return Ok(());
     }
     let recall = recall(learned, test);
     report.insert("recall", recall);
@@ -31,6 +32,7 @@ pub fn report(learned: &Learned<'_>, report: &mut Report) {
     {
         report.table.push(format!("{name:<10}{:>7.1}%{:>7.1}%", 100.0 * at_1, 100.0 * at_5));
     }
+    Ok(())
 }
 
 /// How many pairs recall over training is measured on.

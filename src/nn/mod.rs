@@ -40,8 +40,7 @@ impl Layout {
     pub fn push(&mut self, name: &str, shape: &[usize]) -> Range<usize> {
         let start = self.len();
         // More than there are addresses is for those who allocate to refuse.
-        let len = shape.iter().fold(1usize, |all, &size| all.saturating_mul(size));
-        let at = start..start.saturating_add(len);
+        let at = start..start.saturating_add(numbers(shape).unwrap_or(usize::MAX));
         self.spans.push(Span { name: name.to_owned(), shape: shape.to_vec(), at: at.clone() });
         at
     }
@@ -53,6 +52,11 @@ impl Layout {
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
     }
+}
+
+/// Numbers of a tensor; `None` for more than there are addresses.
+fn numbers(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |all, &size| all.checked_mul(size))
 }
 
 /// What a configuration file says of an encoder.
@@ -102,6 +106,21 @@ pub enum EncoderSpec {
         causal: bool,
     },
 }
+
+impl EncoderSpec {
+    /// Numbers a sample that it reads; `None` where the data tells, or for more than there are addresses.
+    pub fn input_len(&self) -> Option<usize> {
+        match self {
+            EncoderSpec::Identity {} | EncoderSpec::Linear { .. } | EncoderSpec::Mlp { .. } => None,
+            EncoderSpec::Lenet {} => numbers(&LENET),
+            EncoderSpec::Cnn { image, .. } => numbers(image),
+            EncoderSpec::Transformer { sequence, .. } => numbers(sequence),
+        }
+    }
+}
+
+/// The images that LeNet reads.
+const LENET: [usize; 3] = [1, 28, 28];
 
 /// The default of a switch that is on.
 fn on() -> bool {
@@ -229,7 +248,10 @@ impl Encoder {
         match spec {
             EncoderSpec::Identity {} => {
                 if input != output {
-                    return Err(shape(format!("{output} outputs"), format!("{input}, the inputs of an identity")));
+                    return Err(shape(
+                        format!("{output} outputs (dim)"),
+                        format!("{input}, the inputs of an identity"),
+                    ));
                 }
             }
             EncoderSpec::Linear { bias } => builder.linear(output, *bias, Activation::None),
@@ -244,7 +266,7 @@ impl Encoder {
             }
             EncoderSpec::Lenet {} => {
                 let conv = |channels, padding| ConvSpec { channels, kernel: 5, padding, pool: Pool::Max, pool_size: 2 };
-                builder.convolutions([1, 28, 28], &[conv(6, 2), conv(16, 0)], Activation::Relu)?;
+                builder.convolutions(LENET, &[conv(6, 2), conv(16, 0)], Activation::Relu)?;
                 builder.linear(120, true, Activation::Relu);
                 builder.linear(84, true, Activation::Relu);
                 builder.linear(output, true, Activation::None);
@@ -389,7 +411,7 @@ impl Builder<'_> {
     ) -> Result<(), NnError> {
         let shape =
             |found: String, expected: String| Err(NnError::Shape { encoder: self.prefix.to_owned(), found, expected });
-        if time.checked_mul(channels) != Some(self.width) {
+        if numbers(&[time, channels]) != Some(self.width) {
             return shape(format!("{} inputs", self.width), format!("{time} x {channels}, a sequence"));
         }
         if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
@@ -407,7 +429,7 @@ impl Builder<'_> {
         let shape =
             |found: String, expected: String| Err(NnError::Shape { encoder: self.prefix.to_owned(), found, expected });
         let [mut channels, mut height, mut width] = image;
-        if [height, width].iter().try_fold(channels, |n, &m| n.checked_mul(m)) != Some(self.width) {
+        if numbers(&image) != Some(self.width) {
             let found = format!("{} inputs", self.width);
             return shape(found, format!("{channels} x {height} x {width}, an image"));
         }

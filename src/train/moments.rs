@@ -19,7 +19,7 @@ impl<B> Moments<B> {
             DataKernel::Linear => source.dim(side),
             DataKernel::Gaussian { .. } => config.features,
         });
-        let used = matches!(&config.objective[..], "mmd" | "joint-mmd");
+        let used = config.loss(0).expect("validated").objective.takes_moments();
         Moments { bufs: used.then(|| dims.map(|dim| device.alloc(config.batch * dim))), dims, rows: config.batch }
     }
 

@@ -216,7 +216,7 @@ impl<'a, D: Contrast> State<'a, D> {
         let param = |at: &Range<usize>| View { buf: &self.params, at: at.clone() };
         let scalars = Scalars {
             logit_scale: self.config.train_tau.then(|| param(&self.network.logit_scale)),
-            bias: matches!(loss.objective, Objective::Sigmoid { .. }).then(|| param(&self.network.bias)),
+            bias: loss.objective.is_of_each_pair().then(|| param(&self.network.bias)),
             out: all_mut(&mut self.scalars, 4),
         };
         device.contrast(loss, embeddings, gradients, scalars)
@@ -285,8 +285,13 @@ impl<'a, D: Contrast> State<'a, D> {
 
     /// The arena.
     pub(super) fn params(&self, device: &D) -> Vec<f32> {
+        self.arena(device, &self.params)
+    }
+
+    /// What is laid out as the arena.
+    fn arena(&self, device: &D, buf: &D::Buf) -> Vec<f32> {
         let mut host = vec![0.0; self.network.layout.len()];
-        device.download(all(&self.params, host.len()), &mut host);
+        device.download(all(buf, host.len()), &mut host);
         host
     }
 
@@ -296,8 +301,9 @@ impl<'a, D: Contrast> State<'a, D> {
         if let Some(buf) = &self.scaling {
             device.download(all(buf, 2), &mut scaling);
         }
-        let arenas = [&self.params, &self.adam.m, &self.adam.v];
-        Checkpoint::of(device, self.origin.clone(), self.config, step, loss_sum, seconds, scaling, arenas)
+        let arenas = [&self.params, &self.adam.m, &self.adam.v].map(|buf| self.arena(device, buf));
+        let (config, origin) = (self.config.clone(), self.origin.clone());
+        Checkpoint { config, origin, step, loss_sum, seconds, scaling, arenas }
     }
 
     /// Embeds the micro-batch that begins at row `first` into `acts`.

@@ -1,7 +1,7 @@
 //! Two correlated numbers (section 5.4, Figures 1 to 6): trained models beside closed forms and the truth.
 
 use super::super::{Error, Model, gaussian};
-use super::{Part, Request, axis, below, largest, linspace, mark, near, parallel, short, table};
+use super::{KINDS, Part, Request, axis, below, largest, linspace, mark, near, optima, parallel, short, table};
 use crate::config::Config;
 use crate::data::gaussian2d::{Gaussian, gaussian2d};
 use crate::data::{Memory, Side, Table};
@@ -17,20 +17,6 @@ use std::f64::consts::PI;
 /// The two-dimensional example.
 pub const PART: Part =
     Part { name: "gaussian2d", about: "two correlated numbers under three models (Figures 1 to 6)", figures };
-
-/// Tilting, objective and weights of a model, and its name.
-struct Kind {
-    name: &'static str,
-    tilting: &'static str,
-    objective: &'static str,
-    lambda: [f64; 2],
-}
-
-const KINDS: [Kind; 3] = [
-    Kind { name: "dot, conditional", tilting: "dot", objective: "conditional", lambda: [1.0, 1.0] },
-    Kind { name: "l2, u given v", tilting: "l2", objective: "conditional", lambda: [2.0, 0.0] },
-    Kind { name: "dot, joint", tilting: "dot", objective: "joint", lambda: [1.0, 1.0] },
-];
 
 /// How far learned numbers may be from the population's: sums over a batch of 512 bias A by a hundredth.
 const TOLERANCE: f64 = 0.03;
@@ -87,25 +73,19 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     let samples = 200_000;
     let data = law.sample(request.seed, samples);
     let fitted = parallel(&KINDS, |kind| {
-        let config = (gaussian::GAUSSIAN2D.defaults)(super::super::base("gaussian2d"));
         let config = Config {
             samples,
             batch: 1024,
             epochs: if request.quick { 5 } else { 40 },
             lr: 1e-2,
-            tilting: kind.tilting.into(),
-            objective: kind.objective.into(),
-            lambda_u: kind.lambda[0],
-            lambda_v: kind.lambda[1],
             seed: request.seed,
-            ..config
+            ..gaussian::GAUSSIAN2D.settings()
         };
-        Model::fit(config, &data)
+        Model::fit(kind.set(config), &data)
     })?;
     let learned: Vec<theory::Model<'_>> =
         fitted.iter().map(|m| m.quadratic(&theory).expect("dot and l2 are quadratic")).collect();
-    let optima = [theory.conditional_optimum(1), theory.l2_optimum(1), theory.joint_optimum(1)];
-    let models = Models { theory: &theory, learned: &learned, optima: &optima };
+    let models = Models { theory: &theory, learned: &learned, optima: &optima(&theory, 1) };
     Ok(vec![
         setup(&law, request.seed),
         models.conditionals(
@@ -351,7 +331,7 @@ fn normalised(law: &Gaussian, data: &Memory, seed: u64) -> Result<Figure, Error>
     // The same mean from samples, weighted by the learned conditional of Theorem 4.1.
     let items = Table { data: data.side(Side::U), dim: 1 };
     let count = 20_000;
-    let draws = sampling::sample(Tilting::Cosine, tau, &Table { data: &[1.0], dim: 1 }, &items, count, seed);
+    let draws = sampling::sample(Tilting::Cosine, tau, &Table { data: &[1.0], dim: 1 }, &items, count, seed)?;
     let drawn = draws.indices.iter().map(|&i| f64::from(items.data[i])).sum::<f64>() / count as f64;
     let spread = ((var_u - mean * mean) / count as f64).sqrt();
 

@@ -3,8 +3,8 @@
 
 use super::super::{Error, Model, gaussian};
 use super::{
-    Part, Request, above, axis, below, falls, largest, linspace, log_axis, mark, mean_error, near, parallel, short,
-    table,
+    KINDS, Part, Request, above, axis, below, distance, falls, largest, linspace, log_axis, mark, mean_error, near,
+    norm, optima, parallel, short, table,
 };
 use crate::config::Config;
 use crate::data::gaussian2d::Gaussian;
@@ -27,6 +27,17 @@ enum Settings {
     Printed,
     /// Until nothing changes: a larger rate that falls to zero, over as many steps for every point of a sweep.
     Converged,
+}
+
+impl Settings {
+    /// Seeds of each point. As printed, time grows with all that is swept; its trends need no error bars to be seen.
+    fn seeds(self, quick: bool) -> u64 {
+        match (quick, self) {
+            (true, Settings::Printed) => 1,
+            (true, Settings::Converged) => 2,
+            (false, _) => 4,
+        }
+    }
 }
 
 /// One run of a sweep.
@@ -52,13 +63,8 @@ struct Sweeps<'a> {
 
 impl Sweeps<'_> {
     fn config(&self, run: &Run) -> Config {
-        let config = Config {
-            dim: run.dim,
-            batch: run.batch,
-            samples: run.samples,
-            seed: run.seed,
-            ..(gaussian::GP.defaults)(super::super::base("gp"))
-        };
+        let config =
+            Config { dim: run.dim, batch: run.batch, samples: run.samples, seed: run.seed, ..gaussian::GP.settings() };
         let epoch = (run.samples / run.batch) as u64;
         match run.settings {
             Settings::Printed => Config { epochs: 500, lr: 1e-4, schedule: Schedule::Constant, ..config },
@@ -86,6 +92,35 @@ struct Sweep {
     points: Vec<usize>,
     /// Sets the point of a run.
     vary: fn(&mut Run, usize),
+    /// The axis of the points.
+    axis: fn(&str) -> Axis,
+    /// What should hold of a side.
+    criteria: fn(&Errors) -> Vec<Criterion>,
+}
+
+/// What one run of a sweep came to.
+struct Found {
+    settings: Settings,
+    point: usize,
+    certificate: Certificate,
+}
+
+/// Squared errors of one side's mean over the points of a sweep.
+struct Errors {
+    /// `E[u|v]` or `E[v|u]`.
+    side: &'static str,
+    /// Point, mean over seeds and its standard error.
+    converged: Vec<[f64; 3]>,
+    printed: Vec<[f64; 3]>,
+    /// Point, and the least that its dimension allows.
+    optimum: Vec<[f64; 2]>,
+    /// Of knowing nothing.
+    signal: f64,
+}
+
+/// Without their points and standard errors.
+fn means(series: &[[f64; 3]]) -> Vec<f64> {
+    series.iter().map(|point| point[1]).collect()
 }
 
 fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
@@ -101,6 +136,18 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
             label: "d",
             points: (2..=7).collect(),
             vary: |run, dim| run.dim = dim,
+            axis,
+            criteria: |Errors { side, converged, optimum, signal, .. }| {
+                let excess = converged.iter().zip(optimum).map(|(c, o)| (c[1] - o[1]) / signal);
+                let claim = format!(
+                    "{side}: the largest excess over the optimum, as a share of the signal {},",
+                    short(*signal)
+                );
+                vec![
+                    below(claim, largest(excess), 0.01),
+                    falls(format!("{side}: the error up to d = 5"), &means(converged)[..4]),
+                ]
+            },
         },
         Sweep {
             name: "fig09",
@@ -110,6 +157,18 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
             label: "pairs in a batch",
             points: vec![128, 256, 512, 1024],
             vary: |run, batch| run.batch = batch,
+            axis: log_axis,
+            criteria: |Errors { side, converged, printed, .. }| {
+                let turn = printed[printed.len() - 1][1] / printed[0][1];
+                vec![
+                    falls(format!("{side}: the converged error"), &means(converged)),
+                    above(
+                        format!("{side}: as printed, the error at the largest batch over that at the smallest"),
+                        turn,
+                        1.0,
+                    ),
+                ]
+            },
         },
         Sweep {
             name: "fig10",
@@ -122,6 +181,14 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
                 vec![2_000, 5_000, 10_000, 20_000, 50_000, 100_000]
             },
             vary: |run, samples| run.samples = samples,
+            axis: log_axis,
+            criteria: |Errors { side, converged, printed, .. }| {
+                let gain = converged[0][1] / converged[converged.len() - 1][1];
+                vec![
+                    above(format!("{side}: the converged error at the fewest pairs over that at the most"), gain, 1.5),
+                    falls(format!("{side}: the error as printed"), &means(printed)),
+                ]
+            },
         },
     ];
     let mut all = vec![samples(request, &sweeps)?];
@@ -135,61 +202,57 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
 }
 
 impl Sweep {
-    fn figure(&self, request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> {
-        // As printed, time grows with all that is swept; its trends need no error bars to be seen.
-        let seeds = |settings| match (request.quick, settings) {
-            (true, Settings::Printed) => 1,
-            (true, Settings::Converged) => 2,
-            (false, _) => 4,
-        };
+    /// Trains all its runs.
+    fn train(&self, request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Vec<Found>, Error> {
         let mut runs = Vec::new();
         for settings in [Settings::Converged, Settings::Printed] {
             for &point in &self.points {
-                for seed in 0..seeds(settings) {
+                for seed in 0..settings.seeds(request.quick) {
                     let seed = request.seed + seed;
                     let mut run = Run { settings, dim: DIM, batch: BATCH, samples: SAMPLES, seed };
                     (self.vary)(&mut run, point);
-                    runs.push(run);
+                    runs.push((point, run));
                 }
             }
         }
-        // The longest first, so that no thread is left with it at the end.
-        let cost = |run: &Run| std::cmp::Reverse((run.settings == Settings::Printed, run.samples * run.batch));
-        let mut order: Vec<usize> = (0..runs.len()).collect();
-        order.sort_by_key(|&i| cost(&runs[i]));
-        let mut found = vec![None; runs.len()];
-        let certificates = parallel(&order, |&i| sweeps.certify(&runs[i]))?;
-        order.iter().zip(certificates).for_each(|(&i, c)| found[i] = Some(c));
-        let of = |settings: Settings, point: usize| -> Vec<Certificate> {
-            let here = |run: &Run| {
-                let mut at = *run;
-                (self.vary)(&mut at, point);
-                run.settings == settings && (at.dim, at.batch, at.samples) == (run.dim, run.batch, run.samples)
-            };
-            runs.iter().zip(&found).filter(|(run, _)| here(run)).filter_map(|(_, c)| *c).collect()
+        // The longest first, so that no thread is left with it at the end; a point's seeds stay in order.
+        runs.sort_by_key(|(_, run)| std::cmp::Reverse((run.settings == Settings::Printed, run.samples * run.batch)));
+        parallel(&runs, |&(point, run)| Ok(Found { settings: run.settings, point, certificate: sweeps.certify(&run)? }))
+    }
+
+    /// Of `side`, whose error, optimum and signal `of` reads off a certificate.
+    fn errors(&self, found: &[Found], side: &'static str, of: fn(&Certificate) -> [f64; 3]) -> Errors {
+        let at = |settings: Settings, point: usize| -> Vec<[f64; 3]> {
+            let here = found.iter().filter(|f| f.settings == settings && f.point == point);
+            here.map(|f| of(&f.certificate)).collect()
         };
-        let mut criteria = Vec::new();
-        let mut rows = Vec::new();
-        let mut panels = Vec::new();
-        /// Learned, optimum, signal.
-        type Errors = fn(&Certificate) -> [f64; 3];
-        let sides: [(&str, Errors); 2] = [
-            ("E[u|v]", |c| [c.err_u_given_v, c.optimum_u_given_v, c.signal_u_given_v]),
-            ("E[v|u]", |c| [c.err_v_given_u, c.optimum_v_given_u, c.signal_v_given_u]),
-        ];
-        for (side, errors) in sides {
-            let series = |settings| -> Vec<[f64; 3]> {
-                let point = |&point: &usize| {
-                    let errors: Vec<f64> = of(settings, point).iter().map(|c| errors(c)[0]).collect();
-                    let [mean, error] = mean_error(&errors);
-                    [point as f64, mean, error]
-                };
-                self.points.iter().map(point).collect()
+        let series = |settings| -> Vec<[f64; 3]> {
+            let point = |&point: &usize| {
+                let errors: Vec<f64> = at(settings, point).iter().map(|[error, ..]| *error).collect();
+                let [mean, error] = mean_error(&errors);
+                [point as f64, mean, error]
             };
-            let [converged, printed] = [Settings::Converged, Settings::Printed].map(series);
-            let optimum: Vec<[f64; 2]> =
-                self.points.iter().map(|&p| [p as f64, errors(&of(Settings::Converged, p)[0])[1]]).collect();
-            let signal = errors(&of(Settings::Converged, self.points[0])[0])[2];
+            self.points.iter().map(point).collect()
+        };
+        let optimum = |&point: &usize| [point as f64, at(Settings::Converged, point)[0][1]];
+        Errors {
+            side,
+            converged: series(Settings::Converged),
+            printed: series(Settings::Printed),
+            optimum: self.points.iter().map(optimum).collect(),
+            signal: at(Settings::Converged, self.points[0])[0][2],
+        }
+    }
+
+    fn figure(&self, request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> {
+        let found = self.train(request, sweeps)?;
+        let sides = [
+            self.errors(&found, "E[u|v]", |c| [c.err_u_given_v, c.optimum_u_given_v, c.signal_u_given_v]),
+            self.errors(&found, "E[v|u]", |c| [c.err_v_given_u, c.optimum_v_given_u, c.signal_v_given_u]),
+        ];
+        let criteria = sides.iter().flat_map(self.criteria).collect();
+        let (mut rows, mut panels) = (Vec::new(), Vec::new());
+        for Errors { side, converged, printed, optimum, signal } in sides {
             for ((c, p), o) in converged.iter().zip(&printed).zip(&optimum) {
                 let share = |x: f64| format!("{:.2}%", 100.0 * (x - o[1]) / signal);
                 rows.push(vec![
@@ -202,41 +265,6 @@ impl Sweep {
                     share(p[1]),
                 ]);
             }
-            let means: Vec<f64> = converged.iter().map(|c| c[1]).collect();
-            match self.name {
-                "fig08" => {
-                    let excess = converged.iter().zip(&optimum).map(|(c, o)| (c[1] - o[1]) / signal);
-                    let bound = 0.01;
-                    criteria.push(below(
-                        format!(
-                            "{side}: the largest excess over the optimum, as a share of the signal {},",
-                            short(signal)
-                        ),
-                        largest(excess),
-                        bound,
-                    ));
-                    criteria.push(falls(format!("{side}: the error up to d = 5"), &means[..4]));
-                }
-                "fig09" => {
-                    criteria.push(falls(format!("{side}: the converged error"), &means));
-                    let (first, last) = (printed[0][1], printed[printed.len() - 1][1]);
-                    criteria.push(above(
-                        format!("{side}: as printed, the error at the largest batch over that at the smallest"),
-                        last / first,
-                        1.0,
-                    ));
-                }
-                _ => {
-                    criteria.push(above(
-                        format!("{side}: the converged error at the fewest pairs over that at the most"),
-                        means[0] / means[means.len() - 1],
-                        1.5,
-                    ));
-                    let printed: Vec<f64> = printed.iter().map(|p| p[1]).collect();
-                    criteria.push(falls(format!("{side}: the error as printed"), &printed));
-                }
-            }
-            let dims = self.name == "fig08";
             let mut marks = vec![
                 mark("converged", Style::Series(0), Shape::Errors(converged)),
                 mark("as printed (lr 1e-4)", Style::Series(1), Shape::Errors(printed)),
@@ -246,26 +274,22 @@ impl Sweep {
             if !shown.is_empty() {
                 marks.push(mark("rank-d optimum", Style::Theory, Shape::Line(shown)));
             }
-            let x = if dims { axis(self.label) } else { log_axis(self.label) };
             let y = log_axis(&format!("squared error of {side}"));
-            panels.push(Panel { title: side.into(), x, y, marks, equal: false });
+            panels.push(Panel { title: side.into(), x: (self.axis)(self.label), y, marks, equal: false });
         }
+        let [converged, printed] = [Settings::Converged, Settings::Printed].map(|s| s.seeds(request.quick));
+        let title = format!(
+            "squared error (mean over seeds: {converged} converged, {printed} as printed) and its excess over the \
+             optimum as a share of the signal"
+        );
+        let columns = ["mean of", self.label, "optimum", "converged", "excess", "as printed", "excess"];
         Ok(Figure {
             name: self.name.into(),
             title: self.title.into(),
             see: self.see.into(),
             panels,
             columns: 2,
-            tables: vec![table(
-                &format!(
-                    "squared error (mean over seeds: {} converged, {} as printed) and its excess over the optimum as a share of \
-                     the signal",
-                    seeds(Settings::Converged),
-                    seeds(Settings::Printed)
-                ),
-                &["mean of", self.label, "optimum", "converged", "excess", "as printed", "excess"],
-                rows,
-            )],
+            tables: vec![table(&title, &columns, rows)],
             criteria,
         })
     }
@@ -289,9 +313,7 @@ fn samples(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> 
         let u: Vec<f64> = gp::points().iter().map(|&x| gp::field(&xi, x) + NOISE * normal()).collect();
         let points = Shape::Points(gp::points().iter().zip(&u).map(|(&x, &u)| [x, u]).collect());
         let (got, best) = (learned.mean_at(&u), truth.mean_at(&u));
-        let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let gap: Vec<f64> = got.iter().zip(&best).map(|(a, b)| a - b).collect();
-        gaps.push(norm(&gap) / norm(&best));
+        gaps.push(distance(&got, &best));
         paths.push(mark(format!("path {}", i + 1), Style::Series(i), curve(&xi)));
         paths.push(mark(format!("u of path {}", i + 1), Style::Series(i), points.clone()));
         if i == 0 {
@@ -338,16 +360,11 @@ fn samples(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> 
 /// What the paper states and does not plot: covariances and marginals (Corollaries 5.2, 5.4 and 5.7), in numbers.
 fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error> {
     let theory = sweeps.theory;
-    let kinds = [
-        ("dot, conditional", "dot", "conditional", [1.0, 1.0]),
-        ("l2, u given v", "l2", "conditional", [2.0, 0.0]),
-        ("dot, joint", "dot", "joint", [1.0, 1.0]),
-    ];
-    let fitted = parallel(&kinds, |&(_, tilting, objective, lambda)| {
+    let fitted = parallel(&KINDS, |kind| {
         // A dot model's exp s has no variance here (canonical correlations above 1/2), so sums over a batch approach
         // their means slowly and the batch must be large; the l2 model's density ratio is bounded in u, but its
         // encoders must grow to the noise's inverse, which takes many steps at a large rate.
-        let (batch, steps) = match (tilting, request.quick) {
+        let (batch, steps) = match (kind.tilting, request.quick) {
             ("dot", true) => (4096, 600),
             ("dot", false) => (4096, 3000),
             (_, true) => (512, 8_000),
@@ -355,32 +372,18 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
         };
         let samples = 100_000;
         let run = Run { settings: Settings::Converged, dim: DIM, batch, samples, seed: request.seed };
-        let config = Config {
-            lr: 1e-2,
-            epochs: (steps * batch).div_ceil(samples) as u64,
-            tilting: tilting.into(),
-            objective: objective.into(),
-            lambda_u: lambda[0],
-            lambda_v: lambda[1],
-            ..sweeps.config(&run)
-        };
-        sweeps.fit(config)
+        let epochs = (steps * batch).div_ceil(samples) as u64;
+        sweeps.fit(kind.set(Config { lr: 1e-2, epochs, ..sweeps.config(&run) }))
     })?;
-    let distance = |a: &[f64], b: &[f64]| {
-        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-        norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
-    };
     let truth = theory.u_given_v();
-    let optima = [theory.conditional_optimum(DIM), theory.l2_optimum(DIM), theory.joint_optimum(DIM)];
     let (mut rows, mut criteria) = (Vec::new(), Vec::new());
-    let size = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let mut numbers = Vec::new();
-    for ((kind, model), optimum) in kinds.iter().zip(&fitted).zip(&optima) {
+    for ((kind, model), optimum) in KINDS.iter().zip(&fitted).zip(&optima(theory, DIM)) {
         let learned = model.quadratic(theory).expect("dot and l2 are quadratic");
         let conditional = learned.u_given_v();
         let marginal = |m: &crate::theory::Model<'_>| m.law().map_or(f64::NAN, |l| distance(&l.c_uu, &sweeps.law.c_uu));
-        let shrink = size(&conditional.mean) / size(&truth.mean);
-        let shrink_best = size(&optimum.u_given_v().mean) / size(&truth.mean);
+        let shrink = norm(&conditional.mean) / norm(&truth.mean);
+        let shrink_best = norm(&optimum.u_given_v().mean) / norm(&truth.mean);
         let found = [
             distance(&conditional.cov, &truth.cov),
             distance(&optimum.u_given_v().cov, &truth.cov),
@@ -389,7 +392,7 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
             marginal(&learned),
             marginal(optimum),
         ];
-        rows.push(std::iter::once(kind.0.into()).chain(found.map(short)).collect());
+        rows.push(std::iter::once(kind.name.into()).chain(found.map(short)).collect());
         numbers.push(found);
     }
     let [dot, l2, joint] = [&numbers[0], &numbers[1], &numbers[2]];
@@ -412,7 +415,7 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
         let bars = |at: usize| Shape::Bars(numbers.iter().map(|n| n[at]).collect());
         Panel {
             title: title.into(),
-            x: Axis { names: kinds.iter().map(|k| k.0.into()).collect(), ..Axis::default() },
+            x: Axis { names: KINDS.iter().map(|k| k.name.into()).collect(), ..Axis::default() },
             y: Axis { range: Some(range), ..log_axis(label) },
             marks: vec![mark("learned", Style::Series(0), bars(at)), mark("theory", Style::Theory, bars(at + 1))],
             equal: false,

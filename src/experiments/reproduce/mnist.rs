@@ -4,10 +4,11 @@ use super::super::{Error, Model, OneHot, find};
 use super::{Part, Request, above, axis, mark, mean_error, parallel, short, table};
 use crate::Tilting;
 use crate::config::Config;
+use crate::data::images::{EDGE, PIXELS};
 use crate::data::{Rows, Side, SideOf, Split, Table};
 use crate::device::cpu::Cpu;
 use crate::optim::Schedule;
-use crate::plot::{Axis, Criterion, Figure, Mark, Panel, Shape, Style};
+use crate::plot::{Axis, Criterion, Figure, Panel, Shape, Style};
 use crate::tasks::classification::{self, Labels};
 use crate::tasks::sampling::{self, Draws};
 use crate::tasks::scores::exact;
@@ -24,14 +25,12 @@ const LOSSES: [(&str, [f64; 2]); 3] =
 /// The label that images are drawn for, and how many are.
 const LABEL: usize = 7;
 const DRAWN: usize = 16;
-const WIDTH: usize = 28;
 
 /// What is kept of one trained model.
 struct Found {
-    /// Of the test images: those of largest s, with the probabilities nu(v|u) of a uniform law of labels.
-    labels: Labels,
-    /// Which test images are given their label: by the largest s, by Bayes' rule, after fine-tuning.
-    right: [Vec<bool>; 3],
+    /// Of the test images: by the largest s, with the probabilities nu(v|u) of a uniform law of labels; by Bayes'
+    /// rule; after fine-tuning.
+    labels: [Labels; 3],
     /// One-sided losses on all training pairs at once, of label given image (0, 2) and of image given label (2, 0).
     losses: [f64; 2],
     draws: Draws,
@@ -41,7 +40,7 @@ struct Found {
 
 fn config(request: &Request<'_>, lambda: [f64; 2], seed: u64) -> Result<Config, Error> {
     let experiment = find(if request.mnist.is_some() { "mnist" } else { "digits" })?;
-    let config = (experiment.defaults)(super::super::base(experiment.name));
+    let config = experiment.settings();
     // Rates fall to zero; the paper's is 1e-4 for 300 epochs, as MNIST in full.
     let falling = |epochs, lr, config| Config { epochs, lr, schedule: Schedule::Cosine, ..config };
     let config = match (request.mnist, request.quick) {
@@ -89,45 +88,42 @@ fn study(model: &Model, split: &Split) -> Result<Found, Error> {
     let names = model.embed_in_memory(&device, Side::V, &OneHot(classes))?;
     let [images, names] = [&images, &names].map(|data| Table { data, dim });
     let (tilting, tau) = (model.tilting(), model.tau());
-    let labels = classification::classify(tilting, tau, &images, &names, None);
+    let by_s = classification::classify(tilting, tau, &images, &names, None)?;
 
     let trained = split.train.labels().expect("digits have labels");
     let learned = model.embed_in_memory(&device, Side::U, &SideOf(&*split.train, Side::U))?;
     let learned = Table { data: &learned, dim };
     let (losses, offsets) = sides(tilting, tau, &learned, trained, &names);
-    let by_bayes = classification::classify(tilting, tau, &images, &names, Some(&offsets));
+    let by_bayes = classification::classify(tilting, tau, &images, &names, Some(&offsets))?;
 
     let trained: Vec<u32> = trained.iter().map(|&l| l.into()).collect();
     let head = classification::fine_tune(tau, &learned, &trained, classes, model.config.seed)
         .map_err(|source| TrainError::Loss { step: 0, source })?;
     let weight = Table { data: &head.weight, dim };
-    let tuned = classification::classify(Tilting::Dot, tau, &images, &weight, Some(&head.bias));
-    let right = [&labels, &by_bayes, &tuned]
-        .map(|found| found.labels.iter().zip(truth).map(|(&found, &label)| found == usize::from(label)).collect());
+    let tuned = classification::classify(Tilting::Dot, tau, &images, &weight, Some(&head.bias))?;
 
     let query = Table { data: &names.data[LABEL * dim..][..dim], dim };
-    let draws = sampling::sample(tilting, tau, &query, &images, DRAWN, model.config.seed);
-    let many = sampling::sample(tilting, tau, &query, &images, 2_000, model.config.seed);
+    let draws = sampling::sample(tilting, tau, &query, &images, DRAWN, model.config.seed)?;
+    let many = sampling::sample(tilting, tau, &query, &images, 2_000, model.config.seed)?;
     let drawn_right = many.indices.iter().filter(|&&i| usize::from(truth[i]) == LABEL).count() as f64 / 2_000.0;
-    Ok(Found { labels, right, losses, draws, drawn_right })
+    Ok(Found { labels: [by_s, by_bayes, tuned], losses, draws, drawn_right })
 }
 
 /// Images of the test pairs beside each other, `across` in a row.
 fn picture(split: &Split, index: &[usize], across: usize) -> Panel {
-    let size = WIDTH * WIDTH;
-    let mut pixels = vec![0f32; index.len() * size];
+    let mut pixels = vec![0f32; index.len() * PIXELS];
     split.test.gather(Side::U, index, &mut pixels);
     let [low, high] = pixels.iter().fold([f32::MAX, f32::MIN], |[low, high], &x| [low.min(x), high.max(x)]);
-    let width = across * WIDTH;
-    let values = (0..index.len() * size)
+    let width = across * EDGE;
+    let values = (0..index.len() * PIXELS)
         .map(|at| {
             let (y, x) = (at / width, at % width);
-            let image = y / WIDTH * across + x / WIDTH;
-            let pixel = pixels[image * size + y % WIDTH * WIDTH + x % WIDTH];
+            let image = y / EDGE * across + x / EDGE;
+            let pixel = pixels[image * PIXELS + y % EDGE * EDGE + x % EDGE];
             f64::from((pixel - low) / (high - low).max(f32::MIN_POSITIVE))
         })
         .collect();
-    let image = Mark { label: "pixels".into(), style: Style::Truth, shape: Shape::Image { width, values } };
+    let image = mark("pixels", Style::Truth, Shape::Image { width, values });
     Panel { marks: vec![image], ..Panel::default() }
 }
 
@@ -149,7 +145,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
 fn probabilities(set: &str, split: &Split, found: &[Found]) -> Figure {
     let truth = split.test.labels().expect("digits have labels");
     let classes = split.test.dim(Side::V);
-    let row = |loss: usize, i: usize| &found[loss].labels.probabilities[i * classes..][..classes];
+    let row = |loss: usize, i: usize| &found[loss].labels[0].probabilities[i * classes..][..classes];
     let sure = |i: usize| row(0, i).iter().fold(0.0, |most: f64, &p| most.max(p));
     let apart = |i: usize| row(1, i).iter().zip(row(2, i)).map(|(a, b)| (a - b).abs()).sum::<f64>();
     let images = 0..truth.len();
@@ -209,11 +205,7 @@ fn samples(set: &str, split: &Split, found: &[Found]) -> Figure {
     let runs = |loss: usize| found.iter().skip(loss).step_by(LOSSES.len());
     let of = |loss: usize, number: &dyn Fn(&Found) -> f64| mean_error(&runs(loss).map(number).collect::<Vec<_>>());
     let percent = |[mean, error]: [f64; 2]| format!("{:.2}% ± {:.2}", 100.0 * mean, 100.0 * error);
-    let accuracy = |by: usize| {
-        move |found: &Found| {
-            found.right[by].iter().filter(|&&right| right).count() as f64 / found.right[by].len() as f64
-        }
-    };
+    let accuracy = |by: usize| move |found: &Found| classification::accuracy(&found.labels[by].labels, truth);
     let ess = [0, 1, 2].map(|loss| of(loss, &|f| f.draws.ess[0])[0]);
     let losses = [0, 1].map(|side| [0, 1, 2].map(|loss| of(loss, &|f| f.losses[side])[0]));
     let rows = (0..LOSSES.len())
@@ -231,7 +223,9 @@ fn samples(set: &str, split: &Split, found: &[Found]) -> Figure {
     // How far loss `other` is ahead of label given image: of all test images the mean over seeds, and its standard error.
     let ahead = |other: usize| {
         let lead = |i: usize| {
-            let right = |loss: usize| runs(loss).filter(|f| f.right[0][i]).count() as f64;
+            let right = |loss: usize| {
+                runs(loss).filter(|found| found.labels[0].labels[i] == usize::from(truth[i])).count() as f64
+            };
             (right(other) - right(1)) / runs(1).count() as f64
         };
         mean_error(&(0..truth.len()).map(lead).collect::<Vec<_>>())

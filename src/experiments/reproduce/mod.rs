@@ -11,8 +11,10 @@ mod objectives;
 mod ocean;
 
 use super::Error;
+use crate::config::Config;
 use crate::data::{DataError, write_atomic};
 use crate::plot::{Axis, Criterion, Figure, Mark, Shape, Style, Table, report};
+use crate::theory::{Model, Theory};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Mutex;
@@ -117,6 +119,34 @@ fn parallel<J: Sync, R: Send>(jobs: &[J], f: impl Fn(&J) -> Result<R, Error> + S
     done.into_iter().map(result).collect()
 }
 
+/// Tilting, objective and weights of a model of Gaussian pairs, and its name.
+struct Kind {
+    name: &'static str,
+    tilting: &'static str,
+    objective: &'static str,
+    lambda: [f64; 2],
+}
+
+/// The models that have an optimum in closed form.
+const KINDS: [Kind; 3] = [
+    Kind { name: "dot, conditional", tilting: "dot", objective: "conditional", lambda: [1.0, 1.0] },
+    Kind { name: "l2, u given v", tilting: "l2", objective: "conditional", lambda: [2.0, 0.0] },
+    Kind { name: "dot, joint", tilting: "dot", objective: "joint", lambda: [1.0, 1.0] },
+];
+
+impl Kind {
+    /// `config` for a model of this kind.
+    fn set(&self, config: Config) -> Config {
+        let [lambda_u, lambda_v] = self.lambda;
+        Config { tilting: self.tilting.into(), objective: self.objective.into(), lambda_u, lambda_v, ..config }
+    }
+}
+
+/// The optimum of each of [`KINDS`] in so many dimensions.
+fn optima(theory: &Theory, dim: usize) -> [Model<'_>; 3] {
+    [theory.conditional_optimum(dim), theory.l2_optimum(dim), theory.joint_optimum(dim)]
+}
+
 /// A criterion: `found` is within `share` of `expected`.
 fn near(claim: impl Into<String>, found: f64, expected: f64, share: f64) -> Criterion {
     Criterion {
@@ -196,6 +226,17 @@ fn table(title: &str, columns: &[&str], rows: Vec<Vec<String>>) -> Table {
 /// `n` numbers from `ends[0]` to `ends[1]`.
 fn linspace(ends: [f64; 2], n: usize) -> Vec<f64> {
     (0..n).map(|i| ends[0] + (ends[1] - ends[0]) * i as f64 / (n - 1) as f64).collect()
+}
+
+/// The Euclidean norm.
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// How far `found` is from `truth`, as a share of the truth's norm.
+fn distance(found: &[f64], truth: &[f64]) -> f64 {
+    let gap: Vec<f64> = found.iter().zip(truth).map(|(a, b)| a - b).collect();
+    norm(&gap) / norm(truth)
 }
 
 /// Mean and standard error of its mean (0 for one number).

@@ -1,7 +1,7 @@
 //! Beyond the paper: every objective under every tilting, on the tasks that models are made for.
 
-use super::super::{Error, Model, OneHot, find, gaussian, images};
-use super::{Part, Request, axis, mark, parallel, short, table};
+use super::super::{Error, Model, OneHot, gaussian, images};
+use super::{Part, Request, axis, distance, mark, parallel, short, table};
 use crate::config::Config;
 use crate::data::gaussian2d::Gaussian;
 use crate::data::{Memory, Side, SideOf, Source, Split, Table, gp};
@@ -73,10 +73,6 @@ fn laws(law: &Gaussian, fresh: &Memory, logits: impl Fn(usize, usize) -> f64) ->
     };
     let (u, v) = (rows(Side::U, n), rows(Side::V, law.dim_v));
     let truth = Theory::new(law).u_given_v();
-    let distance = |a: &[f64], b: &[f64]| {
-        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-        norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
-    };
     // Mean and covariance of u under weights that sum to one.
     let moments = |w: &[f64]| {
         let mean: Vec<f64> = (0..n).map(|k| w.iter().zip(&u).map(|(w, u)| w * u[k]).sum()).collect();
@@ -142,8 +138,7 @@ fn study(request: &Request<'_>, data: &Data, objective: usize, tilting: Tilting)
         Ok([side(Side::U)?, side(Side::V)?])
     };
     let linear = |dim: usize, samples: usize, epochs: u64| {
-        let base = (gaussian::GP.defaults)(super::super::base("gp"));
-        set(Config { dim, samples, epochs, lr: 5e-3, ..base })
+        set(Config { dim, samples, epochs, lr: 5e-3, ..gaussian::GP.settings() })
     };
 
     let model = fit(linear(4, 40_000, 20), &data.normal)?;
@@ -161,20 +156,18 @@ fn study(request: &Request<'_>, data: &Data, objective: usize, tilting: Tilting)
     if let Some(model) = fit(linear(5, 10_000, 60), &*data.gp.train)? {
         let [u, v] = embedded(&model, &*data.gp.test)?;
         let [u, v] = [&u, &v].map(|data| Table { data, dim: model.config.dim });
-        let found = retrieval::recall(tilting, &u, &v);
+        let found = retrieval::recall(tilting, &u, &v)?;
         row.recall = [found.u_to_v_at_5, found.v_to_u_at_5];
     }
-    let digits = (images::DIGITS.defaults)(super::super::base("digits"));
     // Half the distance of two images, in whose square the kernel is measured.
-    let digits = set(Config { epochs: 4, kernel: "gaussian:5".into(), ..digits });
+    let digits = set(Config { epochs: 4, kernel: "gaussian:5".into(), ..images::DIGITS.settings() });
     if let Some(model) = fit(digits, &*data.digits.train)? {
         let images = model.embed_in_memory(&device, Side::U, &SideOf(&*data.digits.test, Side::U))?;
         let names = model.embed_in_memory(&device, Side::V, &OneHot(data.digits.test.dim(Side::V)))?;
         let [images, names] = [&images, &names].map(|data| Table { data, dim: model.config.dim });
-        let found = classification::classify(tilting, model.tau(), &images, &names, None).labels;
+        let found = classification::classify(tilting, model.tau(), &images, &names, None)?.labels;
         let truth = data.digits.test.labels().expect("digits have labels");
-        let right = found.iter().zip(truth).filter(|&(&found, &label)| found == usize::from(label)).count();
-        row.accuracy = right as f64 / truth.len() as f64;
+        row.accuracy = classification::accuracy(&found, truth);
     }
     Ok(row)
 }
@@ -191,13 +184,12 @@ struct Data {
 fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     let seed = request.seed;
     let law = law();
-    let digits = find("digits")?;
-    let config = Config { samples: 6_000, seed, ..(digits.defaults)(super::super::base("digits")) };
+    let config = Config { samples: 6_000, seed, ..images::DIGITS.settings() };
     let data = Data {
         normal: law.sample(seed, 40_000),
         fresh: law.sample(seed + 1_000_003, ITEMS),
         gp: Split::at_end(Arc::new(gp::gp().sample(seed, 10_000 + PAIRS)), PAIRS),
-        digits: (digits.data)(&config)?,
+        digits: (images::DIGITS.data)(&config)?,
         law,
     };
     let jobs: Vec<(usize, Tilting)> =

@@ -1,12 +1,13 @@
 //! Figures 13 to 15 (section 6.3): drifters and the flows that carry them, recall over training, flows retrieved.
 
-use super::{Part, Request, largest};
+use super::{Part, Request, axis, largest, log_axis, mark, table};
 use crate::Cpu;
+use crate::checkpoint::{METRICS, SUMMARY};
 use crate::config::{Config, Partial};
 use crate::data::ocean::{COEFFICIENTS, Flow, HORIZON, Ocean, Recording, START};
 use crate::data::{DataError, Side, SideOf, Source, Split, Table};
 use crate::experiments::{Error, Model, Outcome, resolve, retrieval, run};
-use crate::plot::{self, Axis, Criterion, Figure, Mark, Panel, Shape, Style};
+use crate::plot::{Axis, Criterion, Figure, Panel, Shape, Style};
 use crate::tasks::retrieval::top_k;
 use crate::train::Progress;
 use rayon::prelude::*;
@@ -46,7 +47,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
 
 /// The figures of a run of these settings.
 fn draw(config: &Config, dir: &Path, observe: &mut dyn FnMut(Progress)) -> Result<Vec<Figure>, Error> {
-    let resume = !dir.join("summary.json").exists();
+    let resume = !dir.join(SUMMARY).exists();
     let outcome = run(&mut Cpu::new(), config, dir, resume, &AtomicBool::new(false), observe)?;
     let model = Model::load(dir)?;
     let split = model.data()?;
@@ -76,11 +77,11 @@ fn drifters(ocean: &Ocean) -> Figure {
     let theory = dt.map(|x| [x, errors[1] * (x / dt[1]).powi(4)]).to_vec();
     panels.push(Panel {
         title: "error of the drifter's last position".into(),
-        x: Axis { label: "time step".into(), log: true, ..Axis::default() },
-        y: Axis { label: format!("geometric mean of {CHECKED} flows"), log: true, ..Axis::default() },
+        x: log_axis("time step"),
+        y: log_axis(&format!("geometric mean of {CHECKED} flows")),
         marks: vec![
-            Mark { label: "order 4".into(), style: Style::Theory, shape: Shape::Line(theory) },
-            Mark { label: "Runge-Kutta".into(), style: DRIFTER, shape: Shape::Points(points) },
+            mark("order 4", Style::Theory, Shape::Line(theory)),
+            mark("Runge-Kutta", DRIFTER, Shape::Points(points)),
         ],
         equal: false,
     });
@@ -102,30 +103,32 @@ fn drifters(ocean: &Ocean) -> Figure {
         columns: 2,
         tables: Vec::new(),
         criteria: vec![
-            criterion(
-                format!(
+            Criterion {
+                claim: format!(
                     "the velocity has no divergence: below 1e-9 at {CHECKED} points, where its derivatives are about 100"
                 ),
-                format!("{divergence:.1e}"),
-                divergence < 1e-9,
-            ),
-            criterion(
-                "halving the time step divides the error by 2^p, 3.9 <= p <= 4.1".into(),
-                format!("p = {order:.3}"),
-                (3.9..=4.1).contains(&order),
-            ),
-            criterion(
-                format!("dx/dt is the velocity on the recorded positions of {CHECKED} drifters to 1e-8, of about 10"),
-                format!("{residual:.1e}"),
-                residual < 1e-8,
-            ),
+                found: format!("{divergence:.1e}"),
+                passed: divergence < 1e-9,
+            },
+            Criterion {
+                claim: "halving the time step divides the error by 2^p, 3.9 <= p <= 4.1".into(),
+                found: format!("p = {order:.3}"),
+                passed: (3.9..=4.1).contains(&order),
+            },
+            Criterion {
+                claim: format!(
+                    "dx/dt is the velocity on the recorded positions of {CHECKED} drifters to 1e-8, of about 10"
+                ),
+                found: format!("{residual:.1e}"),
+                passed: residual < 1e-8,
+            },
         ],
     }
 }
 
 /// Figure 14: recall after every epoch.
 fn over_training(dir: &Path, outcome: &Outcome, split: &Split) -> Result<Figure, Error> {
-    let lines = epochs(&dir.join("metrics.jsonl"))?;
+    let lines = epochs(&dir.join(METRICS))?;
     let last = lines.last().expect("a finished run has an epoch");
     let pairs = retrieval::pairs(split);
     let number = |value: &Value| value.as_f64().expect("training wrote a number");
@@ -137,20 +140,19 @@ fn over_training(dir: &Path, outcome: &Outcome, split: &Split) -> Result<Figure,
             let at = |line: &Value| {
                 [number(&line["epoch"]) + 1.0, 100.0 * number(&line[format!("recall_{set}_{way}_at_{k}")])]
             };
-            let shape = Shape::Line(lines.iter().map(at).collect());
-            Mark { label: label.into(), style: Style::Series(color), shape }
+            mark(label, Style::Series(color), Shape::Line(lines.iter().map(at).collect()))
         };
         let chance = 100.0 * k as f64 / pairs as f64;
         let chance = Shape::Line([0, lines.len()].map(|epoch| [epoch as f64, chance]).to_vec());
         Panel {
             title: format!("{title}, R@{k}"),
-            x: Axis { label: "epoch".into(), range: Some([0.0, lines.len() as f64]), ..Axis::default() },
+            x: Axis { range: Some([0.0, lines.len() as f64]), ..axis("epoch") },
             // From below 0, or chance would lie on the axis.
-            y: Axis { label: format!("% of {pairs} pairs"), range: Some([-2.0, 100.0]), ..Axis::default() },
+            y: Axis { range: Some([-2.0, 100.0]), ..axis(&format!("% of {pairs} pairs")) },
             marks: vec![
                 series("train", "training pairs", 0),
                 series("test", "held-out pairs", 1),
-                Mark { label: "chance".into(), style: Style::Theory, shape: chance },
+                mark("chance", Style::Theory, chance),
             ],
             equal: false,
         }
@@ -172,18 +174,18 @@ fn over_training(dir: &Path, outcome: &Outcome, split: &Split) -> Result<Figure,
             .into(),
         panels: [1, 5].into_iter().flat_map(|k| ways.map(|way| panel(way, k))).collect(),
         columns: 2,
-        tables: vec![plot::Table {
-            title: format!("all {test} held-out pairs after training"),
-            columns: ["", "R@1", "R@5"].map(String::from).to_vec(),
-            rows: ways.into_iter().map(row).chain([chances]).collect(),
-        }],
-        criteria: vec![criterion(
-            format!(
+        tables: vec![table(
+            &format!("all {test} held-out pairs after training"),
+            &["", "R@1", "R@5"],
+            ways.into_iter().map(row).chain([chances]).collect(),
+        )],
+        criteria: vec![Criterion {
+            claim: format!(
                 "after training, R@5 among {pairs} held-out pairs is at least {ABOVE_CHANCE} times chance, both ways"
             ),
-            format!("{} and {}; chance {}", percent(found[0]), percent(found[1]), percent(chance)),
-            found.iter().all(|&found| found >= ABOVE_CHANCE * chance),
-        )],
+            found: format!("{} and {}; chance {}", percent(found[0]), percent(found[1]), percent(chance)),
+            passed: found.iter().all(|&found| found >= ABOVE_CHANCE * chance),
+        }],
     })
 }
 
@@ -207,7 +209,7 @@ fn retrieved(model: &Model, test: &dyn Source, ocean: &Ocean) -> Result<Figure, 
     let embed = |side| model.embed_in_memory(&Cpu::new(), side, &SideOf(test, side));
     let [u, v] = [embed(Side::U)?, embed(Side::V)?];
     let [u, v] = [&u, &v].map(|data| Table { data, dim: model.config.dim });
-    let best = top_k(model.tilting(), &v, &u, k).indices;
+    let best = top_k(model.tilting(), &v, &u, k)?.indices;
     let best = |i: usize| &best[i * k..][..k];
     let place = |i: usize| best(i).iter().position(|&j| j == i);
 
@@ -273,26 +275,23 @@ fn retrieved(model: &Model, test: &dyn Source, ocean: &Ocean) -> Result<Figure, 
         columns: 1 + k.min(3),
         tables: Vec::new(),
         criteria: vec![
-            criterion(
-                format!(
-                    "the true flow is among the best five of {n} for at least {ABOVE_CHANCE} times as many drifters as by chance"
+            Criterion {
+                claim: format!(
+                    "the true flow is among the best five of {n} for at least {ABOVE_CHANCE} times as many drifters as \
+                     by chance"
                 ),
-                format!("{:.2}% of {n}; chance {:.2}%", 100.0 * share, 100.0 * chance),
-                share >= ABOVE_CHANCE * chance,
-            ),
-            criterion(
-                "where the flow found first is a wrong one, its velocity on the drifter's path has a correlation of \
-                 at least 0.5 with the true one (median)"
+                found: format!("{:.2}% of {n}; chance {:.2}%", 100.0 * share, 100.0 * chance),
+                passed: share >= ABOVE_CHANCE * chance,
+            },
+            Criterion {
+                claim: "where the flow found first is a wrong one, its velocity on the drifter's path has a \
+                        correlation of at least 0.5 with the true one (median)"
                     .into(),
-                format!("{found:.3} for {} drifters; {any:.3} for any other flow", wrong.len()),
-                wrong.is_empty() || found >= 0.5,
-            ),
+                found: format!("{found:.3} for {} drifters; {any:.3} for any other flow", wrong.len()),
+                passed: wrong.is_empty() || found >= 0.5,
+            },
         ],
     })
-}
-
-fn criterion(claim: String, found: String, passed: bool) -> Criterion {
-    Criterion { claim, found, passed }
 }
 
 /// The middle one; 0 of none.
@@ -317,14 +316,14 @@ fn torus(title: String, flow: &Flow, field: Style, paths: &[(&str, Style, Vec<[f
     let levels = (low.ceil() as i64..=high.floor() as i64).map(|level| level as f64 * APART).collect();
     let shape = Shape::Contours { x: grid.clone(), y: grid, values, levels };
     let label = if field == Style::Truth { "stream function" } else { "stream function of the flow found" };
-    let mut marks = vec![Mark { label: label.into(), style: field, shape }];
+    let mut marks = vec![mark(label, field, shape)];
     for (label, style, path) in paths {
         let pieces = wrapped(path).into_iter();
-        marks.extend(pieces.map(|piece| Mark { label: (*label).into(), style: *style, shape: Shape::Line(piece) }));
+        marks.extend(pieces.map(|piece| mark(*label, *style, Shape::Line(piece))));
     }
-    marks.push(Mark { label: "start".into(), style: DRIFTER, shape: Shape::Points(vec![START]) });
-    let axis = |label: &str| Axis { label: label.into(), range: Some([0.0, 1.0]), ..Axis::default() };
-    Panel { title, x: axis("x1"), y: axis("x2"), marks, equal: true }
+    marks.push(mark("start", DRIFTER, Shape::Points(vec![START])));
+    let unit = |label| Axis { range: Some([0.0, 1.0]), ..axis(label) };
+    Panel { title, x: unit("x1"), y: unit("x2"), marks, equal: true }
 }
 
 /// A line through the plane as lines through the unit square: cut where it crosses the border, each part moved in.
