@@ -9,12 +9,14 @@ mod twin;
 
 use common::{Case, Data, Moment, OBJECTIVES, Positive, options, relative, wide};
 use contrastive::data::Table;
-use contrastive::device::cuda::Buffer;
 use contrastive::device::cuda::card::Card;
-use contrastive::device::cuda::contrast::{Block, Cuda};
+use contrastive::device::cuda::contrast::{Block, Rows};
 use contrastive::device::cuda::random::normals;
 use contrastive::device::cuda::search::Searcher;
-use contrastive::objective::{Gradients, Objective, Precision, Storage, Tilting, Value, Write, pairing, reference};
+use contrastive::device::cuda::{Buffer, Cuda};
+use contrastive::objective::{
+    Gradients, LossError, Objective, Pairs, Precision, Storage, Tilting, Value, Write, pairing, reference,
+};
 use contrastive::tasks::retrieval::{recall, recall_on, top_k, top_k_on};
 use contrastive::{Batch, Engine, Loss, Matrix};
 use half::{bf16, f16};
@@ -202,9 +204,9 @@ fn conforms(capability: [u32; 2], precision: Precision) {
     println!("{capability:?} {precision:?}: largest error {largest:.1e} at {at:?}");
 }
 
-/// Holds all `cases` to their bounds; the largest error, and whose it is.
+/// Holds all `cases` to their bounds, and tells of all that are beyond; the largest error, and whose it is.
 fn hold<C: Card>(engine: &mut Cuda<C>, precision: Precision, cases: &[Case]) -> (f64, Option<Case>) {
-    let mut largest = (0.0, None);
+    let (mut largest, mut beyond) = ((0.0, None), vec![]);
     // References of a few cases at once, for processors that wait for a card.
     for cases in cases.chunks(32) {
         let known: Vec<_> = cases
@@ -224,19 +226,20 @@ fn hold<C: Card>(engine: &mut Cuda<C>, precision: Precision, cases: &[Case]) -> 
             let found = errors(&got, &want, case);
             let most = 1e-2;
             // What is left when unit rows and features are rounded first is the engine's own: the rounding of G.
-            let off = if let Some(naive) = naive {
-                let bound = most + 2.0 * worst(errors(&naive, &want, case));
-                assert!(worst(found) < bound, "{precision:?} {found:?}, bound {bound:e}: {case:?}");
-                worst(errors(&got, &naive, case))
-            } else {
-                worst(found)
+            let (off, bound) = match naive {
+                Some(naive) => (worst(errors(&got, &naive, case)), most + 2.0 * worst(errors(&naive, &want, case))),
+                None => (worst(found), most),
             };
-            assert!(off < most, "{precision:?} {off:e}, {found:?}: {case:?}");
+            let within = worst(found) < bound && off < most;
+            if !within {
+                beyond.push(format!("{off:e}, {found:?}, bound {bound:e}: {case:?}"));
+            }
             if off > largest.0 {
                 largest = (off, Some(*case));
             }
         }
     }
+    assert!(beyond.is_empty(), "{precision:?}, {} of {} cases:\n{}", beyond.len(), cases.len(), beyond.join("\n"));
     largest
 }
 
@@ -318,11 +321,13 @@ fn normals_on_the_card_are_the_hosts() {
         (0..len.div_ceil(4) as u64).flat_map(|index| kernels::random::normals(5, 1, index, f32::sqrt)).collect();
     let mut got = vec![0f32; len];
     normals::<f32, _>(&card, len, 5, 1).unwrap().download(.., &mut got).unwrap();
-    let far = got.iter().zip(&host).position(|(got, want)| (got - want).abs() > 1e-5 * want.abs().max(1.0));
+    // A NaN is within no bound.
+    let near = |got: f32, want: f32, bound: f32| (got - want).abs() <= bound;
+    let far = got.iter().zip(&host).position(|(got, want)| !near(*got, *want, 1e-5 * want.abs().max(1.0)));
     assert!(far.is_none(), "{far:?}");
     let mut halves = vec![bf16::ZERO; len];
     normals::<bf16, _>(&card, len, 5, 1).unwrap().download(.., &mut halves).unwrap();
-    let far = halves.iter().zip(&host).position(|(got, want)| (got.to_f32() - want).abs() > want.abs() / 255.0);
+    let far = halves.iter().zip(&host).position(|(got, want)| !near(got.to_f32(), *want, want.abs() / 255.0));
     assert!(far.is_none(), "{far:?}");
 }
 
@@ -367,13 +372,15 @@ fn embeddings_on_the_card_are_the_same_loss() {
         let mut du = Buffer::of(&card, &vec![f32::NAN; u.len()]).unwrap();
         let mut dv = Buffer::of(&card, &vec![1f32; v.len()]).unwrap();
         let gradients = [Some(Write::Set(&mut du)), Some(Write::Add(&mut dv))];
-        let value = engine.loss_on_card(&case.loss(), [&on_u, &on_v], case.d, None, gradients).unwrap();
+        let value =
+            engine.loss_on_card(&case.loss(), &Pairs::default(), [&on_u, &on_v], case.d, None, gradients).unwrap();
         let (mut got_u, mut got_v) = (vec![0f32; u.len()], vec![0f32; v.len()]);
         du.download(.., &mut got_u).unwrap();
         dv.download(.., &mut got_v).unwrap();
         assert_eq!((value, &got_u), (host.value, &host.u));
         assert!(got_v.iter().zip(&host.v).all(|(g, h)| *g == 1.0 + h));
-        let wrong = engine.loss_on_card(&case.loss(), [&on_u, &on_v], 7, None, [None, None]).unwrap_err();
+        let wrong =
+            engine.loss_on_card(&case.loss(), &Pairs::default(), [&on_u, &on_v], 7, None, [None, None]).unwrap_err();
         assert!(wrong.to_string().contains("rows of 7"), "{wrong}");
         found.push(host);
     }
@@ -482,13 +489,13 @@ fn search_is_that_of_the_cpu() {
             let mut device = Searcher::new(&card);
             assert_eq!(
                 top_k_on(&mut device, tilting, &u, &v, k).unwrap(),
-                top_k(tilting, &u, &v, k),
+                top_k(tilting, &u, &v, k).unwrap(),
                 "{tilting:?} {n} {m}"
             );
             if n == m {
                 assert_eq!(
                     recall_on(&mut device, tilting, &u, &v).unwrap(),
-                    recall(tilting, &u, &v),
+                    recall(tilting, &u, &v).unwrap(),
                     "{tilting:?} {n}"
                 );
             }
@@ -508,15 +515,110 @@ fn features_on_the_card_are_the_same_loss() {
         let [u, v, x, y] = [&data.u, &data.v, &data.feature_u, &data.feature_v].map(|x| Buffer::of(&card, x).unwrap());
         let mut du = Buffer::of(&card, &vec![f32::NAN; u.len()]).unwrap();
         let gradients = [Some(Write::Set(&mut du)), None];
-        let value = engine.loss_on_card(&case.loss(), [&u, &v], 6, Some([&x, &y]), gradients).unwrap();
+        let value =
+            engine.loss_on_card(&case.loss(), &Pairs::default(), [&u, &v], 6, Some([&x, &y]), gradients).unwrap();
         let mut got = vec![0f32; u.len()];
         du.download(.., &mut got).unwrap();
         assert!(host.value.loss != 0.0 && got.iter().any(|g| *g != 0.0));
         assert_eq!((value.loss, value.grad_tau, &got), (host.value.loss, host.value.grad_tau, &host.u));
-        let none = engine.loss_on_card(&case.loss(), [&u, &v], 6, None, [None, None]).unwrap_err();
+        let none = engine.loss_on_card(&case.loss(), &Pairs::default(), [&u, &v], 6, None, [None, None]).unwrap_err();
         assert!(none.to_string().contains("moments"), "{none}");
         let short = Buffer::of(&card, &data.feature_u[1..]).unwrap();
-        let torn = engine.loss_on_card(&case.loss(), [&u, &v], 6, Some([&short, &y]), [None, None]).unwrap_err();
+        let torn = engine
+            .loss_on_card(&case.loss(), &Pairs::default(), [&u, &v], 6, Some([&short, &y]), [None, None])
+            .unwrap_err();
         assert!(torn.to_string().contains("data of u"), "{torn}");
+    }
+}
+
+/// Rows of f32 or of halves at raw addresses give the reference's loss, set or added, with pairs of every kind and with MMD's
+/// features; addresses of which there could be no loss are refused.
+#[test]
+fn raw_addresses_are_the_same_loss() {
+    let precision = Precision::Bf16;
+    let with = |case| Case { positive: Positive::Groups, ignore: true, weights: true, ..case };
+    let cases = [
+        with(Case::new(Tilting::Cosine, OBJECTIVES[1], 70, 40, 6)),
+        with(Case::new(Tilting::L2, OBJECTIVES[6], 40, 70, 5)),
+        with(Case::new(Tilting::Dot, OBJECTIVES[7], 40, 70, 6)),
+        Case::new(Tilting::Dot, Objective::JointMmd, 40, 70, 6),
+    ];
+    for (case, capability) in cases.into_iter().zip([PORTABLE, HOPPER, PORTABLE, HOPPER]) {
+        let mut data = case.data();
+        round(&mut data.u, precision);
+        round(&mut data.v, precision);
+        let rounded = case.tilting == Tilting::Cosine || case.moment != Moment::None;
+        let (loss, pairs) = (case.loss(), data.batch(&case).pairs);
+        let want = if rounded {
+            careful(&case, &data, precision)
+        } else {
+            reference::loss(&loss, &data.batch(&case)).unwrap()
+        };
+        let card = Arc::new(Machine::new(capability, 3));
+        let mut engine = Cuda::new(&card, precision);
+        let counts = [case.n, case.m];
+        let singles = [&data.u, &data.v].map(|x| Buffer::of(&card, x).unwrap());
+        let halves = [&data.u, &data.v].map(|x| {
+            let x: Vec<_> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+            Buffer::of(&card, &x).unwrap()
+        });
+        let features = (case.moment != Moment::None).then(|| {
+            [(&data.feature_u, case.n), (&data.feature_v, case.m)]
+                .map(|(x, rows)| (Buffer::of(&card, x).unwrap(), rows))
+        });
+        let features = features.as_ref().map(|f| {
+            f.each_ref().map(|(x, rows)| Rows {
+                at: x.ptr(..).unwrap().cast(),
+                singles: true,
+                rows: *rows,
+                dim: x.len() / rows,
+            })
+        });
+        let rows_at = |at: [*const (); 2], singles| {
+            [0, 1].map(|which| Rows { at: at[which], singles, rows: counts[which], dim: case.d })
+        };
+        let from = [
+            rows_at(singles.each_ref().map(|x| x.ptr(..).unwrap().cast()), true),
+            rows_at(halves.each_ref().map(|x| x.ptr(..).unwrap().cast()), false),
+        ];
+        for rows in from {
+            // One is there already, and is added to or is not.
+            let mut grads = counts.map(|count| Buffer::of(&card, &vec![1f32; count * case.d]).unwrap());
+            let [du, dv] = grads.each_mut().map(|g| g.ptr_mut(..).unwrap());
+            let out = [Some(Write::Set(du)), Some(Write::Add(dv))];
+            // SAFETY: addresses of buffers of these rows, which live and are nobody else's.
+            let value = unsafe { engine.loss_at(&loss, precision, &pairs, rows, features, out) }.unwrap();
+            let [u, v] = grads.map(|g| {
+                let mut got = vec![0f32; g.len()];
+                g.download(.., &mut got).unwrap();
+                got
+            });
+            let v = v.iter().map(|g| g - 1.0).collect();
+            let off = worst(errors(&Got { value, u, v, offset: vec![] }.wide(), &want, &case));
+            assert!(off < 1e-2, "{off:e}, singles {}: {case:?}", rows[0].singles);
+        }
+        let [u, v] = from[0];
+        let mut refused = |pairs: &Pairs<'_>, rows, features, out| {
+            // SAFETY: addresses of buffers that live, or what is refused before it is read.
+            let refused = unsafe { engine.loss_at(&loss, precision, pairs, rows, features, out) }.unwrap_err();
+            assert!(matches!(refused, LossError::Shape { .. } | LossError::Parameter { .. }), "{refused}");
+            refused.to_string()
+        };
+        let mut expect = |what: &str, pairs: &Pairs<'_>, rows, features, out| {
+            let why = refused(pairs, rows, features, out);
+            assert!(why.starts_with(what), "{what}: {why}");
+        };
+        expect("columns of v", &pairs, [u, Rows { dim: case.d - 1, ..v }], features, [None; 2]);
+        expect("u: ", &pairs, [Rows { at: std::ptr::null(), ..u }, v], features, [None; 2]);
+        expect("v: ", &pairs, [u, Rows { rows: 0, ..v }], features, [None; 2]);
+        expect("u: ", &pairs, [u, v].map(|r| Rows { dim: 0, ..r }), features, [None; 2]);
+        expect("gradient of v", &pairs, [u, v], features, [None, Some(Write::Add(std::ptr::null_mut()))]);
+        let (few, many) = (vec![0; 3], vec![0; case.m]);
+        expect("ignore ids of u", &Pairs { ignore: Some((&few, &many)), ..pairs }, [u, v], features, [None; 2]);
+        if let Some([x, y]) = features {
+            expect("moments", &pairs, [u, v], None, [None; 2]);
+            expect("rows of data of v", &pairs, [u, v], Some([x, Rows { rows: 3, ..y }]), [None; 2]);
+            expect("data of u", &pairs, [u, v], Some([Rows { at: std::ptr::null(), ..x }, y]), [None; 2]);
+        }
     }
 }

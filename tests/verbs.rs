@@ -7,12 +7,12 @@
 mod twin;
 
 use contrastive::Cpu;
-use contrastive::device::cuda::contrast::Cuda;
+use contrastive::device::cuda::{Buffer, Cuda};
 use contrastive::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, Embeddings, Features, Gemm, Norm, Pool, Pooling, Scalars,
     View, ViewMut,
 };
-use contrastive::objective::{Loss, Objective, Precision, Tilting, Write};
+use contrastive::objective::{Loss, Objective, Pairs, Precision, Tilting, Write};
 use half::bf16;
 use std::sync::Arc;
 use twin::Machine;
@@ -404,7 +404,9 @@ fn a_loss_at_learned_scalars_is_the_loss_at_these_scalars() {
         let loss = Loss { tilting, objective, tau, smoothing };
         let name = format!("{loss:?} on {capability:?}");
         let gradients = [&mut want_du, &mut want_dv].map(|d| Some(Write::Set(d)));
-        let want = device.loss_on_card(&loss, [&u, &v], dim, mmd.then_some(data.each_ref()), gradients).unwrap();
+        let want = device
+            .loss_on_card(&loss, &Pairs::default(), [&u, &v], dim, mmd.then_some(data.each_ref()), gradients)
+            .unwrap();
 
         // What the loss itself says is not looked at.
         let wrong = match objective {
@@ -442,6 +444,44 @@ fn a_loss_at_learned_scalars_is_the_loss_at_these_scalars() {
             let off = (f64::from(found) - wanted).abs();
             assert!(off < 2e-5 * wanted.abs().max(1.0), "{name}: {found} and {wanted}");
         }
+    }
+}
+
+// A loss of another size takes the ids' place between a step and the next: it is recorded all the same, later.
+#[test]
+fn a_step_is_recorded_though_other_work_comes_between() {
+    let card = Arc::new(Machine::new([8, 0], 9).with_graphs(true));
+    let mut device = Cuda::new(&card, Precision::Bf16);
+    let (rows, dim) = (20, 4);
+    let x = Buffer::of(&card, &Rng(4).vec(rows * dim)).unwrap();
+    let [mut du, mut dv] = [0, 1].map(|_| device.alloc(rows * dim));
+    let [params, mut out] = [1, 4].map(|len| device.alloc(len));
+    let objective = Objective::Conditional { lambda_u: 1.0, lambda_v: 1.0 };
+    let loss = Loss { tilting: Tilting::Dot, objective, tau: 1.0, smoothing: 0.0 };
+    let few = Buffer::of(&card, &Rng(4).vec(3 * dim)).unwrap();
+    let mut recorded = Default::default();
+    let mut found = vec![];
+    for step in 0..5 {
+        let mut work = |device: &mut Cuda<Machine>| {
+            let all_of_x = || all(&x, rows * dim);
+            let embeddings =
+                Embeddings { u: all_of_x(), v: all_of_x(), rows, dim, precision: Precision::Bf16, moments: None };
+            let scalars = Scalars { logit_scale: Some(all(&params, 1)), bias: None, out: all_mut(&mut out, 4) };
+            let gradients = [&mut du, &mut dv].map(|d| Write::Set(all_mut(d, rows * dim)));
+            device.contrast(&loss, embeddings, gradients, scalars)
+        };
+        device.repeat(&mut recorded, &mut work).unwrap();
+        let mut value = [f32::NAN; 4];
+        device.download(all(&out, 4), &mut value);
+        found.push(value.map(f32::to_bits));
+        if step == 0 {
+            device.loss_on_card(&loss, &Pairs::default(), [&few, &few], dim, None, [None, None]).unwrap();
+        }
+    }
+    assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{found:?}");
+    match card.replays() {
+        Some(replays) => assert_eq!(replays, 3),
+        None => println!("skipped: a card does not count its replays"),
     }
 }
 
@@ -539,6 +579,8 @@ fn a_step_waits_for_nobody_and_allocates_nothing() {
         assert_eq!(few, allocations, "allocations");
         // A checkpoint is due by the clock; its waits are fewer than one for each step more.
         assert!(waits.abs_diff(few_waits) < 6, "{waits} waits, not {few_waits}");
+    } else {
+        println!("skipped: a card counts neither waits nor allocations");
     }
 }
 

@@ -3,8 +3,9 @@ our own times; and LeNet's training at batch 512, eager and as a CUDA graph.
 
     peers.py LOSS.jsonl LENET.jsonl OUT.json
 
-LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. A size
-at which a peer runs out of memory has null. `part_of_ceiling`: our 8 N M D operations a second over the library's product's.
+LOSS.jsonl: lines of `contrastive bench loss --json`; LENET.jsonl: the metrics.jsonl of `contrastive train digits`. Where a peer
+fails, of memory say, it has null, and its words are under `failed`. `part_of_ceiling`: our 8 N M D operations a second over the
+library's product's. OUT.json is written anew after each row, so that what ends this early costs no more than a row.
 """
 
 import json
@@ -41,33 +42,44 @@ def matrix_product():
 
 
 def milliseconds(f, n, d):
-    """Median of repeated runs over inputs that take turns; None when memory does not suffice."""
+    """Median of repeated runs over inputs that take turns."""
+    sets = [
+        [torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)] for _ in range(3)
+    ]
+
+    def run(i):
+        u, v = sets[i % len(sets)]
+        u.grad = v.grad = None
+        f(u, v).backward()
+
+    for i in range(6):
+        run(i)
+    times = []
+    while len(times) < 9 or (sum(times) < 1000 and len(times) < 200):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(len(times))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def compiled(n, d):
+    """The same of the compiled loss. Each size is compiled for itself, and from the ninth on the compiler would leave it eager."""
+    torch._dynamo.reset()
+    return milliseconds(torch.compile(loss, dynamic=False), n, d)
+
+
+def attempt(row, name, f, *args):
+    """What `f` finds goes to the row; of a failure, its words."""
+    row[name] = None
     try:
-        sets = [
-            [torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
-            for _ in range(3)
-        ]
-
-        def run(i):
-            u, v = sets[i % len(sets)]
-            u.grad = v.grad = None
-            f(u, v).backward()
-
-        for i in range(6):
-            run(i)
-        times = []
-        while len(times) < 9 or (sum(times) < 1000 and len(times) < 200):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(len(times))
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
-    except torch.cuda.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.empty_cache()
+        row[name] = f(*args)
+    except Exception as e:
+        row.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
+    # Not before the exception is gone, which holds the tensors of what failed.
+    torch.cuda.empty_cache()
 
 
 BATCH = 512
@@ -127,10 +139,13 @@ def samples_per_s(step, index):
     return statistics.median(rates[2:])
 
 
-def lenet():
-    """Rates of eager steps and of a graph of one."""
-    step, index = lenet_step()
-    eager = samples_per_s(step, index)
+def eager_rate():
+    """Of LeNet's steps one by one."""
+    return samples_per_s(*lenet_step())
+
+
+def graph_rate():
+    """Of a graph of such a step."""
     step, index = lenet_step()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -146,34 +161,55 @@ def lenet():
         graph.replay()
         return loss
 
-    return {"eager": eager, "graph": samples_per_s(replay, index)}
+    return samples_per_s(replay, index)
+
+
+def lines(path):
+    """What is JSON of a file's lines: a program that was ended may have written half of the last."""
+    found = []
+    with open(path) as file:
+        for line in file:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                print(f"{path}: not JSON: {line!r}", flush=True)
+    return found
+
+
+def our_rate(trained):
+    """The first epochs load kernels and record the step."""
+    return statistics.median([line["samples_per_s"] for line in lines(trained)][2:])
 
 
 def main():
     ours, trained, out = sys.argv[1:]
-    rows = []
-    ceiling = matrix_product()
-    for line in open(ours):
-        own = json.loads(line)
-        n, d = own["n"], own["d"]
-        row = {"n": n, "d": d, "ours": own["median_ms"]}
-        row["part_of_ceiling"] = 8 * n * n * d / own["median_ms"] / 1e9 / ceiling
-        row["eager"] = milliseconds(loss, n, d)
-        # The compiler gives up less gracefully: where the plain program does not fit, neither is it asked.
-        row["compiled"] = milliseconds(torch.compile(loss, dynamic=False), n, d) if row["eager"] else None
-        peers = [row[p] for p in ("eager", "compiled") if row[p]]
-        row["ratio"] = min(peers) / row["ours"] if peers else None
-        print(row, flush=True)
-        rows.append(row)
-    # The first epoch loads kernels and records the step.
-    own = statistics.median([json.loads(line)["samples_per_s"] for line in open(trained)][2:])
-    rates = {"ours": own, **lenet()}
-    rates.update(ratio_eager=own / rates["eager"], ratio_graph=own / rates["graph"])
+    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
+    found.update(tflops=matrix_product(), rows=[], lenet_samples_per_s={})
+    rates = found["lenet_samples_per_s"]
+    # First of all: without it there is no ratio, which is said before anything is timed.
+    attempt(rates, "ours", our_rate, trained)
     print(rates, flush=True)
-    found = {"torch": torch.__version__, "card": torch.cuda.get_device_name(), "tflops": ceiling}
-    found.update(rows=rows, lenet_samples_per_s=rates)
-    with open(out, "w") as file:
-        json.dump(found, file, indent=1)
+
+    def save(said):
+        print(said, flush=True)
+        with open(out, "w") as file:
+            json.dump(found, file, indent=1)
+
+    for line in lines(ours):
+        n, d, ms = line["n"], line["d"], line["median_ms"]
+        row = {"n": n, "d": d, "ours": ms, "part_of_ceiling": 8 * n * n * d / ms / 1e9 / found["tflops"]}
+        attempt(row, "eager", milliseconds, loss, n, d)
+        # The compiler gives up less gracefully: where the plain program does not fit, neither is it asked.
+        if row["eager"]:
+            attempt(row, "compiled", compiled, n, d)
+        peers = [row[p] for p in ("eager", "compiled") if row.get(p)]
+        row["ratio"] = min(peers) / ms if peers else None
+        found["rows"].append(row)
+        save(row)
+    for name, f in (("eager", eager_rate), ("graph", graph_rate)):
+        attempt(rates, name, f)
+        rates[f"ratio_{name}"] = rates["ours"] / rates[name] if rates["ours"] and rates[name] else None
+        save(rates)
 
 
 if __name__ == "__main__":

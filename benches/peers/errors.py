@@ -6,6 +6,7 @@ CONTRASTIVE is the built command. PyTorch's program is the ordinary one: embeddi
 f32, gradients by autograd. The reference is the same program in f64. Errors are root mean squares over seeds of
 `|x - reference| / |reference|`, where a gradient counts as no smaller than a thousandth of what a single pair's dL/dS of 1
 makes, and d tau than a tenth of the largest |S| over tau. Needs numpy and torch. Ends with status 1 where ours is the larger one and beyond 1e-2.
+OUT.json is written anew after each case.
 """
 
 import argparse
@@ -88,6 +89,8 @@ def main():
     parser.add_argument("--out")
     args = parser.parse_args()
     half = {"bf16": torch.bfloat16, "f16": torch.float16}[args.precision]
+    about = {"device": args.device, "precision": args.precision, "seeds": args.seeds, "torch": torch.__version__}
+    about["shape"] = [N, N, D]
     table, worse = [], 0
     print(f"{'':34} {'dU, dV':^23} {'d tau':^23}")
     print(f"{'objective':12} {'tilting':8} {'logits':12} {'ours':>11} {'torch':>11} {'ours':>11} {'torch':>11}")
@@ -123,9 +126,8 @@ def main():
             "objective": objective, "tilting": tilting, "logits": size,
             "gradients": [ours[0], others[0]], "grad_tau": [ours[1], others[1]],
         })
-    if args.out:
-        about = {"device": args.device, "precision": args.precision, "seeds": args.seeds, "torch": torch.__version__}
-        pathlib.Path(args.out).write_text(json.dumps({**about, "shape": [N, N, D], "ours_and_torch": table}, indent=1))
+        if args.out:
+            pathlib.Path(args.out).write_text(json.dumps({**about, "ours_and_torch": table}, indent=1))
     sys.exit(worse > 0)
 
 

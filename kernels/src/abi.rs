@@ -1229,21 +1229,22 @@ impl Geometry {
     }
     /// Whether a direct convolution into `outputs` channels has room for its weights and an image.
     pub const fn fits_direct(&self, outputs: u32) -> bool {
-        let (p, channels) = (self.padded_tiles(), self.channels as u64);
-        let weights = outputs.div_ceil(DIRECT_GROUP) as u64 * channels * (4 * self.kernel * self.kernel) as u64;
-        let image = channels * p.lines as u64 * p.pitch as u64;
-        self.is_direct() && 4 * (weights + image) <= DIRECT_SHARED as u64
+        // Wide enough for any two counts of channels.
+        let (p, channels) = (self.padded_tiles(), self.channels as u128);
+        let weights = outputs.div_ceil(DIRECT_GROUP) as u128 * channels * (4 * self.kernel * self.kernel) as u128;
+        let image = channels * p.lines as u128 * p.pitch as u128;
+        self.is_direct() && 4 * (weights + image) <= DIRECT_SHARED as u128
     }
     /// Whether the gradient of a weight of `outputs` channels has a thread for each of its sums, and room for an image
     /// and the output's gradient.
     pub const fn fits_direct_weight(&self, outputs: u32) -> bool {
-        let (p, channels) = (self.padded_runs(), self.channels as u64);
-        let sums = outputs.div_ceil(DIRECT_GROUP) as u64 * channels * self.kernel as u64;
-        let image = channels * p.lines as u64 * p.pitch as u64;
-        let gradient = outputs as u64 * p.down as u64 * (4 * p.across) as u64;
+        let (p, channels) = (self.padded_runs(), self.channels as u128);
+        let sums = outputs.div_ceil(DIRECT_GROUP) as u128 * channels * self.kernel as u128;
+        let image = channels * p.lines as u128 * p.pitch as u128;
+        let gradient = outputs as u128 * p.down as u128 * (4 * p.across) as u128;
         self.is_direct()
-            && sums <= DIRECT_WEIGHT_THREADS as u64
-            && 4 * (image + gradient) <= DIRECT_WEIGHT_SHARED as u64
+            && sums <= DIRECT_WEIGHT_THREADS as u128
+            && 4 * (image + gradient) <= DIRECT_WEIGHT_SHARED as u128
     }
 }
 

@@ -63,6 +63,17 @@ pub unsafe fn none_raised(flags: *const u32, blocks: u32) -> bool {
     ballot(raised != 0) == 0
 }
 
+/// Whether no flag of [`crate::abi::Normalise::far`] is raised of `rows` rows from `row` on; all lanes get the answer.
+///
+/// # Safety
+/// The launch contract: flags of these rows, or null.
+#[inline(always)]
+pub unsafe fn near(far: *const u32, row: u32, rows: u32) -> bool {
+    let first = if far.is_null() { far } else { far.wrapping_add((row / 256) as usize) };
+    // SAFETY: the caller's promise.
+    unsafe { none_raised(first, (row % 256 + rows).div_ceil(256)) }
+}
+
 /// Octaves that a maximum may lie below the anchor: a weight of a softmax times them is a number of f32.
 pub const NEAR: f32 = 100.0;
 

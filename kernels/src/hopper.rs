@@ -21,7 +21,7 @@ use crate::abi::{
 };
 use crate::contrast::{
     Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, Shares, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
-    anchored_weight, apart, exponentials, none_raised, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
+    anchored_weight, apart, exponentials, near, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
 };
 use crate::simt::*;
 
@@ -739,7 +739,7 @@ unsafe fn pull_in_turns<T: Half>(a: &HopperPull, at: u64) {
             let l = &a.logits;
             let holds = anchored(l.flags, l.blocks);
             // No flag is of a row without plain pairs: its maximum may be anywhere.
-            let near = none_raised(a.far_u, l.n.div_ceil(256)) & none_raised(a.far_v, l.m.div_ceil(256));
+            let near = near(a.far_u, a.row, a.rows) & near(a.far_v, a.col, a.cols);
             let shared = holds & near & l.ignore_u.is_null();
             let scale = l.scale * optional(l.live, 0, 1.0);
             let anchor = anchor(scale);

@@ -1,6 +1,6 @@
 //! The host twin as a card: the engine's own launches, run by the kernels' shim.
 
-use contrastive::device::cuda::card::{Card, MapSpec, Swizzle};
+use contrastive::device::cuda::card::{Card, MapSpec};
 use contrastive::device::cuda::{CudaError, Driver};
 use kernels::abi::{Args, Kernel, TensorMap};
 use kernels::simt::shim::{self, Memory};
@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
 
 /// A card of `capability` that runs on this machine. Everything random about it follows from `seed`.
 pub struct Twin {
@@ -95,7 +94,6 @@ unsafe impl<A> Sync for Sent<A> {}
 
 impl Card for Twin {
     type Graph = Graph;
-    type Event = Instant;
 
     fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
         self.allocations.fetch_add(1, Ordering::Relaxed);
@@ -151,16 +149,16 @@ impl Card for Twin {
     fn given_back(&self) -> u64 {
         self.given_back.load(Ordering::Relaxed)
     }
-    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+    fn tensor_map(&self, spec: &MapSpec) -> Result<TensorMap, CudaError> {
         spec.check()?;
-        let [x, y] = spec.dims else { panic!("the twin knows maps of two dimensions") };
+        let [x, y] = spec.dims;
         Ok(shim::MapSpec {
             address: spec.base.addr() as u64,
             size: [x.size as u32, y.size as u32],
             pitch: y.stride,
             tile: [x.tile, y.tile],
-            element: spec.element.bytes() as u32,
-            swizzle: spec.swizzle == Swizzle::B128,
+            element: 2,
+            swizzle: true,
         }
         .encode())
     }
@@ -184,12 +182,6 @@ impl Card for Twin {
         self.replays.fetch_add(1, Ordering::Relaxed);
         graph.iter().for_each(|work| work(self));
         Ok(())
-    }
-    fn mark(&self) -> Result<Instant, CudaError> {
-        Ok(Instant::now())
-    }
-    fn elapsed(&self, from: &Instant, to: &Instant) -> Result<f64, CudaError> {
-        Ok(to.duration_since(*from).as_secs_f64() * 1e3)
     }
 }
 
@@ -258,7 +250,6 @@ macro_rules! each {
 
 impl Card for Machine {
     type Graph = Result<<Driver as Card>::Graph, Graph>;
-    type Event = (Instant, Option<<Driver as Card>::Event>);
 
     fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
         each!(self, c => c.alloc(bytes))
@@ -290,7 +281,7 @@ impl Card for Machine {
     fn synchronise(&self) -> Result<(), CudaError> {
         each!(self, c => c.synchronise())
     }
-    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+    fn tensor_map(&self, spec: &MapSpec) -> Result<TensorMap, CudaError> {
         each!(self, c => c.tensor_map(spec))
     }
     fn free_bytes(&self) -> usize {
@@ -318,16 +309,6 @@ impl Card for Machine {
             // SAFETY: the caller's promise.
             (Machine::Twin(c), Err(graph)) => unsafe { c.replay(graph) },
             _ => panic!("a graph of another card"),
-        }
-    }
-    fn mark(&self) -> Result<Self::Event, CudaError> {
-        let event = if let Machine::Card(c) = self { Some(c.mark()?) } else { None };
-        Ok((Instant::now(), event))
-    }
-    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, CudaError> {
-        match (self, &from.1, &to.1) {
-            (Machine::Card(c), Some(from), Some(to)) => c.elapsed(from, to),
-            _ => Ok(to.0.duration_since(from.0).as_secs_f64() * 1e3),
         }
     }
 }

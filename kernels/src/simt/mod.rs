@@ -50,47 +50,6 @@ pub trait Half: Copy + 'static {
     fn mma(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
         if Self::BF16 { mma_bf16(acc, a, b) } else { mma_f16(acc, a, b) }
     }
-    /// [`mma`](Half::mma) of a warpgroup: 64 x 64 x 16, operands in shared memory, finished by `wgmma_wait`. `A_ALONG_TILE` and
-    /// `B_ALONG_TILE` are 1 where an operand is stored with the tile's rows (columns) running fastest.
-    ///
-    /// # Safety
-    /// Descriptors of live, fenced operands, not overwritten before `wgmma_wait`; all lanes of the warpgroup take part.
-    #[inline(always)]
-    unsafe fn wgmma_n64<const A_ALONG_TILE: u32, const B_ALONG_TILE: u32>(
-        acc: &mut Accumulator<32>,
-        a: u64,
-        b: u64,
-        accumulate: u32,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if Self::BF16 {
-                wgmma_n64_bf16::<A_ALONG_TILE, B_ALONG_TILE>(acc, a, b, accumulate)
-            } else {
-                wgmma_n64_f16::<A_ALONG_TILE, B_ALONG_TILE>(acc, a, b, accumulate)
-            }
-        }
-    }
-    /// The same with A in registers, as [`Half::mma`] takes it.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn wgmma_n64_registers<const B_ALONG_TILE: u32>(
-        acc: &mut Accumulator<32>,
-        a: [u32; 4],
-        b: u64,
-        accumulate: u32,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if Self::BF16 {
-                wgmma_n64_bf16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
-            } else {
-                wgmma_n64_f16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
-            }
-        }
-    }
     /// [`mma`](Half::mma) of a warpgroup: 64 x 128 x 16, operands in shared memory, finished by `wgmma_wait`. `A_ALONG_TILE` and
     /// `B_ALONG_TILE` are 1 where an operand is stored with the tile's rows (columns) running fastest.
     ///
@@ -112,26 +71,6 @@ pub trait Half: Copy + 'static {
             }
         }
     }
-    /// The same with A in registers, as [`Half::mma`] takes it.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn wgmma_n128_registers<const B_ALONG_TILE: u32>(
-        acc: &mut Accumulator<64>,
-        a: [u32; 4],
-        b: u64,
-        accumulate: u32,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if Self::BF16 {
-                wgmma_n128_bf16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
-            } else {
-                wgmma_n128_f16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
-            }
-        }
-    }
     /// [`mma`](Half::mma) of a warpgroup: 64 x 256 x 16, operands in shared memory, finished by `wgmma_wait`. `A_ALONG_TILE` and
     /// `B_ALONG_TILE` are 1 where an operand is stored with the tile's rows (columns) running fastest.
     ///
@@ -150,26 +89,6 @@ pub trait Half: Copy + 'static {
                 wgmma_n256_bf16::<A_ALONG_TILE, B_ALONG_TILE>(acc, a, b, accumulate)
             } else {
                 wgmma_n256_f16::<A_ALONG_TILE, B_ALONG_TILE>(acc, a, b, accumulate)
-            }
-        }
-    }
-    /// The same with A in registers, as [`Half::mma`] takes it.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn wgmma_n256_registers<const B_ALONG_TILE: u32>(
-        acc: &mut Accumulator<128>,
-        a: [u32; 4],
-        b: u64,
-        accumulate: u32,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if Self::BF16 {
-                wgmma_n256_bf16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
-            } else {
-                wgmma_n256_f16_registers::<B_ALONG_TILE>(acc, a, b, accumulate)
             }
         }
     }

@@ -159,17 +159,17 @@ struct Lane {
 /// A lane's share of a `wgmma` that nobody has waited for.
 struct Product {
     acc: Rc<Registers>,
-    a: Left,
-    b: u64,
-    b_along_tile: bool,
+    a: Operand,
+    b: Operand,
     accumulate: bool,
     unpack: fn(u32) -> [f32; 2],
 }
 
-enum Left {
-    Shared { descriptor: u64, along_tile: bool },
-    /// Rows lane/4 and lane/4 + 8.
-    Registers([[f32; 16]; 2]),
+/// An operand of a `wgmma` in shared memory.
+#[derive(Clone, Copy)]
+struct Operand {
+    descriptor: u64,
+    along_tile: bool,
 }
 
 /// What an accumulator is behind its lane's back.
@@ -187,10 +187,10 @@ impl Product {
         let (warp, lane) = (me() as u32 / 32 % 4, me() as u32 % 32);
         let unpack = |word: u16| (self.unpack)(u32::from(word))[0];
         // Eight lanes of a warp read the same column, four the same row: one of them checks.
-        let read = |descriptor: u64, along_tile: bool, index: u32, check: bool| -> [f32; 16] {
+        let read = |operand: Operand, index: u32, check: bool| -> [f32; 16] {
             block(|b| {
                 std::array::from_fn(|k| {
-                    let at = operand(descriptor, along_tile, index, k as u32);
+                    let at = operand.address(index, k as u32);
                     if check {
                         b.check_read(at, 2, "wgmma", true);
                     }
@@ -198,17 +198,11 @@ impl Product {
                 })
             })
         };
-        let row = |half: u32| match &self.a {
-            Left::Registers(rows) => rows[half as usize],
-            Left::Shared { descriptor, along_tile } => {
-                read(*descriptor, *along_tile, warp * 16 + lane / 4 + 8 * half, lane.is_multiple_of(4))
-            }
-        };
-        let rows = [row(0), row(1)];
+        let rows = [0, 8].map(|half| read(self.a, warp * 16 + lane / 4 + half, lane.is_multiple_of(4)));
         for j in 0..self.acc.values.len() / 4 {
             for c in 0..2 {
                 let check = j as u32 % 8 == lane / 4;
-                let col = read(self.b, self.b_along_tile, 8 * j as u32 + 2 * (lane % 4) + c, check);
+                let col = read(self.b, 8 * j as u32 + 2 * (lane % 4) + c, check);
                 for (half, row) in rows.iter().enumerate() {
                     let value = &self.acc.values[4 * j + 2 * half + c as usize];
                     let sum: f32 = row.iter().zip(&col).map(|(a, b)| a * b).sum();
@@ -220,16 +214,18 @@ impl Product {
     }
 }
 
-/// Where element (`index`, k) of the operand behind a descriptor lies: the address is swizzled last, as the card does.
-fn operand(descriptor: u64, along_tile: bool, index: u32, k: u32) -> u32 {
-    let field = |shift: u32| ((descriptor >> shift & 0x3fff) << 4) as u32;
-    let (start, block, group) = (field(0), field(16), field(32));
-    assert_eq!(descriptor >> 62, 1, "wgmma: only the 128-byte swizzle is modelled");
-    swizzle(if along_tile {
-        start + index / 64 * block + k / 8 * group + k % 8 * 128 + index % 64 * 2
-    } else {
-        start + index / 8 * group + index % 8 * 128 + k * 2
-    })
+impl Operand {
+    /// Where element (`index`, k) lies: the address is swizzled last, as the card does.
+    fn address(self, index: u32, k: u32) -> u32 {
+        let field = |shift: u32| ((self.descriptor >> shift & 0x3fff) << 4) as u32;
+        let (start, block, group) = (field(0), field(16), field(32));
+        assert_eq!(self.descriptor >> 62, 1, "wgmma: only the 128-byte swizzle is modelled");
+        swizzle(if self.along_tile {
+            start + index / 64 * block + k / 8 * group + k % 8 * 128 + index % 64 * 2
+        } else {
+            start + index / 8 * group + index % 8 * 128 + k * 2
+        })
+    }
 }
 
 /// A copy on its way.
@@ -1318,47 +1314,33 @@ pub mod words {
 
     fn issue<const N: usize>(
         acc: &mut Accumulator<N>,
-        a: Left,
-        b: u64,
-        b_along_tile: bool,
+        [a, b]: [Operand; 2],
         accumulate: u32,
         unpack: fn(u32) -> [f32; 2],
     ) {
         let fences = block(|b| b.lanes[me()].fences);
         assert!(acc.0.touched.get() < fences, "wgmma: lane {} has not fenced this accumulator since it touched it", me());
         acc.0.flying.set(acc.0.flying.get() + 1);
-        let product =
-            Product { acc: Rc::clone(&acc.0), a, b, b_along_tile, accumulate: accumulate != 0, unpack };
+        let product = Product { acc: Rc::clone(&acc.0), a, b, accumulate: accumulate != 0, unpack };
         block(|b| b.lanes[me()].products.back_mut().expect("an open group").push(product));
-    }
-    fn from_registers(a: [u32; 4], unpack: fn(u32) -> [f32; 2]) -> Left {
-        let all = exchange([a[0], a[1], a[2], a[3], 0, 0, 0, 0]);
-        let row = |half: usize| {
-            std::array::from_fn(|k| unpack(all[lane() as usize / 4 * 4 + k % 8 / 2][half + 2 * (k / 8)])[k % 2])
-        };
-        Left::Registers([row(0), row(1)])
     }
     fn unpack_bf16(x: u32) -> [f32; 2] {
         [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)]
     }
 
     macro_rules! wgmma {
-        ($($name:ident $registers:ident $n:literal $unpack:ident;)*) => {$(
+        ($($name:ident $n:literal $unpack:ident;)*) => {$(
             pub unsafe fn $name<const TA: u32, const TB: u32>(acc: &mut Accumulator<$n>, a: u64, b: u64, accumulate: u32) {
-                issue(acc, Left::Shared { descriptor: a, along_tile: TA == 1 }, b, TB == 1, accumulate, $unpack);
-            }
-            pub unsafe fn $registers<const TB: u32>(acc: &mut Accumulator<$n>, a: [u32; 4], b: u64, accumulate: u32) {
-                issue(acc, from_registers(a, $unpack), b, TB == 1, accumulate, $unpack);
+                let [a, b] = [(a, TA), (b, TB)].map(|(descriptor, along)| Operand { descriptor, along_tile: along == 1 });
+                issue(acc, [a, b], accumulate, $unpack);
             }
         )*};
     }
     wgmma! {
-        wgmma_n64_bf16 wgmma_n64_bf16_registers 32 unpack_bf16;
-        wgmma_n128_bf16 wgmma_n128_bf16_registers 64 unpack_bf16;
-        wgmma_n256_bf16 wgmma_n256_bf16_registers 128 unpack_bf16;
-        wgmma_n64_f16 wgmma_n64_f16_registers 32 unpack_f16;
-        wgmma_n128_f16 wgmma_n128_f16_registers 64 unpack_f16;
-        wgmma_n256_f16 wgmma_n256_f16_registers 128 unpack_f16;
+        wgmma_n128_bf16 64 unpack_bf16;
+        wgmma_n256_bf16 128 unpack_bf16;
+        wgmma_n128_f16 64 unpack_f16;
+        wgmma_n256_f16 128 unpack_f16;
     }
     #[track_caller]
     fn meet_group() {

@@ -5,6 +5,7 @@
 //! Addresses are raw pointers that only the card follows; [`Buffer`] and [`Arena`] own the memory behind them.
 
 use super::CudaError;
+use crate::objective::Precision;
 use bytemuck::Pod;
 use kernels::abi::{Args, Kernel, TensorMap};
 use std::collections::BTreeMap;
@@ -19,8 +20,6 @@ pub const ALIGNMENT: usize = 256;
 pub trait Card: Send + Sync + 'static {
     /// Work recorded by [`Self::capture`].
     type Graph: Send;
-    /// A moment of the queue; see [`Self::mark`].
-    type Event: Send;
 
     /// `bytes` > 0 of memory of arbitrary content, at a multiple of [`ALIGNMENT`].
     ///
@@ -87,11 +86,11 @@ pub trait Card: Send + Sync + 'static {
     /// [`CudaError::Recording`]; [`CudaError::Driver`], also for what failed earlier in the queue.
     fn synchronise(&self) -> Result<(), CudaError>;
 
-    /// A tensor for the TMA unit.
+    /// A matrix for the TMA unit.
     ///
     /// # Errors
     /// [`CudaError::Map`] when [`MapSpec::check`] finds a fault, [`CudaError::Driver`] when the driver does.
-    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError>;
+    fn tensor_map(&self, spec: &MapSpec) -> Result<TensorMap, CudaError>;
 
     /// Bytes that nobody has, of this program or another; 0 where the driver does not say.
     fn free_bytes(&self) -> usize;
@@ -121,51 +120,9 @@ pub trait Card: Send + Sync + 'static {
     /// # Errors
     /// [`CudaError::Driver`].
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), CudaError>;
-
-    /// The moment at which all work given so far will be done.
-    ///
-    /// # Errors
-    /// [`CudaError::Recording`]; [`CudaError::Driver`].
-    fn mark(&self) -> Result<Self::Event, CudaError>;
-
-    /// Milliseconds from one moment of this card to a later one, which it waits for.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, CudaError>;
 }
 
-/// Numbers of a tensor that the TMA unit moves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes.
-    Bf16,
-    /// 2 bytes.
-    F16,
-}
-
-impl Element {
-    /// Bytes of a number.
-    pub fn bytes(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
-    }
-}
-
-/// How a box of a tensor lies in shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Swizzle {
-    /// Row after row.
-    None,
-    /// Rows of 128 bytes, 16-byte pieces permuted by the row's number modulo 8.
-    B128,
-}
-
-/// One dimension of a tensor.
+/// One dimension of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dim {
     /// Indices: those outside read as 0 and are not written.
@@ -176,39 +133,37 @@ pub struct Dim {
     pub tile: u32,
 }
 
-/// A tensor in a card's memory, and the boxes it is moved in.
+/// A matrix of halves in a card's memory, and the boxes it is moved in. In shared memory a box has rows of 128 bytes, whose 16-byte
+/// pieces are permuted by the row's number modulo 8.
 #[derive(Clone, Copy, Debug)]
-pub struct MapSpec<'a> {
+pub struct MapSpec {
     /// Its first number.
     pub base: *const u8,
-    /// Its numbers.
-    pub element: Element,
-    /// Two or three dimensions, the one whose numbers are adjacent first.
-    pub dims: &'a [Dim],
-    /// How a box lies in shared memory.
-    pub swizzle: Swizzle,
+    /// Its numbers, bf16 or f16.
+    pub precision: Precision,
+    /// Columns, whose numbers are adjacent, and rows.
+    pub dims: [Dim; 2],
 }
 
-impl MapSpec<'_> {
+impl MapSpec {
     /// Finds what the TMA unit would not take.
     ///
     /// # Errors
     /// [`CudaError::Map`] says what it needs.
     pub fn check(&self) -> Result<(), CudaError> {
-        let [inner, outer @ ..] = self.dims else { return Err(CudaError::Map("two or three dimensions")) };
-        let row = u64::from(inner.tile) * self.element.bytes();
+        let [cols, rows] = self.dims;
         let faults = [
-            (!(1..=2).contains(&outer.len()), "two or three dimensions"),
+            (self.precision == Precision::F32, "numbers of 16 bits"),
             (self.base.is_null() || !self.base.addr().is_multiple_of(16), "an address that is a multiple of 16"),
-            (inner.stride != self.element.bytes(), "adjacent numbers in the first dimension"),
+            (cols.stride != 2, "adjacent numbers in the first dimension"),
             (
-                outer.iter().any(|d| d.stride == 0 || !d.stride.is_multiple_of(16) || d.stride >= 1 << 40),
+                rows.stride == 0 || !rows.stride.is_multiple_of(16) || rows.stride >= 1 << 40,
                 "strides that are multiples of 16 bytes, below 2^40",
             ),
             (self.dims.iter().any(|d| !(1..=1 << 32).contains(&d.size)), "1 to 2^32 indices a dimension"),
             (self.dims.iter().any(|d| !(1..=256).contains(&d.tile)), "boxes of 1 to 256 indices a dimension"),
-            (!row.is_multiple_of(16), "boxes whose rows are multiples of 16 bytes"),
-            (self.swizzle == Swizzle::B128 && row > 128, "boxes with rows of at most 128 bytes, to be swizzled"),
+            (!(2 * cols.tile).is_multiple_of(16), "boxes whose rows are multiples of 16 bytes"),
+            (2 * cols.tile > 128, "boxes with rows of at most 128 bytes, to be swizzled"),
         ];
         faults.into_iter().find(|(fault, _)| *fault).map_or(Ok(()), |(_, needs)| Err(CudaError::Map(needs)))
     }
@@ -464,8 +419,8 @@ mod tests {
     use kernels::abi::Tally;
     use kernels::entries::TALLY_BF16;
     use std::alloc::{Layout, alloc, dealloc};
+    use std::ptr::null;
     use std::sync::Mutex;
-    use std::time::Instant;
 
     /// A card of host memory, which writes down what it is given and starts no kernel.
     #[derive(Default)]
@@ -535,7 +490,6 @@ mod tests {
 
     impl Card for Host {
         type Graph = Vec<Launch>;
-        type Event = Instant;
 
         fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
             assert_ne!(bytes, 0);
@@ -607,7 +561,7 @@ mod tests {
             self.outside_a_recording("synchronise")
         }
 
-        fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+        fn tensor_map(&self, spec: &MapSpec) -> Result<TensorMap, CudaError> {
             spec.check()?;
             Ok(TensorMap([spec.base.addr() as u64; 16]))
         }
@@ -639,14 +593,6 @@ mod tests {
         unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), CudaError> {
             self.work.lock().unwrap().launches.extend_from_slice(graph);
             Ok(())
-        }
-
-        fn mark(&self) -> Result<Self::Event, CudaError> {
-            self.outside_a_recording("mark").map(|()| Instant::now())
-        }
-
-        fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, CudaError> {
-            Ok(to.duration_since(*from).as_secs_f64() * 1e3)
         }
     }
 
@@ -785,8 +731,6 @@ mod tests {
         let refused = card.capture(|| buffer.upload(.., &[0.0; 8]));
         assert_eq!(refused, Err(CudaError::Recording { call: "upload" }));
         card.synchronise().unwrap();
-        let moments = [card.mark().unwrap(), card.mark().unwrap()];
-        assert!(card.elapsed(&moments[0], &moments[1]).unwrap() >= 0.0);
     }
 
     #[test]
@@ -794,13 +738,12 @@ mod tests {
         let card = Host::new();
         let x = Buffer::<u16, _>::new(&card, 64 * 96).unwrap();
         let dims = [Dim { size: 60, stride: 2, tile: 64 }, Dim { size: 96, stride: 128, tile: 128 }];
-        let spec =
-            MapSpec { base: x.ptr(..).unwrap().cast(), element: Element::Bf16, dims: &dims, swizzle: Swizzle::B128 };
+        let spec = MapSpec { base: x.ptr(..).unwrap().cast(), precision: Precision::Bf16, dims };
         assert!(card.tensor_map(&spec).is_ok());
         let with = |at: usize, dim: Dim| {
             let mut dims = dims;
             dims[at] = dim;
-            card.tensor_map(&MapSpec { dims: &dims, ..spec })
+            card.tensor_map(&MapSpec { dims, ..spec })
         };
         for (at, dim) in [
             (0, Dim { stride: 4, ..dims[0] }),
@@ -813,12 +756,10 @@ mod tests {
         ] {
             assert!(matches!(with(at, dim), Err(CudaError::Map(_))), "{dim:?}");
         }
-        let three = [dims[0], dims[1], Dim { size: 2, stride: 128 * 96, tile: 1 }];
-        assert!(card.tensor_map(&MapSpec { dims: &three, ..spec }).is_ok());
         for bad in [
-            MapSpec { dims: &dims[..1], ..spec },
-            MapSpec { dims: &[], ..spec },
+            MapSpec { precision: Precision::F32, ..spec },
             MapSpec { base: x.ptr(1..).unwrap().cast(), ..spec },
+            MapSpec { base: null(), ..spec },
         ] {
             assert!(matches!(card.tensor_map(&bad), Err(CudaError::Map(_))));
         }

@@ -19,9 +19,9 @@ mod paired;
 
 pub use block::{Block, Tallies};
 
-use super::CudaError;
-use super::card::{Arena, Buffer, Card, Dim, Element, MapSpec, Swizzle};
+use super::card::{Arena, Buffer, Card, Dim, MapSpec};
 use super::verbs::Verbs;
+use super::{CudaError, Module, runs};
 use crate::device::Engine;
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Precision, Storage, Value, Write,
@@ -47,7 +47,7 @@ const PARTS: usize = 256;
 
 /// The kernels of one 16-bit type.
 struct Kernels {
-    element: Element,
+    precision: Precision,
     prepare_f32: Kernel<abi::Prepare>,
     prepare_half: Kernel<abi::Prepare>,
     sum_columns: Kernel<abi::SumColumns>,
@@ -78,7 +78,7 @@ struct Hopper {
 }
 
 static BF16: Kernels = Kernels {
-    element: Element::Bf16,
+    precision: Precision::Bf16,
     prepare_f32: e::PREPARE_BF16_F32,
     prepare_half: e::PREPARE_BF16_BF16,
     sum_columns: e::SUM_COLUMNS_BF16,
@@ -105,7 +105,7 @@ static BF16: Kernels = Kernels {
 };
 
 static F16: Kernels = Kernels {
-    element: Element::F16,
+    precision: Precision::F16,
     prepare_f32: e::PREPARE_F16_F32,
     prepare_half: e::PREPARE_F16_F16,
     sum_columns: e::SUM_COLUMNS_F16,
@@ -144,19 +144,27 @@ pub struct Rows {
     pub dim: usize,
 }
 
-/// What embeddings on a card may be made of.
-pub trait Embedding: Pod {
-    /// The precision they are in; `None` for f32, which is rounded to the engine's.
-    const PRECISION: Option<Precision>;
+mod sealed {
+    /// Kernels read a buffer as numbers of its `PRECISION`, so no type but those here may say what that is.
+    pub trait Sealed: bytemuck::Pod {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+}
+
+/// What embeddings on a card may be made of: f32, bf16 and f16.
+pub trait Embedding: sealed::Sealed {
+    /// The precision they are in; f32 is rounded to the engine's.
+    const PRECISION: Precision;
 }
 impl Embedding for f32 {
-    const PRECISION: Option<Precision> = None;
+    const PRECISION: Precision = Precision::F32;
 }
 impl Embedding for half::bf16 {
-    const PRECISION: Option<Precision> = Some(Precision::Bf16);
+    const PRECISION: Precision = Precision::Bf16;
 }
 impl Embedding for half::f16 {
-    const PRECISION: Option<Precision> = Some(Precision::F16);
+    const PRECISION: Precision = Precision::F16;
 }
 
 /// What a loss is evaluated on, on the card.
@@ -237,16 +245,8 @@ enum Pulling {
     Factored,
 }
 
-/// Where gradients go on the card.
-#[derive(Clone, Copy, Debug)]
-pub enum Out {
-    /// Nowhere.
-    None,
-    /// Over what is there.
-    Set(*mut f32),
-    /// Added to what is there.
-    Add(*mut f32),
-}
+/// Where a gradient goes on the card, if it is wanted.
+type Out = Option<Write<*mut f32>>;
 
 /// Learned scalars of a loss on the card, or null, and where its results go: see [`abi::Temper`], [`abi::Settle`].
 #[derive(Clone, Copy)]
@@ -346,12 +346,64 @@ mod scalar {
     pub const COUNT: usize = 7;
 }
 
-/// A batch of pairs whose embeddings and features are elsewhere.
-fn elsewhere(rows: [Rows; 2], features: Option<[Rows; 2]>) -> Batch<'static> {
+/// A batch whose embeddings and features are elsewhere.
+fn elsewhere<'a>(pairs: Pairs<'a>, rows: [Rows; 2], features: Option<[Rows; 2]>) -> Batch<'a> {
     let matrix = |r: Rows| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim };
     let [u, v] = rows.map(matrix);
     let moments = features.map(|f| f.map(matrix)).map(|[u, v]| Moments::Features { u, v });
-    Batch { u, v, pairs: Pairs::default(), offset_v: None, moments }
+    Batch { u, v, pairs, offset_v: None, moments }
+}
+
+/// Refuses addresses of which there could be no loss.
+fn fit(rows: &[Rows; 2], features: Option<&[Rows; 2]>, out: &[Out; 2]) -> Result<(), LossError> {
+    let wrong = |what, found: String, expected: String| Err(LossError::Shape { what, found, expected });
+    let named = |names: [&'static str; 2], rows: &[Rows; 2]| names.into_iter().zip(*rows);
+    let data = features.into_iter().flat_map(|f| named(["data of u", "data of v"], f));
+    for (what, r) in named(["u", "v"], rows).chain(data) {
+        if r.rows == 0 || r.dim == 0 || r.rows.max(r.dim) > u32::MAX as usize {
+            return wrong(what, format!("[{}, {}]", r.rows, r.dim), "1 to 2^32 - 1 rows and columns".into());
+        }
+        if r.at.is_null() {
+            return wrong(what, "a null address".into(), format!("that of [{}, {}] numbers", r.rows, r.dim));
+        }
+    }
+    for (what, out) in ["gradient of u", "gradient of v"].into_iter().zip(out) {
+        if matches!(out, Some(Write::Set(at) | Write::Add(at)) if at.is_null()) {
+            return wrong(what, "a null address".into(), "that of as many numbers as the rows have".into());
+        }
+    }
+    if rows[0].dim != rows[1].dim {
+        return wrong("columns of v", rows[1].dim.to_string(), rows[0].dim.to_string());
+    }
+    let Some(features) = features else { return Ok(()) };
+    for ((what, f), r) in named(["rows of data of u", "rows of data of v"], features).zip(rows) {
+        if f.rows != r.rows {
+            return wrong(what, f.rows.to_string(), r.rows.to_string());
+        }
+        if !f.singles {
+            return wrong(what, "halves".into(), "numbers of f32".into());
+        }
+    }
+    Ok(())
+}
+
+/// Rows as halves `[rows, pitch]` at `out`, as they are.
+fn prepare(rows: Rows, out: *mut u16, pitch: usize) -> abi::Prepare {
+    abi::Prepare {
+        x: rows.at,
+        shift: null(),
+        offset: null(),
+        out,
+        inverse: null_mut(),
+        half_norm: null_mut(),
+        live: null(),
+        rows: rows.rows as u32,
+        dim: rows.dim as u32,
+        pitch: pitch as u32,
+        norm_scale: 0.0,
+        scale: 1.0,
+        behind: 0.0,
+    }
 }
 
 fn blocks(n: usize, of: usize) -> u32 {
@@ -361,7 +413,7 @@ fn blocks(n: usize, of: usize) -> u32 {
 impl<C: Card> Cuda<C> {
     /// An engine without scratch yet, which rounds f32 embeddings to `precision`, bf16 or f16.
     pub fn new(card: &Arc<C>, precision: Precision) -> Self {
-        let hopper = card.capability() == [9, 0];
+        let hopper = runs(Module::Hopper, card.capability());
         Cuda {
             card: Arc::clone(card),
             arena: Arena::new(card),
@@ -387,8 +439,8 @@ impl<C: Card> Cuda<C> {
         self
     }
 
-    /// Evaluates `loss` on embeddings that are on the card, `u` `[N, dim]` and `v` `[M, dim]`, pair i being row i of
-    /// both; gradients stay there. The MMD losses take `features` of each row of u and of v.
+    /// Evaluates `loss` on embeddings that are on the card, `u` `[N, dim]` and `v` `[M, dim]`, and `pairs` that are the host's;
+    /// gradients stay on the card. The MMD losses take `features` of each row of u and of v.
     ///
     /// # Errors
     /// As [`Engine::loss`] of this engine; [`LossError::Shape`] for buffers of other lengths; [`LossError::Device`] for those of
@@ -396,6 +448,7 @@ impl<C: Card> Cuda<C> {
     pub fn loss_on_card<T: Embedding>(
         &mut self,
         loss: &Loss,
+        pairs: &Pairs<'_>,
         [u, v]: [&Buffer<T, C>; 2],
         dim: usize,
         features: Option<[&Buffer<f32, C>; 2]>,
@@ -423,51 +476,55 @@ impl<C: Card> Cuda<C> {
             None => None,
         };
         // SAFETY: buffers of the lengths checked above; outputs are borrowed mutably.
-        unsafe { self.with_features_at(loss, T::PRECISION.unwrap_or(self.precision), rows, features, out) }
+        unsafe { self.loss_at(loss, self.rounded(T::PRECISION), pairs, rows, features, out) }
     }
 
     /// The same on raw addresses, for programs with memory of their own: on [`super::Driver::of_stream`]'s stream.
-    /// `precision` is what f32 rows are rounded to, or the type of others.
+    /// `precision` is what f32 rows are rounded to, or the type of others; features are f32.
     ///
     /// # Safety
-    /// `rows` and `out` are addresses of `[rows, dim]` numbers in the card's memory that live until the call returns;
-    /// nobody else writes the rows or touches the outputs meanwhile.
+    /// `rows`, `features` and `out` are addresses of `[rows, dim]` numbers in the card's memory, aligned as their type is, that
+    /// live until the call returns; nobody else writes the rows and features or touches the outputs meanwhile. An output is
+    /// nowhere in the rest.
     ///
     /// # Errors
-    /// As [`Self::loss_on_card`]. Pair i is row i of both, and there is no MMD: it takes features.
+    /// As [`Self::loss_on_card`]; [`LossError::Shape`] also for a null address, and for no rows or numbers of them.
     pub unsafe fn loss_at(
         &mut self,
         loss: &Loss,
         precision: Precision,
-        rows: [Rows; 2],
-        out: [Out; 2],
-    ) -> Result<Value, LossError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.with_features_at(loss, precision, rows, None, out) }
-    }
-
-    /// The same with the f32 features that MMD compares.
-    ///
-    /// # Safety
-    /// As [`Self::loss_at`], of the features too.
-    ///
-    /// # Errors
-    /// As [`Engine::loss`] of this engine.
-    unsafe fn with_features_at(
-        &mut self,
-        loss: &Loss,
-        precision: Precision,
+        pairs: &Pairs<'_>,
         rows: [Rows; 2],
         features: Option<[Rows; 2]>,
-        out: [Out; 2],
+        out: [Option<Write<*mut f32>>; 2],
     ) -> Result<Value, LossError> {
-        let batch = elsewhere(rows, features);
+        fit(&rows, features.as_ref(), &out)?;
+        let mut batch = elsewhere(*pairs, rows, features);
         batch.parameters(loss)?;
+        batch.pairs_fit()?;
+        let mut host = [vec![], vec![]];
+        if let Some(features) = &features
+            && !matches!(pairs.positives, Positives::Diagonal)
+        {
+            // Targets are means over positives then, which the host takes.
+            for (f, host) in features.iter().zip(&mut host) {
+                host.resize(f.rows * f.dim, 0f32);
+                // SAFETY: the caller's promise: as many numbers of f32 are there.
+                unsafe { self.card.download(f.at.cast(), bytemuck::cast_slice_mut(host)) }.map_err(LossError::from)?;
+            }
+            let [u, v] = [0, 1].map(|which| Matrix::f32(&host[which], features[which].dim));
+            batch.moments = Some(Moments::Features { u, v });
+        }
         let inputs = Inputs { rows, features, offset: null() };
         let value = self.evaluate(loss, precision, inputs, &batch, out, None)?;
         // A NaN may leave the loss by way of a pair that then does not count; not <u, dU>.
         let finite = value.loss.is_finite() && value.grad_tau.is_finite() && value.grad_bias.is_finite();
         if finite { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
+    }
+
+    /// What embeddings of `precision` are multiplied in.
+    fn rounded(&self, precision: Precision) -> Precision {
+        if precision == Precision::F32 { self.precision } else { precision }
     }
 
     /// Evaluates embeddings that are on the card; `batch` gives everything else, its embeddings' data are not looked at.
@@ -484,12 +541,8 @@ impl<C: Card> Cuda<C> {
         out_offset: Option<Write<&mut [f32]>>,
     ) -> Result<Value, LossError> {
         let with_columns = batch.offset_v.is_some() || out_offset.is_some();
-        let Given { call, gain, known } = self.give(loss, precision, inputs, batch, out, with_columns, null())?;
-        let mut value = self.value(&call, loss, gain, batch, out_offset, Share::WHOLE)?;
-        if let Some(known) = known {
-            value.loss = known;
-        }
-        Ok(value)
+        let given = self.give(loss, precision, inputs, batch, out, with_columns, null())?;
+        self.value(&given, loss, batch, out_offset, Share::WHOLE)
     }
 
     /// Gives the card all launches of a loss; its scalars are left in their slots, from which [`Self::value`] or
@@ -540,7 +593,7 @@ impl<C: Card> Cuda<C> {
         let kernels = match precision {
             Precision::Bf16 => &BF16,
             Precision::F16 => &F16,
-            Precision::F32 => return Err(only_cpu("precision", "f32", "bf16 or f16 on cuda, or --device cpu")),
+            Precision::F32 => return Err(only_cpu("precision", "f32", "bf16 or f16 on a card, or the CPU engine")),
         };
         let dim = rows[0].dim;
         Ok(Call {
@@ -588,7 +641,7 @@ impl<C: Card> Cuda<C> {
         let others = |rows: usize| if call.drawn.is_some() { 1 } else { rows };
         let acc_u = self.sums(U.acc, out[0], [n, others(m)], dim)?;
         let acc_v = match out[1] {
-            Out::None => None,
+            None => None,
             out => Some(self.sums(V.acc, out, [m, others(n)], dim)?),
         };
         match call.drawn {
@@ -625,7 +678,7 @@ impl<C: Card> Cuda<C> {
         out: [Out; 2],
         scalars: Scalars,
     ) -> Result<(), LossError> {
-        let batch = elsewhere(rows, features);
+        let batch = elsewhere(Pairs::default(), rows, features);
         batch.parameters(loss)?;
         let live: *mut f32 = self.arena.get("live", 2)?;
         let bias = if let Objective::Sigmoid { bias } = loss.objective { bias as f32 } else { 0.0 };
@@ -641,24 +694,8 @@ impl<C: Card> Cuda<C> {
 
     /// As [`Self::value`], on the card.
     fn settle(&mut self, Given { call, gain, known }: &Given, by_scale: bool, out: *mut f32) -> Result<(), CudaError> {
-        let (n, m) = (call.u.rows as f64, call.v.rows as f64);
-        let mut joint: *const [f32; 2] = null();
-        let (weights, constant) = match call.form {
-            Form::Conditional { lambda_u, lambda_v } => {
-                let (by_row, by_col) = (0.5 * lambda_v, 0.5 * lambda_u);
-                ([by_row, by_col, 0.0], -by_row * m.ln() - by_col * n.ln())
-            }
-            Form::Joint => {
-                joint = self.arena.get::<[f32; 2]>("joint", 1)?;
-                ([-1.0, 0.0, 0.0], -n.ln() - call.columns(m).ln())
-            }
-            // A residual's loss has its lambda.
-            Form::Mmd { lambda_u, lambda_v } => {
-                ([lambda_v, lambda_u, 0.0].map(|lambda| f64::from(u8::from(lambda > 0.0))), 0.0)
-            }
-            Form::JointMmd => ([0.0; 3], known.expect("the host has its residual")),
-            Form::Sigmoid { .. } => ([0.0, 0.0, 1.0], 0.0),
-        };
+        let Terms { weights, normaliser, constant } = call.terms(Share::WHOLE, *known);
+        let joint = if normaliser { self.arena.get::<[f32; 2]>("joint", 1)?.cast_const() } else { null() };
         let args = abi::Settle {
             scalars: self.arena.get::<f64>("scalars", scalar::COUNT)?,
             joint,
@@ -677,15 +714,13 @@ impl<C: Card> Cuda<C> {
     /// Reads the scalars back and puts the loss together.
     fn value(
         &mut self,
-        call: &Call,
+        Given { call, gain, known }: &Given,
         loss: &Loss,
-        gain: f64,
         batch: &Batch<'_>,
         out_offset: Option<Write<&mut [f32]>>,
         share: Share,
     ) -> Result<Value, LossError> {
         let m = call.v.rows;
-        let [whole_n, whole_m] = share.whole.unwrap_or([call.u.rows, m]).map(|count| count as f64);
         let mut s = [0f64; scalar::COUNT];
         self.arena.download("scalars", &mut s)?;
         let mut col_sums = vec![];
@@ -715,35 +750,18 @@ impl<C: Card> Cuda<C> {
         } else {
             call.tilt * s[scalar::ALONG] / gain
         };
-        let mut value = Value { loss: 0.0, grad_tau: -moment / loss.tau, grad_bias: 0.0 };
-        match call.form {
-            Form::Conditional { lambda_u, lambda_v } => {
-                let by = |lambda: f64, own: bool, loss: f64, count: f64| {
-                    let constant = if share.rows && share.cols { count.ln() } else { 0.0 };
-                    if lambda > 0.0 && own { 0.5 * lambda * (loss - constant) } else { 0.0 }
-                };
-                value.loss = by(lambda_v, share.rows, s[scalar::ROW_LOSS], whole_m)
-                    + by(lambda_u, share.cols, s[scalar::COL_LOSS], whole_n);
-            }
-            Form::Joint => {
-                let mut total = [0f32; 2];
-                self.arena.download("joint", &mut total)?;
-                if share.rows && share.cols {
-                    value.loss = f64::from(total[1]).ln() - (whole_n.ln() + call.columns(whole_m).ln());
-                }
-                if share.rows {
-                    value.loss -= s[scalar::ROW_LOSS];
-                }
-            }
-            Form::Mmd { lambda_u, lambda_v } => {
-                let by = |lambda: f64, loss: f64| if lambda > 0.0 { loss } else { 0.0 };
-                value.loss = by(lambda_v, s[scalar::ROW_LOSS]) + by(lambda_u, s[scalar::COL_LOSS]);
-            }
-            Form::JointMmd => {}
-            Form::Sigmoid { .. } => {
-                value.loss = s[scalar::SUMS];
-                value.grad_bias = s[scalar::SUMS + 1];
-            }
+        let Terms { weights, normaliser, constant } = call.terms(share, *known);
+        // What counts 0 may never have been written.
+        let own = weights.into_iter().zip([scalar::ROW_LOSS, scalar::COL_LOSS, scalar::SUMS]);
+        let mut value = Value {
+            loss: constant + own.filter(|(weight, _)| *weight != 0.0).map(|(weight, at)| weight * s[at]).sum::<f64>(),
+            grad_tau: -moment / loss.tau,
+            grad_bias: if matches!(call.form, Form::Sigmoid { .. }) { s[scalar::SUMS + 1] } else { 0.0 },
+        };
+        if normaliser {
+            let mut total = [0f32; 2];
+            self.arena.download("joint", &mut total)?;
+            value.loss += f64::from(total[1]).ln();
         }
         Ok(value)
     }
@@ -758,10 +776,7 @@ impl<C: Card> Cuda<C> {
         }
         self.plain = None;
         self.repaired += 1;
-        self.pairing.prepare(batch);
-        if all_rows {
-            self.pairing.share_all_rows(batch);
-        }
+        self.pairing.prepare(batch, all_rows)?;
         let iota = |len: usize| (0..len as u32).collect::<Vec<_>>();
         let (id_u, id_v) = match pairs.positives {
             Positives::Diagonal => (iota(n), iota(m)),
@@ -807,7 +822,7 @@ impl<C: Card> Cuda<C> {
 
     /// Embeddings as the tile wants them.
     fn prepare(&mut self, call: &mut Call, rows: [Rows; 2], offset: *const f32) -> Result<(), CudaError> {
-        let (dim, pitch) = (call.dim, call.pitch);
+        let pitch = call.pitch;
         let mut shift = null_mut();
         if call.squared {
             // Centred rows: squared distances lose nothing to a common mean.
@@ -820,19 +835,13 @@ impl<C: Card> Cuda<C> {
             let half_norm =
                 if call.squared || !offset.is_null() { self.arena.get(slots.shift, r.rows)? } else { null_mut() };
             let args = abi::Prepare {
-                x: r.at,
                 shift,
                 offset,
-                out: halves,
                 inverse,
                 half_norm,
                 live: call.live,
-                rows: r.rows as u32,
-                dim: dim as u32,
-                pitch: pitch as u32,
                 norm_scale: if call.squared { (call.tilt * LOG2_E) as f32 } else { 0.0 },
-                scale: 1.0,
-                behind: 0.0,
+                ..prepare(r, halves, pitch)
             };
             let kernel = if r.singles { &call.kernels.prepare_f32 } else { &call.kernels.prepare_half };
             self.run(kernel, [blocks(r.rows, 8), 1, 1], &args)?;
@@ -862,7 +871,7 @@ impl<C: Card> Cuda<C> {
             to = to.wrapping_add(parts(r) * dim);
         }
         let mean = self.arena.get(slot, dim)?;
-        self.fold(slots, dim as u64, dim, count, mean, false)?;
+        self.fold(slots, count, dim, (mean, false))?;
         Ok(mean)
     }
 
@@ -1095,9 +1104,9 @@ impl<C: Card> Cuda<C> {
                     self.multiply(call, [Some(gv), gu])?;
                     if let Some((row_sums, col_sums)) = sums {
                         let to = row_sums.wrapping_add(4 * row);
-                        self.fold(args.row_sums.cast(), 4 * rows as u64, 4 * rows, by_row, to, later_col)?;
+                        self.fold(args.row_sums.cast(), by_row, 4 * rows, (to, later_col))?;
                         let to = col_sums.wrapping_add(col);
-                        self.fold(args.col_sums, cols as u64, cols, by_col, to, later_row)?;
+                        self.fold(args.col_sums, by_col, cols, (to, later_row))?;
                     }
                 }
             }
@@ -1184,7 +1193,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Where the sums of `[rows, others]` pairs' G times rows of `dim` numbers are: in `out`, if they may be (aligned for two
-    /// numbers at once) and one part suffices. A chunk of narrow embeddings has fewer tiles than the card has room for: then k is cut into parts.
+    /// numbers at once) and one part suffices. Tiles of a chunk may leave part of the card idle, at the end or from the start: then k is cut into parts.
     fn sums(
         &mut self,
         slot: &'static str,
@@ -1196,11 +1205,11 @@ impl<C: Card> Cuda<C> {
         let down = [rows, others].map(|len| len.min(self.chunk).div_ceil(abi::TILE as usize));
         let tiles = (down[0] + down[1]) * dim.div_ceil(tile as usize);
         let k = others.min(self.chunk);
-        let parts = (self.card.multiprocessors() as usize / tiles).clamp(1, MOST_PARTS);
+        let parts = parts(tiles, self.card.multiprocessors() as usize);
         let depth = k.div_ceil(parts).next_multiple_of(64);
         let parts = k.div_ceil(depth);
         let at = match out {
-            Out::Set(at) if parts == 1 && at.addr().is_multiple_of(8) => at,
+            Some(Write::Set(at)) if parts == 1 && at.addr().is_multiple_of(8) => at,
             _ => self.arena.get(slot, parts * rows * dim)?,
         };
         Ok(Sums { at, rows, dim, depth, parts })
@@ -1277,9 +1286,9 @@ impl<C: Card> Cuda<C> {
         along: *mut f64,
     ) -> Result<(), CudaError> {
         let (out, add) = match out {
-            Out::None => (null_mut(), 0),
-            Out::Set(at) => (at, 0),
-            Out::Add(at) => (at, 1),
+            None => (null_mut(), 0),
+            Some(Write::Set(at)) => (at, 0),
+            Some(Write::Add(at)) => (at, 1),
         };
         let scale = if call.squared { -2.0 * call.tilt } else { call.tilt };
         let (g_sums, g_stride) = g_sums.unwrap_or((null_mut(), 0));
@@ -1301,20 +1310,6 @@ impl<C: Card> Cuda<C> {
             parts: acc.parts as u32,
         };
         self.run(&call.kernels.finish, [blocks(side.rows, 8), 1, 1], &args)
-    }
-
-    fn fold(
-        &self,
-        parts: *const f32,
-        stride: u64,
-        len: usize,
-        slots: usize,
-        out: *mut f32,
-        add: bool,
-    ) -> Result<(), CudaError> {
-        let args =
-            abi::Fold { parts, out, stride, len: len as u32, slots: slots as u32, add: u32::from(add), reserved: 0 };
-        self.run(&e::FOLD, [blocks(len, 256), 1, 1], &args)
     }
 
     /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts where there are several.
@@ -1366,8 +1361,7 @@ impl<C: Card> Cuda<C> {
     ) -> Result<TensorMap, CudaError> {
         let dims =
             [Dim { size: cols as u64, stride: 2, tile: 64 }, Dim { size: rows as u64, stride: 2 * pitch as u64, tile }];
-        let element = call.kernels.element;
-        self.card.tensor_map(&MapSpec { base: at.cast(), element, dims: &dims, swizzle: Swizzle::B128 })
+        self.card.tensor_map(&MapSpec { base: at.cast(), precision: call.kernels.precision, dims })
     }
 
     /// Blocks of a kernel that walks over tiles by itself.
@@ -1396,7 +1390,7 @@ impl<C: Card> Engine for Cuda<C> {
             (Storage::Bf16(_), Storage::Bf16(_)) => Precision::Bf16,
             (Storage::F16(_), Storage::F16(_)) => Precision::F16,
             (Storage::F32(_), Storage::F32(_)) => self.precision,
-            _ => return Err(only_cpu("storage", "two types", "one type for u and v on cuda")),
+            _ => return Err(only_cpu("storage", "two types", "one type for u and v on a card")),
         };
         let (u, v) = (self.upload(batch.u, "input u")?, self.upload(batch.v, "input v")?);
         let offset = match batch.offset_v {
@@ -1409,13 +1403,13 @@ impl<C: Card> Engine for Cuda<C> {
             None => None,
         };
         let mut host = [gradients.u, gradients.v];
-        let mut out = [Out::None; 2];
+        let mut out = [None; 2];
         for (which, (host, out)) in host.iter_mut().zip(&mut out).enumerate() {
             let (slot, rows) = [("gradient of u", u.rows), ("gradient of v", v.rows)][which];
             *out = match host {
-                Some(Write::Set(_)) => Out::Set(self.arena.get(slot, rows * u.dim)?),
-                Some(Write::Add(x)) => Out::Add(self.put(slot, x)?),
-                None => Out::None,
+                Some(Write::Set(_)) => Some(Write::Set(self.arena.get(slot, rows * u.dim)?)),
+                Some(Write::Add(x)) => Some(Write::Add(self.put(slot, x)?)),
+                None => None,
             };
         }
         let inputs = Inputs { rows: [u, v], features, offset };
@@ -1501,6 +1495,16 @@ struct Drawn {
     seed: u64,
 }
 
+/// What a loss is made of.
+struct Terms {
+    /// What the losses by rows, by columns and of the sums count; 0: not at all.
+    weights: [f64; 3],
+    /// Whether the log of the sum over all pairs, in the slot "joint", is added.
+    normaliser: bool,
+    /// Added.
+    constant: f64,
+}
+
 /// What [`abi::HopperTallyBoth`] made of the plain pairs.
 #[derive(Clone, Copy)]
 struct Anchored {
@@ -1540,6 +1544,32 @@ impl Call {
             pitch: self.pitch as u32,
             scale: (scale * LOG2_E) as f32,
             blocks: self.anchored.map_or(0, |a| a.blocks as u32),
+        }
+    }
+
+    /// What the loss is made of, of a `share` of it; `known` where the host knows it.
+    fn terms(&self, share: Share, known: Option<f64>) -> Terms {
+        let [n, m] = share.whole.unwrap_or([self.u.rows, self.v.rows]).map(|count| count as f64);
+        let own = |own: bool, weight: f64| if own { weight } else { 0.0 };
+        let all = share.rows && share.cols;
+        let terms = |by_row: f64, by_col: f64, summed: f64, constant: f64| Terms {
+            weights: [own(share.rows, by_row), own(share.cols, by_col), summed],
+            normaliser: false,
+            constant: own(all, constant),
+        };
+        match self.form {
+            Form::Conditional { lambda_u, lambda_v } => {
+                let (by_row, by_col) = (0.5 * lambda_v, 0.5 * lambda_u);
+                terms(by_row, by_col, 0.0, -by_row * m.ln() - by_col * n.ln())
+            }
+            Form::Joint => Terms { normaliser: all, ..terms(-1.0, 0.0, 0.0, -n.ln() - self.columns(m).ln()) },
+            // A residual's loss has its lambda.
+            Form::Mmd { lambda_u, lambda_v } => {
+                let [by_row, by_col] = [lambda_v, lambda_u].map(|lambda| f64::from(u8::from(lambda > 0.0)));
+                terms(by_row, by_col, 0.0, 0.0)
+            }
+            Form::JointMmd => terms(0.0, 0.0, 0.0, known.expect("the host has its residual")),
+            Form::Sigmoid { .. } => terms(0.0, 0.0, 1.0, 0.0),
         }
     }
 
@@ -1593,6 +1623,14 @@ fn rectangle([rows, cols]: [usize; 2], blocks: usize) -> [usize; 2] {
     (1..=blocks.min(rows)).map(of).min_by_key(cost).unwrap_or([rows, cols])
 }
 
+/// Into how many parts k is cut of products with `tiles` tiles, on a card of so many `multiprocessors`: those whose waves take the
+/// least time, where a wave of tiles of all k takes 1. A part more is a copy more to write and to add up, which is taken for a
+/// sixteenth (unmeasured).
+fn parts(tiles: usize, multiprocessors: usize) -> usize {
+    let time = |parts: usize| (tiles * parts).div_ceil(multiprocessors) as f64 / parts as f64 + parts as f64 / 16.0;
+    (1..=MOST_PARTS).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
+}
+
 /// A power of two that brings G as close to the end of f16's range as its bound allows.
 fn gain(bound: f64) -> f64 {
     (32768.0 / bound.clamp(1e-30, 1e30)).log2().floor().exp2()
@@ -1613,8 +1651,8 @@ fn addresses<T: Embedding, C: Card>(
     dim: usize,
     gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
 ) -> Result<([Rows; 2], [Out; 2]), LossError> {
-    let mut rows = [Rows { at: null(), singles: T::PRECISION.is_none(), rows: 0, dim }; 2];
-    let mut out = [Out::None; 2];
+    let mut rows = [Rows { at: null(), singles: T::PRECISION == Precision::F32, rows: 0, dim }; 2];
+    let mut out = [None; 2];
     let names = [("u", "gradient of u"), ("v", "gradient of v")];
     for (((x, gradient), name), (rows, out)) in
         [u, v].into_iter().zip(gradients).zip(names).zip(rows.iter_mut().zip(&mut out))
@@ -1632,9 +1670,9 @@ fn addresses<T: Embedding, C: Card>(
             Some(Write::Set(to) | Write::Add(to)) if to.len() != x.len() => {
                 return Err(wrong_len(name.1, to.len(), format!("{} elements", x.len())));
             }
-            Some(Write::Set(to)) => Out::Set(to.ptr_mut(..)?),
-            Some(Write::Add(to)) => Out::Add(to.ptr_mut(..)?),
-            None => Out::None,
+            Some(Write::Set(to)) => Some(Write::Set(to.ptr_mut(..)?)),
+            Some(Write::Add(to)) => Some(Write::Add(to.ptr_mut(..)?)),
+            None => None,
         };
     }
     Ok((rows, out))
@@ -1666,5 +1704,19 @@ fn dense(u: &[i64], v: &[i64]) -> (Vec<u32>, Vec<u32>) {
 impl From<CudaError> for LossError {
     fn from(error: CudaError) -> Self {
         LossError::Device(Box::new(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On 132 multiprocessors, for chunks of 4096 x 4096 and narrower embeddings, or smaller ones.
+    #[test]
+    fn products_are_cut_so_that_waves_are_full() {
+        let of = |rows: usize, dim: usize| parts(2 * rows.div_ceil(128) * dim.div_ceil(256), 132);
+        assert_eq!([128, 256, 512, 768, 1024].map(|dim| of(4096, dim)), [2, 2, 1, 2, 1]);
+        assert_eq!([256, 512, 1024].map(|rows| of(rows, 512)), [4, 4, 4]);
+        assert_eq!(parts(1, 1), 1);
     }
 }

@@ -4,8 +4,9 @@
 //! and an answer that cuda.h of 12.0 did not know is no value of the `enum` it is returned as. Here the one is an
 //! error, the other a number. That each call is declared as `cudarc` has it is checked by the compiler.
 
-use super::card::{Card, Dim, Element, MapSpec, Swizzle};
+use super::card::{Card, MapSpec};
 use super::{CardInfo, Code, CudaError, argument_bytes, name, ptx, runs, supported};
+use crate::objective::Precision;
 use cudarc::driver::sys;
 use kernels::abi::{Args, Kernel, Module, TensorMap};
 use std::collections::BTreeMap;
@@ -110,11 +111,6 @@ calls! {
     cuMemcpyDtoHAsync_v2(*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
     cuMemcpyDtoDAsync_v2(sys::CUdeviceptr, sys::CUdeviceptr, usize, sys::CUstream);
     cuMemsetD8Async(sys::CUdeviceptr, c_uchar, usize, sys::CUstream);
-    cuEventCreate(*mut sys::CUevent, c_uint);
-    cuEventRecord(sys::CUevent, sys::CUstream);
-    cuEventSynchronize(sys::CUevent);
-    cuEventElapsedTime(*mut f32, sys::CUevent, sys::CUevent);
-    cuEventDestroy_v2(sys::CUevent);
     cuTensorMapEncodeTiled(
         *mut sys::CUtensorMap, sys::CUtensorMapDataType, u32, *mut c_void, *const u64, *const u64, *const u32,
         *const u32, sys::CUtensorMapInterleave, sys::CUtensorMapSwizzle, sys::CUtensorMapL2promotion,
@@ -238,13 +234,6 @@ pub struct Graph {
     on: Arc<Inner>,
 }
 
-/// A moment of a [`Driver`]'s stream, which it keeps alive.
-#[derive(Debug)]
-pub struct Event {
-    raw: sys::CUevent,
-    on: Arc<Inner>,
-}
-
 struct Inner {
     calls: &'static Calls,
     context: sys::CUcontext,
@@ -283,10 +272,6 @@ unsafe impl Sync for Inner {}
 unsafe impl Send for Graph {}
 // SAFETY: as above.
 unsafe impl Sync for Graph {}
-// SAFETY: as for a graph.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
 
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -331,8 +316,8 @@ impl Driver {
     /// null stream.
     ///
     /// # Safety
-    /// Both are living handles, the stream one of the context, and stay so until this value and all buffers, graphs and
-    /// events made with it are gone.
+    /// Both are living handles, the stream one of the context, and stay so until this value and all buffers and
+    /// graphs made with it are gone.
     ///
     /// # Errors
     /// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::Unsupported`] or [`CudaError::Driver`].
@@ -535,7 +520,7 @@ impl Drop for Inner {
                 let _ = unsafe { (self.calls.cuModuleUnload)(*module) };
             }
             if self.owned.is_some() && !self.stream.is_null() {
-                // SAFETY: our own stream, destroyed once; graphs and events hold this value.
+                // SAFETY: our own stream, destroyed once; graphs hold this value.
                 let _ = unsafe { (self.calls.cuStreamDestroy_v2)(self.stream) };
             }
         }
@@ -551,15 +536,6 @@ impl Drop for Graph {
         if let Ok(_current) = self.on.current() {
             // SAFETY: made in this context, destroyed once; the driver lets a replay under way finish.
             let _ = unsafe { (self.on.calls.cuGraphExecDestroy)(self.raw) };
-        }
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if let Ok(_current) = self.on.current() {
-            // SAFETY: made in this context, destroyed once; the driver lets a pending one finish.
-            let _ = unsafe { (self.on.calls.cuEventDestroy_v2)(self.raw) };
         }
     }
 }
@@ -596,7 +572,6 @@ fn address<T>(at: *const T) -> sys::CUdeviceptr {
 
 impl Card for Driver {
     type Graph = Graph;
-    type Event = Event;
 
     /// The driver's allocations are multiples of 256, as its manual says.
     fn alloc(&self, bytes: usize) -> Result<*mut u8, CudaError> {
@@ -681,29 +656,20 @@ impl Card for Driver {
         self.0.wait()
     }
 
-    fn tensor_map(&self, spec: &MapSpec<'_>) -> Result<TensorMap, CudaError> {
+    fn tensor_map(&self, spec: &MapSpec) -> Result<TensorMap, CudaError> {
         spec.check()?;
         let calls = self.0.calls;
         let _current = self.0.current()?;
-        // Two or three dimensions, as checked; the rest of the arrays is not read.
-        let none = Dim { size: 1, stride: 0, tile: 1 };
-        let dim = |at: usize| spec.dims.get(at).copied().unwrap_or(none);
-        let sizes = [0, 1, 2].map(|at| dim(at).size);
-        let strides = [1, 2].map(|at| dim(at).stride);
-        let tiles = [0, 1, 2].map(|at| dim(at).tile);
-        let steps = [1u32; 3];
-        let element = match spec.element {
-            Element::F32 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-            Element::Bf16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Element::F16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        };
-        let swizzle = match spec.swizzle {
-            Swizzle::None => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
-            Swizzle::B128 => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+        let ([_, rows], steps) = (spec.dims, [1u32; 2]);
+        let (sizes, tiles) = (spec.dims.map(|d| d.size), spec.dims.map(|d| d.tile));
+        // One of the two, as checked.
+        let element = match spec.precision {
+            Precision::F16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            _ => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         };
         let mut map = sys::CUtensorMap_st { opaque: [0; 16] };
-        // SAFETY: writes one map, aligned as its type is; reads as many sizes, tiles and steps as there are dimensions
-        // and one stride less. The address is written into the map, not followed.
+        // SAFETY: writes one map, aligned as its type is; reads as many sizes, tiles and steps as there are dimensions, two,
+        // and one stride. The address is written into the map, not followed.
         unsafe {
             call!(
                 calls,
@@ -713,11 +679,11 @@ impl Card for Driver {
                     spec.dims.len() as u32,
                     spec.base.cast_mut().cast(),
                     sizes.as_ptr(),
-                    strides.as_ptr(),
+                    &raw const rows.stride,
                     tiles.as_ptr(),
                     steps.as_ptr(),
                     sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    swizzle,
+                    sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
                     sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                     // Numbers outside read as 0.
                     sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
@@ -773,30 +739,6 @@ impl Card for Driver {
         let _current = self.0.current()?;
         // SAFETY: the graph lives; what it does is the caller's contract.
         unsafe { call!(calls, cuGraphLaunch(graph.raw, *stream)) }
-    }
-
-    fn mark(&self) -> Result<Self::Event, CudaError> {
-        let Inner { calls, stream, .. } = &*self.0;
-        let _current = self.0.current()?;
-        let _quiet = self.0.quiet("cuEventRecord")?;
-        let mut raw = null_mut();
-        // SAFETY: writes one handle, given back in `Event::drop`.
-        unsafe { call!(calls, cuEventCreate(&raw mut raw, sys::CUevent_flags_enum::CU_EVENT_DEFAULT as c_uint)) }?;
-        let event = Event { raw, on: Arc::clone(&self.0) };
-        // SAFETY: event and stream live and are of this context.
-        unsafe { call!(calls, cuEventRecord(event.raw, *stream)) }?;
-        Ok(event)
-    }
-
-    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, CudaError> {
-        let calls = self.0.calls;
-        let _current = self.0.current()?;
-        // SAFETY: the event lives and has been recorded.
-        unsafe { call!(calls, cuEventSynchronize(to.raw)) }?;
-        let mut milliseconds = 0f32;
-        // SAFETY: writes one number; both events live and have been recorded.
-        unsafe { call!(calls, cuEventElapsedTime(&raw mut milliseconds, from.raw, to.raw)) }?;
-        Ok(f64::from(milliseconds))
     }
 }
 

@@ -17,6 +17,7 @@ pub mod search;
 mod verbs;
 
 pub use card::{Arena, Buffer, Card};
+pub use contrast::Cuda;
 pub use driver::{Driver, cards};
 use flate2::read::GzDecoder;
 pub use kernels::abi::Module;
@@ -241,7 +242,7 @@ pub enum CudaError {
     },
     /// A launch of more blocks than any card takes.
     #[error(
-        "{kernel} would take a grid of {grid:?}, and cards take at most 65535 down and deep: fewer rows at a time (--micro-batch)"
+        "{kernel} would take a grid of {grid:?}, and cards take at most 65535 down and deep: give it fewer rows at a time"
     )]
     Grid {
         /// The kernel.
@@ -253,7 +254,7 @@ pub enum CudaError {
     #[error("the two buffers are of different cards: copy through the host")]
     OtherCard,
     /// A shape that no kernel takes.
-    #[error("the card's kernels need {0}; use --device cpu")]
+    #[error("the card's kernels need {0}; the CPU engine does without")]
     Shape(&'static str),
     /// No tensor that the TMA unit takes.
     #[error("a tensor map needs {0}")]

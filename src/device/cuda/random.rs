@@ -20,9 +20,9 @@ pub fn normals<T: Embedding, C: Card>(
 ) -> Result<Buffer<T, C>, CudaError> {
     let mut out: Buffer<T, C> = Buffer::new(card, len)?;
     let kernel = match T::PRECISION {
-        None | Some(Precision::F32) => &e::NORMALS_F32,
-        Some(Precision::Bf16) => &e::NORMALS_BF16,
-        Some(Precision::F16) => &e::NORMALS_F16,
+        Precision::F32 => &e::NORMALS_F32,
+        Precision::Bf16 => &e::NORMALS_BF16,
+        Precision::F16 => &e::NORMALS_F16,
     };
     let args = Normals { out: out.ptr_mut(..)?.cast(), len: len as u64, seed, stream, reserved: 0 };
     let blocks = len.div_ceil(4 * 256).clamp(1, 1 << 16) as u32;

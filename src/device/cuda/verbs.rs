@@ -5,7 +5,7 @@
 
 use super::CudaError;
 use super::card::{Arena, Buffer, Card};
-use super::contrast::{Cuda, Out, Rows};
+use super::contrast::{Cuda, Rows};
 use super::search::Searcher;
 use crate::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling,
@@ -122,7 +122,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Adds slots up where they go.
-    fn sum_slots(
+    pub(super) fn fold(
         &self,
         parts: *const f32,
         slots: usize,
@@ -231,7 +231,7 @@ impl<C: Card> Device for Cuda<C> {
             };
             let kernel = &self.products().gemm[usize::from(transpose_a)][usize::from(transpose_b)];
             self.run(kernel, [across as u32, down as u32, parts as u32], &args)?;
-            if parts > 1 { self.sum_slots(slots, parts, m * n, (out, add)) } else { Ok(()) }
+            if parts > 1 { self.fold(slots, parts, m * n, (out, add)) } else { Ok(()) }
         });
     }
 
@@ -330,7 +330,7 @@ impl<C: Card> Device for Cuda<C> {
                     activation: code(activation),
                 };
                 self.run(&e::MASK_COLUMNS, [channels.div_ceil(32) as u32, parts as u32, 1], &args)?;
-                return self.sum_slots(slots, parts, channels, target(d_bias, channels)?);
+                return self.fold(slots, parts, channels, target(d_bias, channels)?);
             }
             if activation != Activation::None {
                 let saved = as_many(&saved, len)?;
@@ -362,7 +362,7 @@ impl<C: Card> Device for Cuda<C> {
                 };
                 self.run(&e::SUM_CHANNELS, [across as u32, parts as u32, 1], &args)?;
             }
-            self.sum_slots(slots, parts, channels, target(d_bias, channels)?)
+            self.fold(slots, parts, channels, target(d_bias, channels)?)
         });
     }
 
@@ -460,7 +460,7 @@ impl<C: Card> Device for Cuda<C> {
             } else {
                 self.run(&self.products().conv_weight, [across as u32, down as u32, parts as u32], &args)?;
             }
-            self.sum_slots(slots, parts, len, target(d_weight, len)?)
+            self.fold(slots, parts, len, target(d_weight, len)?)
         });
     }
 
@@ -503,7 +503,7 @@ impl<C: Card> Device for Cuda<C> {
     ) {
         self.attempt(|_| {
             let args = abi::LayerNorm {
-                x: as_many(&x, spread(norm, rows))?,
+                x: as_many(&x, norm.input_len(rows))?,
                 affine: as_many(&affine, 2 * norm.width)?,
                 out: as_many_mut(out, rows * norm.width)?,
                 stats: as_many_mut(stats, 2 * rows)?,
@@ -529,9 +529,9 @@ impl<C: Card> Device for Cuda<C> {
         self.attempt(|arena| {
             let (part, parts) = self.row_parts(norm.width.div_ceil(32), rows);
             let slots: *mut f32 = arena.get("parts", parts * 2 * norm.width)?;
-            let (dx, add) = target(dx, spread(norm, rows))?;
+            let (dx, add) = target(dx, norm.input_len(rows))?;
             let args = abi::LayerNormBackward {
-                x: as_many(&x, spread(norm, rows))?,
+                x: as_many(&x, norm.input_len(rows))?,
                 affine: as_many(&affine, 2 * norm.width)?,
                 stats: as_many(&stats, 2 * rows)?,
                 d_out: as_many(&d_out, rows * norm.width)?,
@@ -546,7 +546,7 @@ impl<C: Card> Device for Cuda<C> {
             };
             self.run(&e::LAYER_NORM_BACKWARD, [rows.div_ceil(8) as u32, 1, 1], &args)?;
             self.run(&e::LAYER_NORM_AFFINE, [norm.width.div_ceil(32) as u32, parts as u32, 1], &args)?;
-            self.sum_slots(slots, parts, 2 * norm.width, target(d_affine, 2 * norm.width)?)
+            self.fold(slots, parts, 2 * norm.width, target(d_affine, 2 * norm.width)?)
         });
     }
 
@@ -761,11 +761,6 @@ fn attend(attention: &Attention, qkv: *const f32) -> Result<abi::Attend, CudaErr
     })
 }
 
-/// Numbers that `rows` rows of a normalisation lie across.
-fn spread(norm: &Norm, rows: usize) -> usize {
-    rows.checked_sub(1).map_or(0, |before| before * norm.stride + norm.width)
-}
-
 /// Numbers of what attention makes of `rows` sequences, and of its log-sum-exps.
 fn lengths(attention: &Attention, rows: usize) -> [usize; 2] {
     let tokens = rows * attention.time;
@@ -782,16 +777,17 @@ pub enum Recorded<C: Card> {
     /// Nothing yet.
     #[default]
     No,
-    /// The work was done once, by itself: kernels are loaded, scratch has grown.
-    Seen,
-    /// A graph of it, and what must still be so: [`Card::given_back`], and ids and shares.
+    /// The work was done by itself: kernels are loaded, scratch has grown, ids and shares are there; and its memory then.
+    Seen([u64; 2]),
+    /// A graph of it, and the memory it names.
     Graph(C::Graph, [u64; 2]),
     /// It cannot be recorded.
     Never,
 }
 
 impl<C: Card> Cuda<C> {
-    /// Changes when memory that a recorded step names has been given back, or has other ids and shares in it.
+    /// Changes when memory that a recorded step names has been given back ([`Card::given_back`]), or has other ids and shares in it,
+    /// which are uploaded: no graph has place for that.
     fn memory(&self) -> [u64; 2] {
         [self.card.given_back(), self.repaired]
     }
@@ -830,10 +826,10 @@ impl<C: Card> Contrast for Cuda<C> {
             Ok::<_, CudaError>(Rows { at: as_many(view, rows * dim)?.cast(), singles: true, rows, dim })
         };
         let out = |to: Write<ViewMut<'_, Buf<C>>>| {
-            Ok::<_, CudaError>(match to {
-                Write::Set(view) => Out::Set(as_many_mut(view, rows * dim)?),
-                Write::Add(view) => Out::Add(as_many_mut(view, rows * dim)?),
-            })
+            Ok::<_, CudaError>(Some(match to {
+                Write::Set(view) => Write::Set(as_many_mut(view, rows * dim)?),
+                Write::Add(view) => Write::Add(as_many_mut(view, rows * dim)?),
+            }))
         };
         let [grad_u, grad_v] = gradients;
         let (rows, out) = ([on_card(&u, dim)?, on_card(&v, dim)?], [out(grad_u)?, out(grad_v)?]);
@@ -869,12 +865,13 @@ impl<C: Card> Contrast for Cuda<C> {
         recorded: &mut Recorded<C>,
         work: &mut dyn FnMut(&mut Self) -> Result<(), LossError>,
     ) -> Result<(), LossError> {
-        if let Recorded::Graph(_, memory) = recorded
+        // With other memory than it was seen with, the work is done by itself once more.
+        if let Recorded::Seen(memory) | Recorded::Graph(_, memory) = recorded
             && *memory != self.memory()
         {
             *recorded = Recorded::No;
         }
-        if let Recorded::Seen = recorded {
+        if let Recorded::Seen(_) = recorded {
             self.failure()?;
             *recorded = self.record(work).unwrap_or_else(|_| {
                 // What failed then would have been told twice.
@@ -887,9 +884,9 @@ impl<C: Card> Contrast for Cuda<C> {
             // launches, copies and fills that were right when it was made.
             Recorded::Graph(graph, _) => unsafe { self.card.replay(graph) }.map_err(LossError::from),
             Recorded::Never => work(self),
-            Recorded::No | Recorded::Seen => {
+            Recorded::No | Recorded::Seen(_) => {
                 work(self)?;
-                *recorded = Recorded::Seen;
+                *recorded = Recorded::Seen(self.memory());
                 Ok(())
             }
         }

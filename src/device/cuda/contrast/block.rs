@@ -4,9 +4,9 @@
 //! pulls its part. One contract: everything that [`Cuda::pull_block`] returns is a sum over the block's pairs, so that loss,
 //! scalar gradients, dU and dV of all blocks add up to those of [`Cuda::loss_on_card`] on the whole.
 
-use super::{Buffer, Call, Cuda, Embedding, Form, Rows, Share, U, V, addresses, only_cpu, wrong_len};
+use super::{Buffer, Call, Cuda, Embedding, Form, Given, Rows, Share, U, V, addresses, elsewhere, only_cpu, wrong_len};
 use crate::device::cuda::card::Card;
-use crate::objective::{Batch, Loss, LossError, Matrix, Objective, Pairs, Storage, Value, Write};
+use crate::objective::{Batch, Loss, LossError, Objective, Pairs, Value, Write};
 use kernels::abi::HOLE;
 use std::ptr::null;
 
@@ -138,7 +138,7 @@ impl<C: Card> Cuda<C> {
         let share = Share { rows: block.at[1] == 0, cols: block.at[0] == 0, whole: Some(block.whole) };
         let bound = call.bound(&self.pairing);
         let gain = self.gradients(&call, &[call.part()], bound, out, false)?;
-        self.value(&call, loss, gain, &batch, None, share)
+        self.value(&Given { call, gain, known: None }, loss, &batch, None, share)
     }
 
     /// The block's call, prepared, with ids, counts and shares of the whole.
@@ -163,8 +163,7 @@ impl<C: Card> Cuda<C> {
                 return Err(LossError::Shape { what, found, expected });
             }
         }
-        let [u, v] = rows.map(|r| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim });
-        let batch = Batch { u, v, pairs: Pairs::default(), offset_v: None, moments: None };
+        let batch = elsewhere(Pairs::default(), rows, None);
         // Which refuses MMD: there are no features.
         batch.parameters(loss)?;
         let pairs = block.whole[0].min(block.whole[1]);
@@ -186,7 +185,7 @@ impl<C: Card> Cuda<C> {
                 self.pairing.col_share = share;
             }
         }
-        let mut call = self.call(loss, T::PRECISION.unwrap_or(self.precision), rows, false, null())?;
+        let mut call = self.call(loss, self.rounded(T::PRECISION), rows, false, null())?;
         // Nobody looks for its plain pairs.
         (call.u.span, call.v.span) = (null(), null());
         self.prepare(&mut call, rows, null())?;

@@ -9,11 +9,10 @@
 //! and the same by rows. The joint loss has one residual, F_u' (exp(S - z) - T) F_v, small enough for the host.
 //! A softmax less its target is rounded after the subtraction, so nothing is lost where they are close.
 
-use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, Sums, blocks, only_cpu, scalar};
+use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, Sums, blocks, only_cpu, prepare, scalar};
 use crate::device::cuda::CudaError;
-use crate::device::cuda::card::{Card, Element};
+use crate::device::cuda::card::Card;
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
-use half::{bf16, f16};
 use kernels::abi::{self, Logits};
 use kernels::entries as e;
 use std::borrow::Cow;
@@ -90,7 +89,7 @@ pub(super) fn features<'a>(moments: &Moments<'a>) -> Result<[Matrix<'a>; 2], Los
         Moments::Gram { .. } => Err(only_cpu(
             "kernel on data",
             "the exact gaussian",
-            "random features of it, or the linear kernel, on cuda; or --device cpu",
+            "random features of it, or the linear kernel, on a card; or the CPU engine",
         )),
     }
 }
@@ -168,13 +167,11 @@ impl<C: Card> Cuda<C> {
         let matrix = features(moments).expect("they were there for the targets")[which];
         let mut shift = vec![0f32; matrix.dim];
         self.arena.download(SLOTS[which].shift, &mut shift)?;
-        let round = |x: f32| match call.kernels.element {
-            Element::F16 => f16::from_f32(x).to_f32(),
-            _ => bf16::from_f32(x).to_f32(),
-        };
         let mut rows = singles(matrix).into_owned();
         for row in rows.chunks_exact_mut(matrix.dim) {
-            row.iter_mut().zip(&shift).for_each(|(x, shift)| *x = round((*x - shift) * f.unit as f32));
+            row.iter_mut()
+                .zip(&shift)
+                .for_each(|(x, shift)| *x = call.kernels.precision.round((*x - shift) * f.unit as f32));
         }
         let mut means = vec![0f32; [batch.v.rows, batch.u.rows][which] * matrix.dim];
         self.pairing.target_means(batch, which == 1, &rows, matrix.dim, &mut means);
@@ -292,7 +289,7 @@ impl<C: Card> Cuda<C> {
         self.run(&e::GEMM_NN_BF16, [blocks(dims[1], 128), blocks(n, 128), 1], &args)?;
         let halves: *mut u16 = self.arena.get(SLOTS[1].other, n * f_v.rows.pitch)?;
         let rows = Rows { at: left.cast_const().cast(), singles: true, rows: n, dim: dims[1] };
-        self.round(call, rows, null(), halves, f_v.rows.pitch, 1.0, 0.0)?;
+        self.run(&call.kernels.prepare_f32, [blocks(n, 8), 1, 1], &prepare(rows, halves, f_v.rows.pitch))?;
         let offset = self.put(SLOTS[1].offset, &vec![(-mean * unit * f_v.unit) as f32; n])?;
         // Softmaxes without targets, whose weights take the units back.
         let mut total = [0f32; 2];
@@ -314,57 +311,16 @@ impl<C: Card> Cuda<C> {
         let shift = if centred { self.mean_row(call, &[rows], slots.shift)? } else { null_mut() };
         // Lengths by way of bf16, whose range is that of f32.
         let squares: *mut f32 = self.arena.get("lengths of features", rows.rows)?;
-        let args = abi::Prepare {
-            x: rows.at,
-            shift,
-            offset: null(),
-            out: halves,
-            inverse: null_mut(),
-            half_norm: squares,
-            live: null(),
-            rows: rows.rows as u32,
-            dim: rows.dim as u32,
-            pitch: pitch as u32,
-            norm_scale: 1.0,
-            scale: 1.0,
-            behind: 0.0,
-        };
-        self.run(&e::PREPARE_BF16_F32, [blocks(rows.rows, 8), 1, 1], &args)?;
+        let grid = [blocks(rows.rows, 8), 1, 1];
+        let args = abi::Prepare { shift, half_norm: squares, norm_scale: 1.0, ..prepare(rows, halves, pitch) };
+        self.run(&e::PREPARE_BF16_F32, grid, &args)?;
         let mut lengths = vec![0f32; rows.rows];
         self.arena.download("lengths of features", &mut lengths)?;
         let unit = inverse_power(f64::from(lengths.into_iter().fold(0.0, f32::max)).sqrt());
-        self.round(call, rows, shift, halves, pitch, unit, f32::from(u8::from(centred)))?;
+        let (scale, behind) = (unit as f32, f32::from(u8::from(centred)));
+        let args = abi::Prepare { shift, scale, behind, ..prepare(rows, halves, pitch) };
+        self.run(&call.kernels.prepare_f32, grid, &args)?;
         Ok(Features { rows: Carried { at: halves, dim, pitch }, count: rows.rows, shift, unit })
-    }
-
-    /// `scale (x - shift)` in halves, and `behind` behind each row.
-    #[allow(clippy::too_many_arguments, reason = "one launch")]
-    fn round(
-        &self,
-        call: &Call,
-        rows: Rows,
-        shift: *const f32,
-        out: *mut u16,
-        pitch: usize,
-        scale: f64,
-        behind: f32,
-    ) -> Result<(), CudaError> {
-        let args = abi::Prepare {
-            x: rows.at,
-            shift,
-            offset: null(),
-            out,
-            inverse: null_mut(),
-            half_norm: null_mut(),
-            live: null(),
-            rows: rows.rows as u32,
-            dim: rows.dim as u32,
-            pitch: pitch as u32,
-            norm_scale: 0.0,
-            scale: scale as f32,
-            behind,
-        };
-        self.run(&call.kernels.prepare_f32, [blocks(rows.rows, 8), 1, 1], &args)
     }
 
     /// `gain G F`, or with `transposed` `gain G' F`, of `part`, chunk by chunk; and the gain that keeps G, at most `most`, in
@@ -426,7 +382,7 @@ impl<C: Card> Cuda<C> {
             part: size as u64,
         };
         self.run(&e::GEMM_TN_BF16, [blocks(dims[1], 128), blocks(dims[0], 128), parts as u32], &args)?;
-        self.fold(slots, size as u64, size, parts, out, false)
+        self.fold(slots, parts, size, (out, false))
     }
 }
 
