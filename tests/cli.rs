@@ -6,7 +6,9 @@ mod common;
 
 use common::command::{contrastive, json, refused, run};
 use common::{Case, Moment, OBJECTIVES, Positive, options, relative, wide};
+use contrastive::config::Partial;
 use contrastive::data::npy::{Npy, write_npy_f32, write_npy_i64};
+use contrastive::experiments;
 use contrastive::objective::{Matrix, Moments, Objective, Tilting, features::random_fourier, reference};
 use serde_json::Value;
 use std::path::Path;
@@ -764,7 +766,7 @@ fn ctrl_c_leaves_no_half_of_a_file() {
     let names = || std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let mut child = start(dir.path(), &["data", "ocean", "--out", ".", "--samples", "1000000"]);
     // v.npy is hours of work, and a temporary file until it is done.
-    while !(names().any(|name| name == "u.npy") && names().any(|name| name.starts_with(".tmp"))) {
+    while !(names().any(|name| name == "u.npy") && names().any(|name| name.starts_with(".contrastive-"))) {
         std::thread::sleep(Duration::from_millis(5));
     }
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
@@ -800,6 +802,53 @@ fn help_documents_every_flag_with_its_default() {
             assert!(documented, "{command} {name} says no default:\n{block}");
         }
     }
+}
+
+/// What a `[default: ...]` of `train --help` says of an experiment: names before a value are those it is of, one without
+/// names is everybody else's.
+fn default_of<'a>(text: &'a str, experiment: &str) -> Option<&'a str> {
+    let (mut names, mut other) = (Vec::new(), None);
+    for word in text.split([' ', ',', ';', '\n']).filter(|word| !word.is_empty()) {
+        match word {
+            "and" | "else" => {}
+            name if experiments::ALL.iter().any(|e| e.name == name) => names.push(name),
+            value if names.is_empty() => other = Some(value),
+            value if std::mem::take(&mut names).contains(&experiment) => return Some(value),
+            _ => {}
+        }
+    }
+    other
+}
+
+#[test]
+fn help_tells_the_defaults_that_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = String::from_utf8(run(dir.path(), &["train", "--help"]).stdout).unwrap();
+    let mut compared = 0;
+    for block in help.split("\n      --").skip(1) {
+        let name = block.split_whitespace().next().unwrap().split(['=', '[']).next().unwrap();
+        let Some((_, text)) = block.split_once("[default:") else { continue };
+        let text = text.split(']').next().unwrap();
+        for experiment in experiments::ALL {
+            let given = Partial { experiment: Some(experiment.name.into()), ..Partial::default() };
+            let settings: toml::Table = toml::from_str(&experiments::resolve(given).unwrap().to_toml()).unwrap();
+            let (Some(is), Some(said)) = (settings.get(&name.replace('-', "_")), default_of(text, experiment.name))
+            else {
+                continue;
+            };
+            let same = match is {
+                toml::Value::Float(x) => said.parse() == Ok(*x),
+                toml::Value::Integer(x) => said.parse() == Ok(*x),
+                toml::Value::Boolean(x) => said == if *x { "on" } else { "off" },
+                toml::Value::String(x) => said == if x.is_empty() { "none" } else { x },
+                _ => true,
+            };
+            // Precision's is the device's own.
+            assert!(same || name == "precision", "{}: --{name} is {is}, and the help says {said}", experiment.name);
+            compared += 1;
+        }
+    }
+    assert!(compared > 100, "{compared}");
 }
 
 #[test]

@@ -9,6 +9,9 @@ use contrastive::objective::{
     DataKernel, Gradients, Moments, Objective, Pairs, Positives, Storage, Tilting, Value, Write, reference,
 };
 use contrastive::{Batch, Cpu, Engine, Loss, Matrix};
+use rand::{SeedableRng, distr::Distribution};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
 
 const SHAPES: &[(usize, usize, usize)] = &[
     (1, 1, 1),
@@ -289,6 +292,49 @@ fn distances_do_not_pay_for_a_row_far_away() {
     }
 }
 
+/// Where all of a row's positives have one logit, what their targets leave is as small as the rest of its softmax.
+#[test]
+fn several_positives_that_are_all_there_is() {
+    let (classes, members, d) = (8usize, 3usize, 8usize);
+    let n = classes * members;
+    // Each class is an axis.
+    let x: Vec<f32> = (0..n * d).map(|k| f32::from(k % d == k / d / members)).collect();
+    let class: Vec<i64> = (0..n).map(|i| (i / members) as i64).collect();
+    let pairs = Pairs { positives: Positives::Groups { u: &class, v: &class }, ..Pairs::default() };
+    let batch = Batch { pairs, ..Batch::new(Matrix::f32(&x, d), Matrix::f32(&x, d)) };
+    for smoothing in [0.0, 0.1] {
+        // Lower ones the reference itself has no digits for.
+        for tau in [0.05, 0.04] {
+            let loss = Loss { smoothing, ..Loss::new(Tilting::Cosine, Objective::CLIP, tau) };
+            let want = reference::loss(&loss, &batch).unwrap();
+            for isa in Isa::available() {
+                let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+                let off = relative(&[got.value.grad_tau], &[want.grad_tau], 0.0);
+                assert!(off < 1e-4, "{} {tau} {smoothing}: {} for {}", isa.name(), got.value.grad_tau, want.grad_tau);
+            }
+        }
+    }
+}
+
+/// Pairings of rows in places far from each other lose nothing to where those are.
+#[test]
+fn shuffled_pairings_of_far_places() {
+    let far = [0.1f32, 1.1, 2e4 + 0.1, 2e4 + 1.1];
+    let u: Vec<f32> = far.iter().flat_map(|&x| [x, 0.0]).collect();
+    let v: Vec<f32> = far.iter().flat_map(|&x| [x + 0.3, 0.0]).collect();
+    let batch = Batch::new(Matrix::f32(&u, 2), Matrix::f32(&v, 2));
+    let loss = Loss::new(Tilting::L2, Objective::JointShuffled { pairings: 4, seed: 0 }, 0.05);
+    let (want, got) = (reference::loss(&loss, &batch).unwrap(), evaluate(&mut Cpu::<f32>::new(), &loss, &batch));
+    for (name, got, want) in [
+        ("loss", &[got.value.loss][..], &[want.loss][..]),
+        ("d tau", &[got.value.grad_tau], &[want.grad_tau]),
+        ("dU", &wide(&got.u), &want.grad_u),
+        ("dV", &wide(&got.v), &want.grad_v),
+    ] {
+        assert!(relative(got, want, 1e-3) < 1e-5, "{name}: {got:?} for {want:?}");
+    }
+}
+
 /// Where f32 holds no logit a loss is no number: a finite one would be taken for learning.
 #[test]
 fn logits_beyond_f32_are_seen() {
@@ -373,6 +419,8 @@ fn same_bits(a: &[f32], b: &[f32]) -> bool {
 /// Logits kept between passes, all of them, some or none, are those that are multiplied out again.
 #[test]
 fn a_workspace_changes_no_bit() {
+    // Scratch is a pool's as far as its threads have had something to do: all of them, of one.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     for (k, &objective) in OBJECTIVES.iter().enumerate() {
         for tilting in Tilting::ALL.iter().copied() {
             // Above the size that one thread takes alone: several pieces a side, the last of them ragged.
@@ -381,7 +429,7 @@ fn a_workspace_changes_no_bit() {
             let run = |bytes: usize| {
                 let mut engine = Cpu::<f32>::new();
                 engine.set_workspace(bytes);
-                let got = evaluate(&mut engine, &case.loss(), &data.batch(&case));
+                let got = pool.install(|| evaluate(&mut engine, &case.loss(), &data.batch(&case)));
                 (got, engine.scratch_bytes())
             };
             let (none, least) = run(0);
@@ -656,6 +704,57 @@ mod pairs {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// Steps of kept logits are no part of what is left of a positive's P when its target is taken off.
+    #[test]
+    fn several_positives_lose_nothing_to_a_workspace() {
+        let (n, d) = (256, 64);
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let mut normal = |len: usize| -> Vec<f32> { (0..len).map(|_| StandardNormal.sample(&mut rng)).collect() };
+        let (centres, noise) = (normal(n * d), normal(2 * n * d));
+        for (objective, of_a_class) in [(Objective::CLIP, 8), (Objective::Joint, 8), (Objective::Joint, 1)] {
+            let class: Vec<i64> = (0..n).map(|i| (i / of_a_class) as i64).collect();
+            let rows = |side: usize| -> Vec<f32> {
+                let near = noise[side * n * d..].chunks(d).zip(&class);
+                let near = near
+                    .map(|(x, &class)| x.iter().zip(&centres[class as usize * d..][..d]).map(|(x, c)| c + 0.03 * x));
+                near.flatten().collect()
+            };
+            let (u, v) = (Half::new(&rows(0)), Half::new(&rows(1)));
+            let pairs = Pairs { positives: Positives::Groups { u: &class, v: &class }, ..Pairs::default() };
+            let batch = Batch { pairs, ..Batch::new(u.matrix(true, d), v.matrix(true, d)) };
+            let loss = Loss::new(Tilting::Cosine, objective, 0.02);
+            let want = reference::loss(&loss, &batch).unwrap();
+            for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
+                for bytes in [0, 1 << 30] {
+                    let mut engine = Cpu::<f32>::with_isa(isa);
+                    engine.set_workspace(bytes);
+                    let got = evaluate(&mut engine, &loss, &batch);
+                    let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
+                    let off_tau = relative(&[got.value.grad_tau], &[want.grad_tau], 0.0);
+                    let what = format!("{} {objective:?} {of_a_class} {bytes}", isa.name());
+                    assert!(off[0].max(off[1]) < 4e-3 && off_tau < 0.03, "{what}: {off:?} {off_tau}");
+                }
+            }
+        }
+    }
+
+    /// Products of rows as they are stored would be nothing, or beyond f32.
+    #[test]
+    fn norms_of_any_size_have_the_same_products() {
+        for (size, tau) in [(1e-19f32, 1e-38), (3e19, 3e38)] {
+            let case = Case { tau, ..Case::new(Tilting::Dot, OBJECTIVES[0], 45, 45, 23) };
+            let data = case.data();
+            let [u, v] = [&data.u, &data.v].map(|x| Half::new(&x.iter().map(|x| size * x).collect::<Vec<_>>()));
+            let batch = Batch { u: u.matrix(true, 23), v: v.matrix(true, 23), ..data.batch(&case) };
+            let want = reference::loss(&case.loss(), &batch).unwrap();
+            for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
+                let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch);
+                let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
+                assert!(off[0].max(off[1]) < 1e-2, "{} {size}: {off:?}", isa.name());
             }
         }
     }

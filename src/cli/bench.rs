@@ -7,11 +7,7 @@ use super::{Common, Failure, bad_flag, check_room, from_flag};
 use crate::config::{parse_objective, parse_tilting};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::device::cuda::{
-    Buffer, CudaError, Driver,
-    contrast::{Cuda, Embedding},
-    random::normals,
-};
+use crate::device::cuda::{Buffer, Cuda, CudaError, Driver, contrast::Embedding, random::normals};
 use crate::device::{Device as Verbs, Engine, Gemm, View, ViewMut};
 use crate::objective::{
     Batch, Gradients, Loss, Matrix, Moments, Objective, Pairs, Precision, Storage, Write, features::random_fourier,
@@ -149,13 +145,13 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
 }
 
 fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Failure> {
-    let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
     let loss = Loss {
         tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
         objective: parse_objective(&args.objective, [1.0, 1.0], -10.0, 0, common.seed()).map_err(from_flag)?,
         tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };
+    let mmd = loss.objective.takes_moments();
     let choice = common.choose(None)?;
     let precision = choice.precision();
     choice.announce();
@@ -274,7 +270,7 @@ fn on_card<T: Embedding>(
     time(|run| {
         let ([u, v], [x, y]) = &inputs[run % inputs.len()];
         let gradients = [&mut du, &mut dv].map(|g| Some(Write::Set(g)));
-        *value = engine.loss_on_card(loss, [u, v], d, mmd.then_some([x, y]), gradients)?.loss;
+        *value = engine.loss_on_card(loss, &Pairs::default(), [u, v], d, mmd.then_some([x, y]), gradients)?.loss;
         Ok(())
     })
 }

@@ -4,7 +4,7 @@ use super::{Common, Failure, bad_flag, log};
 use crate::config::parse_precision;
 use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
-use crate::device::cuda::{Driver, contrast::Cuda, search::Searcher};
+use crate::device::cuda::{Cuda, Driver, search::Searcher};
 use crate::device::{Engine, Search};
 use crate::objective::{DataKernel, Precision};
 #[cfg(feature = "cuda")]

@@ -133,7 +133,7 @@ impl<'a> Stored<'a> {
 fn ids(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<i64>>, Failure> {
     let Some(path) = path else { return Ok(None) };
     let (shape, ids) = read_npy_i64(path)?;
-    if ids.len() != rows {
+    if ids.len() != rows || shape[0] != rows {
         return Err(shape_of(path, format!("shape {shape:?}"), format!("{rows} integers")));
     }
     Ok(Some(ids))
@@ -146,8 +146,9 @@ fn shape_of(path: &Path, found: String, expected: String) -> Failure {
 fn weights(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<f32>>, Failure> {
     let Some(path) = path else { return Ok(None) };
     let file = Npy::open(path)?;
-    if (file.rows() * file.dim()) != rows {
-        return Err(shape_of(path, format!("{} numbers", file.rows() * file.dim()), format!("{rows} numbers")));
+    if [file.rows(), file.dim()] != [rows, 1] {
+        let found = format!("an array of shape [{}, {}]", file.rows(), file.dim());
+        return Err(shape_of(path, found, format!("{rows} numbers")));
     }
     Ok(Some(as_f32(&file).into_owned()))
 }
@@ -161,7 +162,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         tau: args.tau,
         smoothing: args.smoothing,
     };
-    let mmd = matches!(&args.objective[..], "mmd" | "joint-mmd");
+    let mmd = loss.objective.takes_moments();
     let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
     let gram = (mmd && args.features.is_none()).then_some(kernel);
     let choice = common.choose(only_cpu(gram))?;
@@ -273,14 +274,13 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
     let mut engine = choice.engine(args.workspace);
-    batch.validate(&loss).map_err(|e| refused(args, e))?;
     let begun = std::time::Instant::now();
     let gradients = Gradients {
         u: grad_u.as_deref_mut().map(Write::Set),
         v: grad_v.as_deref_mut().map(Write::Set),
         offset_v: None,
     };
-    let value = engine.loss(&loss, &batch, gradients)?;
+    let value = engine.loss(&loss, &batch, gradients).map_err(|e| refused(args, e))?;
     let seconds = begun.elapsed().as_secs_f64();
     let finite = |x: &Option<Vec<f32>>| x.iter().flatten().all(|x| x.is_finite());
     if !(value.loss.is_finite() && value.grad_tau.is_finite() && finite(&grad_u) && finite(&grad_v)) {

@@ -16,9 +16,14 @@ use crate::config::{ConfigError, parse_precision};
 use crate::data::{DataError, abandon_writes, download::DownloadError, fits_memory};
 use crate::device::DeviceError;
 use crate::device::cpu::Isa;
+#[cfg(feature = "cuda")]
+use crate::device::cuda::CudaError;
 use crate::experiments;
 use crate::objective::LossError;
+use crate::train::TrainError;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
+use std::error::Error;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -117,7 +122,7 @@ impl From<ConfigError> for Failure {
 impl From<LossError> for Failure {
     fn from(e: LossError) -> Self {
         match e {
-            LossError::Device(_) => Failure::Other(e.to_string()),
+            LossError::Device(e) => Failure::Other(format!("{e}{}", flag_for(&e))),
             _ => Failure::Input(e.to_string()),
         }
     }
@@ -125,13 +130,27 @@ impl From<LossError> for Failure {
 
 impl From<experiments::Error> for Failure {
     fn from(e: experiments::Error) -> Self {
-        if e.is_input() { Failure::Input(e.to_string()) } else { Failure::Other(e.to_string()) }
+        let flag = match &e {
+            experiments::Error::Train(
+                TrainError::Device(cause) | TrainError::Loss { source: LossError::Device(cause), .. },
+            ) => flag_for(cause),
+            _ => "",
+        };
+        let said = format!("{e}{flag}");
+        if e.is_input() { Failure::Input(said) } else { Failure::Other(said) }
     }
 }
 
-/// What a device could not do.
-fn failed(e: DeviceError) -> Failure {
-    Failure::Other(e.to_string())
+/// The flag that helps where a device could not do something, if one does: the library knows no flags.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only cards fail so"))]
+fn flag_for(cause: &DeviceError) -> &'static str {
+    #[cfg(feature = "cuda")]
+    match cause.downcast_ref() {
+        Some(CudaError::Grid { .. }) => return " (train has --micro-batch)",
+        Some(CudaError::Shape(_)) => return " (--device cpu)",
+        _ => {}
+    }
+    ""
 }
 
 /// A flag's value out of its domain.
@@ -155,9 +174,9 @@ fn from_file(file: &Path, e: ConfigError) -> Failure {
     }
 }
 
-/// `lambda_u` as `--lambda-u`.
+/// `lambda_u` as `--lambda-u`; experiments have no flag.
 fn as_flag(key: &str) -> String {
-    format!("--{}", key.replace('_', "-"))
+    if key == "experiment" { key.into() } else { format!("--{}", key.replace('_', "-")) }
 }
 
 /// Runs the command line of this process.
@@ -198,8 +217,20 @@ fn log(line: std::fmt::Arguments<'_>) {
 
 /// clap's message on one line, without its own `error:` and its tips.
 fn usage(e: &clap::Error) -> String {
-    if e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+    if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return "no command given; see contrastive --help".into();
+    }
+    if let (ErrorKind::ValueValidation, Some(ContextValue::String(flag)), Some(ContextValue::String(found))) =
+        (e.kind(), e.get(ContextKind::InvalidArg), e.get(ContextKind::InvalidValue))
+    {
+        // The words of std for what its numbers are parsed of.
+        let reason = e.source().map(ToString::to_string).unwrap_or_default();
+        let expected = match &reason[..] {
+            "invalid float literal" => "a number".into(),
+            "invalid digit found in string" => "a whole number, 0 or more".into(),
+            other => other.to_owned(),
+        };
+        return format!("{}: found {found}, expected {expected}", flag.split_whitespace().next().unwrap_or(flag));
     }
     let text = e.render().to_string();
     let first = text.split("\n\n").next().unwrap_or_default();

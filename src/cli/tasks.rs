@@ -1,13 +1,13 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_outputs, check_room, failed, from_flag};
-use crate::config::{Config, parse_tilting};
+use super::{Common, Failure, bad_flag, check_outputs, check_room, from_flag};
+use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::device::cuda::contrast::Cuda;
+use crate::device::cuda::Cuda;
 use crate::experiments::{self, Model};
 use crate::objective::Precision;
 use crate::tasks::classification::{self, Head};
@@ -63,7 +63,8 @@ pub struct Classify {
     /// Folder of a training run
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// What to classify: data of the u side, [rows, columns] .npy
+    /// What to classify: data of the u side, [rows, columns] .npy; MNIST's pixels as they were trained on, (byte/255 -
+    /// 0.1307)/0.3081
     #[arg(long, value_name = "X.npy")]
     input: PathBuf,
     /// True labels, integers [rows] .npy [default: none]
@@ -105,7 +106,8 @@ pub struct Sample {
     /// What to draw from: data of that side, .npy [default: the run's held-out pairs, or its training pairs]
     #[arg(long, value_name = "X.npy")]
     items: Option<PathBuf>,
-    /// Indices drawn, int64 [queries, C] [default: in the JSON only]
+    /// Indices drawn, int64 [queries, C], rows of what is drawn from: of held-out pairs, which are a data set's last, the
+    /// first is 0 [default: in the JSON only]
     #[arg(long, value_name = "IDX.npy")]
     output: Option<PathBuf>,
 }
@@ -234,10 +236,13 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     choice.announce();
     let start = Instant::now();
     let best = match choice.search() {
-        Some(mut device) => retrieval::top_k_on(&mut *device, tilting, &queries, &items, wide).map_err(failed)?,
+        Some(mut device) => retrieval::top_k_on(&mut *device, tilting, &queries, &items, wide),
         None => retrieval::top_k(tilting, &queries, &items, wide),
-    };
+    }?;
     let seconds = start.elapsed().as_secs_f64();
+    if args.scores.is_some() && best.scores.iter().any(|&score| !(score as f32).is_finite()) {
+        return Err(bad_flag("--scores", "scores beyond f32", "smaller embeddings, or no --scores"));
+    }
     let narrow = |i: usize| i * wide..i * wide + args.k;
     let n = queries.count();
     if let Some(path) = &args.output {
@@ -304,7 +309,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         }
         let Head { weight, bias } = &head;
         let weight = Table { data: weight, dim };
-        (classification::classify(crate::Tilting::Dot, tau, &inputs, &weight, Some(bias)), classes)
+        (classification::classify(crate::Tilting::Dot, tau, &inputs, &weight, Some(bias))?, classes)
     } else {
         let given = args.classes.as_deref().map(open).transpose()?;
         let one_hot = model.labels();
@@ -325,13 +330,11 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         let names = embedded(&model, &choice, Side::V, rows, path)?;
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;
         let [inputs, names] = [&inputs, &names].map(|data| Table { data, dim });
-        (classification::classify(tilting, tau, &inputs, &names, None), names.count())
+        (classification::classify(tilting, tau, &inputs, &names, None)?, names.count())
     };
     choice.announce();
-    let accuracy = labels.map(|labels| {
-        let right = judged.clone().filter(|&i| found.labels[i] == labels[i] as usize).count();
-        right as f64 / judged.len() as f64
-    });
+    let accuracy =
+        labels.map(|labels| classification::accuracy(&found.labels[judged.clone()], &labels[judged.clone()]));
     let indices: Vec<i64> = found.labels.iter().map(|&label| label as i64).collect();
     if let Some(path) = &args.output {
         write_npy_i64(path, &[n], &indices)?;
@@ -360,7 +363,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
 fn read_labels(path: &Path, rows: usize) -> Result<Vec<u32>, Failure> {
     let (shape, labels) = read_npy_i64(path)?;
     let name = path.display().to_string();
-    if labels.len() != rows {
+    if labels.len() != rows || shape[0] != rows {
         return Err(bad_flag(&name, format!("shape {shape:?}"), format!("{rows} labels, one a row of --input")));
     }
     // A classifier has as many weights as classes; more than these is a file of something else.
@@ -383,13 +386,8 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
     let file = args.items.as_deref().map(open).transpose()?;
     let outputs = [("--output", args.output.as_ref())];
     // Without --items those are the run's own pairs.
-    let Config { u, v, data, .. } = &model.config;
-    let own = match (&args.items, data.as_os_str().is_empty()) {
-        (Some(items), _) => [items.clone(), PathBuf::new()],
-        (None, true) => [u.clone(), v.clone()],
-        (None, false) => ["u.npy", "v.npy"].map(|name| data.join(name)),
-    };
-    let inputs = [Some(&args.given), Some(&own[0]), Some(&own[1])];
+    let drawn_from = args.items.as_ref().map_or_else(|| model.data_files(), |items| vec![items.clone()]);
+    let inputs: Vec<_> = drawn_from.iter().chain([&args.given]).map(Some).collect();
     check_outputs(&outputs, &inputs, Some(&args.model))?;
     check_room("--count", &[args.count, given.rows(), 8])?;
     let choice = common.choose(None)?;
@@ -405,7 +403,7 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
     choice.announce();
     let dim = model.config.dim;
     let [queries, items] = [&queries, &items].map(|data| Table { data, dim });
-    let draws = sampling::sample(model.tilting(), model.tau(), &queries, &items, args.count, common.seed());
+    let draws = sampling::sample(model.tilting(), model.tau(), &queries, &items, args.count, common.seed())?;
     let indices: Vec<i64> = draws.indices.iter().map(|&i| i as i64).collect();
     if let Some(path) = &args.output {
         write_npy_i64(path, &[queries.count(), args.count], &indices)?;

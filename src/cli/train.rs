@@ -8,7 +8,7 @@ use crate::config::parse_precision;
 use crate::config::{ConfigError, Partial};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::device::cuda::contrast::Cuda;
+use crate::device::cuda::Cuda;
 use crate::experiments::{self, Outcome};
 use crate::train::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -27,7 +27,7 @@ pub struct Train {
     /// gp, gaussian2d, digits, mnist, ocean or pairs [default: gp]
     #[arg(value_name = "EXPERIMENT")]
     experiment: Option<String>,
-    /// Settings, .toml: every flag here is also a key, a dash an underscore [default: none]
+    /// Settings, .toml: every flag but this and --json is also a key, a dash an underscore [default: none]
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Folder of the run's files [default: runs/EXPERIMENT]
@@ -36,7 +36,8 @@ pub struct Train {
     /// Go on from the folder's checkpoint, to the same bits as if never stopped [default: start anew]
     #[arg(long)]
     resume: bool,
-    /// A short run, for a first look and for tests: other epochs, rates and sizes where none are given [default: off]
+    /// A short run, for a first look and for tests: other sizes, epochs, rates and, of ocean, temperature, where none are
+    /// given; the run's config.toml has them [default: off]
     #[arg(long)]
     quick: bool,
     /// pairs: the u side, .npy [default: none]
@@ -49,25 +50,25 @@ pub struct Train {
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Samples to generate: to train on, for ocean to hold out from too [default: gp, gaussian2d 10000; digits 20000; ocean 64536]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     samples: Option<usize>,
     /// Share of the pairs held out for the report [default: pairs 0.1, digits 0.25, ocean 0.5]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     held_out: Option<f64>,
     /// Passes over the training pairs [default: gp 500, gaussian2d 200, digits 8, mnist 300, ocean 20, pairs 10]
-    #[arg(long, value_name = "E")]
+    #[arg(long, value_name = "E", allow_negative_numbers = true)]
     epochs: Option<u64>,
     /// Pairs a step [default: 512; ocean 128]
-    #[arg(long, value_name = "B")]
+    #[arg(long, value_name = "B", allow_negative_numbers = true)]
     batch: Option<usize>,
     /// Gradient caching: pairs embedded at a time, a divisor of the batch; 0 is off [default: 0]
-    #[arg(long, value_name = "B")]
+    #[arg(long, value_name = "B", allow_negative_numbers = true)]
     micro_batch: Option<usize>,
     /// Peak learning rate [default: gp, digits, pairs 0.001; gaussian2d 0.003; mnist, ocean 0.0001]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     lr: Option<f64>,
     /// Steps of linear warmup [default: 0]
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
     warmup: Option<u64>,
     /// Learning rate after the warmup: constant or cosine [default: gp, gaussian2d cosine; else constant]
     #[arg(long, value_name = "SCHEDULE")]
@@ -76,7 +77,7 @@ pub struct Train {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     grad_clip: Option<f64>,
     /// Embedding dimension [default: gp 5, gaussian2d 1, digits and mnist 10, ocean 98, pairs 128]
-    #[arg(long, value_name = "D")]
+    #[arg(long, value_name = "D", allow_negative_numbers = true)]
     dim: Option<usize>,
     /// cosine, dot or l2 [default: pairs, ocean cosine; else dot]
     #[arg(long, value_name = "TILTING")]
@@ -103,16 +104,16 @@ pub struct Train {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     smoothing: Option<f64>,
     /// joint: random pairings that stand for all pairs; 0 takes all [default: 0]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pairings: Option<u32>,
     /// mmd, joint-mmd: kernel on data, gaussian:WIDTH or linear [default: gaussian:1]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<String>,
     /// mmd, joint-mmd: random Fourier features of a Gaussian kernel, even [default: 64]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     features: Option<usize>,
     /// Steps between lines of metrics.jsonl [default: 10]
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
     log_every: Option<u64>,
     /// What the file of settings says, once it has been read.
     #[arg(skip)]
@@ -124,7 +125,8 @@ impl Train {
     fn file(&self) -> Option<PathBuf> {
         let own = || {
             let experiment = self.experiment.as_deref().unwrap_or(experiments::ALL[0].name);
-            Some(folder(&self.out, experiment).join("config.toml")).filter(|own| self.resume && own.exists())
+            Some(folder(&self.out, experiment).join(crate::checkpoint::CONFIG))
+                .filter(|own| self.resume && own.exists())
         };
         self.config.clone().or_else(own)
     }
@@ -208,6 +210,12 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     };
     let precision = flags.precision.clone().or_else(|| given.precision.clone());
     let mut config = experiments::resolve(flags.clone().over(given.clone())).map_err(refused)?;
+    // A run's settings name its files wherever they are read.
+    for path in [&mut config.u, &mut config.v, &mut config.data] {
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(&path).map_err(|source| ConfigError::Io { path: path.clone(), source })?;
+        }
+    }
     let dir = folder(&args.out, &config.experiment);
     let full = common.precision.is_none() && precision.as_deref() == Some("f32");
     let choice = common.choose(full.then(|| "the settings say f32, and f32 products are the CPU's".to_owned()))?;
@@ -231,8 +239,17 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     super::on_stop(stopping)?;
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
+    let resume = args.resume;
+    let anew = resume && !Checkpoint::path(&dir).exists();
     let said = Once::new();
-    let announce = || said.call_once(|| choice.announce());
+    let announce = || {
+        said.call_once(|| {
+            choice.announce();
+            if anew {
+                super::log(format_args!("no checkpoint in {}: the run starts anew", dir.display()));
+            }
+        });
+    };
     let mut observe = |progress: Progress| {
         stepping.store(true, Ordering::Relaxed);
         announce();
@@ -248,10 +265,6 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
             bar.set_message(format!("{:.4}", progress.loss));
         }
     };
-    let resume = args.resume;
-    if resume && !Checkpoint::path(&dir).exists() {
-        super::log(format_args!("no checkpoint in {}: the run starts anew", dir.display()));
-    }
     let Outcome { report, stopped } = match &choice.device {
         Device::Cpu => experiments::run(&mut Cpu::new(), &config, &dir, resume, &stop, &mut observe),
         #[cfg(feature = "cuda")]

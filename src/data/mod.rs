@@ -127,7 +127,7 @@ impl Rows for SideOf<'_> {
 #[non_exhaustive]
 pub enum DataError {
     /// The operating system refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: found {source}, expected a file or folder that can be used", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -350,6 +350,7 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is there and not a regular file"));
         }
         let mut builder = tempfile::Builder::new();
+        builder.prefix(TEMPORARY);
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -363,6 +364,20 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         sync_folder(path)
     };
     write().map_err(|source| DataError::Write { path: path.to_owned(), source })
+}
+
+/// What the names of temporary files begin with.
+const TEMPORARY: &str = ".contrastive-";
+
+/// Takes away the temporary files that a program left in `folder` when it was killed; nobody writes there now.
+#[cfg(feature = "cli")]
+pub(crate) fn remove_temporary(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+            // They are in nobody's way.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Temporary files that are being written.

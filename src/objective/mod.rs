@@ -131,7 +131,7 @@ pub struct Matrix<'a> {
 /// Which pairs (i, j) are positives.
 #[derive(Clone, Copy, Debug)]
 pub enum Positives<'a> {
-    /// (i, i); needs N <= M or M <= N, the surplus rows or columns being extra negatives.
+    /// (i, i), of any N and M; surplus rows or columns are extra negatives.
     Diagonal,
     /// Row i's only positive is column `index[i]`; `[N]`, each < M. Several rows may share a column.
     Index(&'a [u32]),
@@ -207,7 +207,7 @@ pub struct Batch<'a> {
 }
 
 /// Where a result goes: over what is there, or added to it.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Write<T> {
     /// Over what is there.
     Set(T),
@@ -261,7 +261,7 @@ pub enum LossError {
         /// Its domain.
         expected: std::borrow::Cow<'static, str>,
     },
-    /// The machine that was to evaluate it could not.
+    /// The machine that was to evaluate it could not: of a card it holds a `device::cuda::CudaError`, to be downcast to.
     #[error("{0}")]
     Device(Box<dyn std::error::Error + Send + Sync>),
     /// Infinite or not a number.
@@ -275,6 +275,19 @@ pub enum LossError {
 }
 
 impl Objective {
+    /// The symmetric conditional loss, CLIP's and InfoNCE's.
+    pub const CLIP: Objective = Objective::Conditional { lambda_u: 1.0, lambda_v: 1.0 };
+
+    /// Whether it compares data behind the embeddings: [`Batch::moments`].
+    pub fn takes_moments(&self) -> bool {
+        matches!(self, Objective::Mmd { .. } | Objective::JointMmd)
+    }
+
+    /// Whether every row has a share of its weights, and a bias every logit: not only rows with a positive, and none.
+    pub fn is_of_each_pair(&self) -> bool {
+        matches!(self, Objective::Sigmoid { .. })
+    }
+
     /// `L_clip - L` for `L` as defined above: (lambda_u log N + lambda_v log M)/2 for the conditional
     /// loss, `None` for the others.
     pub fn clip_offset(&self, n: usize, m: usize) -> Option<f64> {
@@ -284,6 +297,20 @@ impl Objective {
             }
             _ => None,
         }
+    }
+}
+
+impl Loss {
+    /// Without label smoothing.
+    pub fn new(tilting: Tilting, objective: Objective, tau: f64) -> Self {
+        Loss { tilting, objective, tau, smoothing: 0.0 }
+    }
+}
+
+impl<'a> Batch<'a> {
+    /// Row i of `u` belongs to row i of `v`, and that is all there is.
+    pub fn new(u: Matrix<'a>, v: Matrix<'a>) -> Self {
+        Batch { u, v, pairs: Pairs::default(), offset_v: None, moments: None }
     }
 }
 
@@ -297,6 +324,14 @@ impl<'a> Matrix<'a> {
     /// Borrows row-major f32 data of `dim` columns; the number of rows follows.
     pub fn f32(data: &'a [f32], dim: usize) -> Self {
         Matrix { data: Storage::F32(data), rows: data.len() / dim.max(1), dim }
+    }
+    /// The same of bf16.
+    pub fn bf16(data: &'a [bf16], dim: usize) -> Self {
+        Matrix { data: Storage::Bf16(data), rows: data.len() / dim.max(1), dim }
+    }
+    /// The same of f16.
+    pub fn f16(data: &'a [f16], dim: usize) -> Self {
+        Matrix { data: Storage::F16(data), rows: data.len() / dim.max(1), dim }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Positives, ignored pairs and weights, resolved for an engine: counts, shares of the loss, and the
 //! special entries of any block of the logit matrix.
 
-use super::{Batch, Pairs, Positives};
+use super::validate::bad;
+use super::{Batch, LossError, Pairs, Positives};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -25,13 +26,26 @@ pub struct Pairing {
     pub row_share: Vec<f32>,
     /// `x_j` `[M]`: sums to one over columns with a positive, 0 on the others.
     pub col_share: Vec<f32>,
-    /// For each id of `Positives::Groups`: rows and columns that carry it.
-    groups: HashMap<i64, (u32, u32)>,
+    /// Of each id of `Positives::Groups`.
+    groups: HashMap<i64, Group>,
+}
+
+/// Rows and columns that carry an id: how many, and the first of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Group {
+    rows: u32,
+    cols: u32,
+    first_row: u32,
+    first_col: u32,
 }
 
 impl Pairing {
-    /// Counts for a validated batch.
-    pub fn prepare(&mut self, batch: &Batch<'_>) {
+    /// Counts for a validated batch. `all_rows`: weights are shares of all rows, as the sigmoid loss has them, and not of those
+    /// that have a positive.
+    ///
+    /// # Errors
+    /// [`LossError::Parameter`] where no id has a positive, or all weights that count are 0, of which there are no shares.
+    pub fn prepare(&mut self, batch: &Batch<'_>, all_rows: bool) -> Result<(), LossError> {
         let (n, m) = (batch.u.rows, batch.v.rows);
         let (rows, cols) = (&mut self.row_positives, &mut self.col_positives);
         rows.clear();
@@ -50,23 +64,27 @@ impl Pairing {
             }
             Positives::Groups { u, v } => {
                 self.groups.clear();
-                for id in u {
-                    self.groups.entry(*id).or_default().0 += 1;
+                for (i, id) in (0..).zip(u) {
+                    let group = self.groups.entry(*id).or_insert(Group { first_row: i, ..Group::default() });
+                    group.rows += 1;
                 }
-                for id in v {
-                    self.groups.entry(*id).or_default().1 += 1;
+                for (j, id) in (0..).zip(v) {
+                    let group = self.groups.entry(*id).or_default();
+                    if group.cols == 0 {
+                        group.first_col = j;
+                    }
+                    group.cols += 1;
                 }
-                rows.extend(u.iter().map(|id| self.groups[id].1));
-                cols.extend(v.iter().map(|id| self.groups[id].0));
+                rows.extend(u.iter().map(|id| self.groups[id].cols));
+                cols.extend(v.iter().map(|id| self.groups[id].rows));
+                if rows.iter().all(|&positives| positives == 0) {
+                    return Err(bad("groups", "no id common to u and v", "at least one positive pair"));
+                }
             }
         }
-        shares(&mut self.row_share, &self.row_positives, batch.pairs.weights_u, true);
-        shares(&mut self.col_share, &self.col_positives, batch.pairs.weights_v, true);
-    }
-
-    /// Row weights over *all* rows, summing to one: what the sigmoid loss wants.
-    pub fn share_all_rows(&mut self, batch: &Batch<'_>) {
-        shares(&mut self.row_share, &self.row_positives, batch.pairs.weights_u, false);
+        let Pairs { weights_u, weights_v, .. } = batch.pairs;
+        shares("weights of u", &mut self.row_share, &self.row_positives, weights_u, !all_rows)?;
+        shares("weights of v", &mut self.col_share, &self.col_positives, weights_v, true)
     }
 
     /// Mean of the positives' features `[rows, dim]` for each row (`of_rows`: `from` are of columns) or each column (of
@@ -93,14 +111,26 @@ impl Pairing {
             Positives::Groups { u, v } => {
                 let (to_ids, from_ids, counts) =
                     if of_rows { (u, v, &self.row_positives) } else { (v, u, &self.col_positives) };
-                let mut sums: HashMap<i64, Vec<f32>> = HashMap::new();
+                // Sums are made where a group comes first, and copied from there.
+                let first = |id: &i64| {
+                    let group = &self.groups[id];
+                    let (first, there) =
+                        if of_rows { (group.first_row, group.rows) } else { (group.first_col, group.cols) };
+                    (there > 0).then_some(first as usize)
+                };
                 for (id, x) in from_ids.iter().zip(from.chunks_exact(dim)) {
-                    add(sums.entry(*id).or_insert_with(|| vec![0.0; dim]), x, 1.0);
-                }
-                for ((id, out), &count) in to_ids.iter().zip(out.chunks_exact_mut(dim)).zip(counts) {
-                    if count > 0 {
-                        add(out, &sums[id], 1.0 / count as f32);
+                    if let Some(first) = first(id) {
+                        add(&mut out[row(first)], x, 1.0);
                     }
+                }
+                for (i, id) in to_ids.iter().enumerate() {
+                    if let Some(first) = first(id).filter(|&first| first != i) {
+                        out.copy_within(row(first), i * dim);
+                    }
+                }
+                for (out, &count) in out.chunks_exact_mut(dim).zip(counts) {
+                    let share = 1.0 / count.max(1) as f32;
+                    out.iter_mut().for_each(|x| *x *= share);
                 }
             }
         }
@@ -112,18 +142,28 @@ impl Pairing {
             + self.col_positives.capacity()
             + self.row_share.capacity()
             + self.col_share.capacity())
-            + self.groups.capacity() * (size_of::<(i64, (u32, u32))>() + 1)
+            + self.groups.capacity() * (size_of::<(i64, Group)>() + 1)
     }
 }
 
-fn shares(out: &mut Vec<f32>, positives: &[u32], weights: Option<&[f32]>, only_positive: bool) {
+fn shares(
+    what: &'static str,
+    out: &mut Vec<f32>,
+    positives: &[u32],
+    weights: Option<&[f32]>,
+    only_positive: bool,
+) -> Result<(), LossError> {
     let weight = |i: usize| {
         if only_positive && positives[i] == 0 { 0.0 } else { weights.map_or(1.0, |w| f64::from(w[i])) }
     };
     let total: f64 = (0..positives.len()).map(weight).sum();
-    let scale = if total > 0.0 { 1.0 / total } else { 0.0 };
+    if total == 0.0 {
+        return Err(bad(what, "only zeros where there is a positive", "a weight above 0 there"));
+    }
+    let scale = 1.0 / total;
     out.clear();
     out.extend((0..positives.len()).map(|i| (weight(i) * scale) as f32));
+    Ok(())
 }
 
 impl Pairs<'_> {

@@ -1,6 +1,7 @@
 //! The definition of every loss, written naively in f64: forms all N x M matrices, and shares no
 //! arithmetic with the engines. Everything fast is tested against this.
 
+use super::pairing::Pairing;
 use super::{Batch, DataKernel, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Storage, Tilting};
 
 /// Value and gradients in f64.
@@ -60,16 +61,17 @@ impl Dense {
 /// Evaluates `loss` on `batch` by its definition. O(N M) memory, O(N^3) work for MMD.
 ///
 /// # Errors
-/// As the engines: [`Batch::validate`].
+/// As the engines'.
 pub fn loss(loss: &Loss, batch: &Batch<'_>) -> Result<Reference, LossError> {
     batch.validate(loss)?;
+    Pairing::default().prepare(batch, loss.objective.is_of_each_pair())?;
     let (u, v) = (Dense::read(&batch.u), Dense::read(&batch.v));
     let plain = logits(loss, &u, &v);
     let s = plain.map(|_, j, s| s + batch.offset_v.map_or(0.0, |o| f64::from(o[j])));
     let kinds = Kinds::new(batch);
     let (value, g) = value_and_g(loss, batch, &s, &kinds);
     let (grad_u, grad_v) = through_tilting(loss, &u, &v, &g);
-    let bias = matches!(loss.objective, Objective::Sigmoid { .. });
+    let bias = loss.objective.is_of_each_pair();
     Ok(Reference {
         loss: value,
         grad_u: grad_u.x,

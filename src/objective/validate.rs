@@ -1,20 +1,32 @@
 //! What every engine checks before it touches anything.
 
-use super::{Batch, DataKernel, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Storage};
+use super::{Batch, DataKernel, Loss, LossError, Matrix, Moments, Objective, Positives, Storage};
 use rayon::prelude::*;
-use std::collections::HashSet;
 
 impl Batch<'_> {
-    /// Checks shapes, parameters and values.
+    /// Checks shapes, parameters and values; whether there is a positive that counts, engines find when they count them.
     ///
     /// # Errors
     /// [`LossError`] naming the first argument out of its domain, what was found and what was expected.
     pub fn validate(&self, loss: &Loss) -> Result<(), LossError> {
-        let (n, m) = (self.u.rows, self.v.rows);
+        let m = self.v.rows;
         self.parameters(loss)?;
         embedding("u", &self.u)?;
         embedding("v", &self.v)?;
         shape("columns of v", self.v.dim, self.u.dim)?;
+        self.pairs_fit()?;
+        if let Some(offset) = self.offset_v {
+            shape("offset_v", offset.len(), m)?;
+            finite("offset_v", &Matrix { data: Storage::F32(offset), rows: m, dim: 1 })?;
+        }
+        self.moments_fit()?;
+        finite("u", &self.u)?;
+        finite("v", &self.v)
+    }
+
+    /// The part of [`Batch::validate`] that looks at the pairs.
+    pub(crate) fn pairs_fit(&self) -> Result<(), LossError> {
+        let (n, m) = (self.u.rows, self.v.rows);
         match self.pairs.positives {
             Positives::Diagonal => {}
             Positives::Index(index) => {
@@ -26,24 +38,14 @@ impl Batch<'_> {
             Positives::Groups { u, v } => {
                 shape("groups of u", u.len(), n)?;
                 shape("groups of v", v.len(), m)?;
-                let columns: HashSet<i64> = v.iter().copied().collect();
-                if !u.iter().any(|id| columns.contains(id)) {
-                    return Err(bad("groups", "no id common to u and v", "at least one positive pair"));
-                }
             }
         }
         if let Some((u, v)) = self.pairs.ignore {
             shape("ignore ids of u", u.len(), n)?;
             shape("ignore ids of v", v.len(), m)?;
         }
-        self.weights(loss)?;
-        if let Some(offset) = self.offset_v {
-            shape("offset_v", offset.len(), m)?;
-            finite("offset_v", &Matrix { data: Storage::F32(offset), rows: m, dim: 1 })?;
-        }
-        self.moments_fit()?;
-        finite("u", &self.u)?;
-        finite("v", &self.v)
+        weights("weights of u", self.pairs.weights_u, n)?;
+        weights("weights of v", self.pairs.weights_v, m)
     }
 
     /// The part of [`Batch::validate`] that looks at no number of the batch.
@@ -88,7 +90,7 @@ impl Batch<'_> {
             }
             _ => {}
         }
-        let moments = matches!(loss.objective, Objective::Mmd { .. } | Objective::JointMmd);
+        let moments = loss.objective.takes_moments();
         if moments && smooth {
             return Err(bad("smoothing", loss.smoothing, "0 for mmd and joint-mmd"));
         }
@@ -97,38 +99,6 @@ impl Batch<'_> {
             (false, Some(_)) => Err(bad("moments", "some", "none: only mmd and joint-mmd use them")),
             _ => Ok(()),
         }
-    }
-
-    /// Weights are shares of a sum, so it must not be 0: that over the rows (columns) that have a positive, or over
-    /// all rows for the sigmoid loss.
-    fn weights(&self, loss: &Loss) -> Result<(), LossError> {
-        let Pairs { positives, weights_u, weights_v, .. } = self.pairs;
-        let (n, m) = (self.u.rows, self.v.rows);
-        let all = matches!(loss.objective, Objective::Sigmoid { .. });
-        if let Some(w) = weights_u {
-            match positives {
-                Positives::Diagonal => weights("weights of u", w, n, |i| all || i < m)?,
-                Positives::Index(_) => weights("weights of u", w, n, |_| true)?,
-                Positives::Groups { u, v } => {
-                    let ids: HashSet<i64> = v.iter().copied().collect();
-                    weights("weights of u", w, n, |i| all || ids.contains(&u[i]))?;
-                }
-            }
-        }
-        if let Some(w) = weights_v {
-            match positives {
-                Positives::Diagonal => weights("weights of v", w, m, |j| j < n)?,
-                Positives::Index(index) => {
-                    let used: HashSet<usize> = index.iter().map(|&j| j as usize).collect();
-                    weights("weights of v", w, m, |j| used.contains(&j))?;
-                }
-                Positives::Groups { u, v } => {
-                    let ids: HashSet<i64> = u.iter().copied().collect();
-                    weights("weights of v", w, m, |j| ids.contains(&v[j]))?;
-                }
-            }
-        }
-        Ok(())
     }
 
     fn moments_fit(&self) -> Result<(), LossError> {
@@ -158,7 +128,11 @@ pub(crate) fn fits_f32(x: f64) -> bool {
     (x as f32).is_finite()
 }
 
-fn bad(what: &'static str, found: impl ToString, expected: impl Into<std::borrow::Cow<'static, str>>) -> LossError {
+pub(super) fn bad(
+    what: &'static str,
+    found: impl ToString,
+    expected: impl Into<std::borrow::Cow<'static, str>>,
+) -> LossError {
     LossError::Parameter { what, found: found.to_string(), expected: expected.into() }
 }
 
@@ -193,20 +167,13 @@ fn embedding(what: &'static str, matrix: &Matrix<'_>) -> Result<(), LossError> {
     Ok(())
 }
 
-fn weights(
-    what: &'static str,
-    weights: &[f32],
-    len: usize,
-    has_positive: impl Fn(usize) -> bool,
-) -> Result<(), LossError> {
+fn weights(what: &'static str, weights: Option<&[f32]>, len: usize) -> Result<(), LossError> {
+    let Some(weights) = weights else { return Ok(()) };
     shape(what, weights.len(), len)?;
-    if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
-        return Err(bad(what, w, "finite numbers, 0 or more"));
+    match weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
+        Some(w) => Err(bad(what, w, "finite numbers, 0 or more")),
+        None => Ok(()),
     }
-    if !weights.iter().enumerate().any(|(i, &w)| w > 0.0 && has_positive(i)) {
-        return Err(bad(what, "only zeros where there is a positive", "a weight above 0 there"));
-    }
-    Ok(())
 }
 
 fn finite(what: &'static str, matrix: &Matrix<'_>) -> Result<(), LossError> {

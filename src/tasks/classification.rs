@@ -1,7 +1,7 @@
 //! Classification by a finite set of labels (Algorithm 2): the label of largest s(u, label), or after fine-tuning of
 //! largest `G' g_u(u)/tau + F` (34), (35).
 
-use super::scores::exact;
+use super::scores::{check_finite, check_tau, exact, shape};
 use crate::data::{Rows, permute};
 use crate::device::cpu::Cpu;
 use crate::device::{Device, Engine, View, ViewMut};
@@ -30,11 +30,25 @@ pub struct Head {
 
 /// Labels the embeddings `inputs` by the embedded `classes`, `[classes, dim]`, and a bias of each class, `[classes]`.
 ///
-/// # Panics
-/// When there is no class, or shapes differ.
-pub fn classify(tilting: Tilting, tau: f64, inputs: &dyn Rows, classes: &dyn Rows, bias: Option<&[f32]>) -> Labels {
+/// # Errors
+/// [`LossError::Shape`] when there is no class or shapes differ, [`LossError::Parameter`] for a `tau` that is not above 0,
+/// [`LossError::NotFinite`] of a row.
+pub fn classify(
+    tilting: Tilting,
+    tau: f64,
+    inputs: &dyn Rows,
+    classes: &dyn Rows,
+    bias: Option<&[f32]>,
+) -> Result<Labels, LossError> {
     let (n, dim, count) = (inputs.count(), inputs.dim(), classes.count());
-    assert!(count > 0 && classes.dim() == dim && bias.is_none_or(|b| b.len() == count), "{count} classes");
+    check_tau(tau)?;
+    if count == 0 {
+        return Err(LossError::Shape { what: "classes", found: "0 rows".into(), expected: "at least one".into() });
+    }
+    shape("columns of the inputs", dim, classes.dim())?;
+    shape("biases, one of each class", bias.map_or(count, <[f32]>::len), count)?;
+    check_finite("inputs", inputs)?;
+    check_finite("classes", classes)?;
     let mut class = vec![0f32; count * dim];
     classes.read(0, &mut class);
     let mut probabilities = vec![0f64; n * count];
@@ -52,7 +66,17 @@ pub fn classify(tilting: Tilting, tau: f64, inputs: &dyn Rows, classes: &dyn Row
         best
     };
     let labels = probabilities.par_chunks_exact_mut(count).enumerate().map(label).collect();
-    Labels { labels, probabilities }
+    Ok(Labels { labels, probabilities })
+}
+
+/// Share of the labels `found` that are the true ones.
+///
+/// # Panics
+/// When there are not as many.
+pub fn accuracy<L: Copy + Into<u64>>(found: &[usize], truth: &[L]) -> f64 {
+    assert_eq!(found.len(), truth.len(), "labels");
+    let right = found.iter().zip(truth).filter(|&(&found, &label)| found as u64 == label.into()).count();
+    right as f64 / truth.len() as f64
 }
 
 /// Steps of fine-tuning, their batch and peak learning rate; the problem is convex and small.
@@ -64,10 +88,7 @@ const LR: f64 = 0.02;
 /// (34): cross entropy less log K.
 ///
 /// # Errors
-/// [`LossError`] when an embedding is not finite.
-///
-/// # Panics
-/// When shapes do not fit, or there is no embedding.
+/// [`LossError`] when shapes do not fit, there is no embedding, or one is not finite.
 pub fn fine_tune(
     tau: f64,
     embeddings: &dyn Rows,
@@ -76,7 +97,10 @@ pub fn fine_tune(
     seed: u64,
 ) -> Result<Head, LossError> {
     let (n, dim) = (embeddings.count(), embeddings.dim());
-    assert!(n > 0 && labels.len() == n, "{} labels of {n} embeddings", labels.len());
+    if n == 0 {
+        return Err(LossError::Shape { what: "embeddings", found: "0 rows".into(), expected: "at least one".into() });
+    }
+    shape("labels", labels.len(), n)?;
     let mut engine = Cpu::<f32>::new();
     let device = Cpu::<f32>::new();
     let mut layout = Layout::default();
@@ -131,13 +155,13 @@ mod tests {
     fn probabilities_are_the_softmax_and_ties_go_to_the_lowest() {
         let (inputs, classes) = ([1f32, 0.0, 0.5, -2.0], [0.0f32, 1.0, 2.0, 0.0, 2.0, 0.0]);
         let (inputs, classes) = (Table { data: &inputs, dim: 2 }, Table { data: &classes, dim: 2 });
-        let got = classify(Tilting::Dot, 0.5, &inputs, &classes, None);
+        let got = classify(Tilting::Dot, 0.5, &inputs, &classes, None).unwrap();
         assert_eq!(got.labels, [1, 1]);
         let e = 4f64.exp();
         for (got, want) in got.probabilities.iter().zip([1.0, e, e].map(|x| x / (1.0 + 2.0 * e))) {
             assert!((got - want).abs() < 1e-12);
         }
-        let biased = classify(Tilting::Dot, 0.5, &inputs, &classes, Some(&[0.0, 0.0, 0.1]));
+        let biased = classify(Tilting::Dot, 0.5, &inputs, &classes, Some(&[0.0, 0.0, 0.1])).unwrap();
         assert_eq!(biased.labels, [2, 2]);
     }
 
@@ -160,18 +184,12 @@ mod tests {
         let tau = 0.3;
         let head = fine_tune(tau, &x, &labels, classes, 1).unwrap();
         let weight = Table { data: &head.weight, dim };
-        let got = classify(Tilting::Dot, tau, &x, &weight, Some(&head.bias));
+        let got = classify(Tilting::Dot, tau, &x, &weight, Some(&head.bias)).unwrap();
         let bayes: Vec<f32> = means.chunks(dim).map(|m| -0.5 * m.iter().map(|x| x * x).sum::<f32>()).collect();
-        let best = classify(Tilting::Dot, 1.0, &x, &Table { data: &means, dim }, Some(&bayes));
-        let right =
-            |found: &[usize]| found.iter().zip(&labels).filter(|&(&f, &l)| f == l as usize).count() as f64 / n as f64;
-        assert!(
-            (right(&got.labels) - right(&best.labels)).abs() < 0.005,
-            "{} {}",
-            right(&got.labels),
-            right(&best.labels)
-        );
+        let best = classify(Tilting::Dot, 1.0, &x, &Table { data: &means, dim }, Some(&bayes)).unwrap();
+        let [right, most] = [&got, &best].map(|found| accuracy(&found.labels, &labels));
+        assert!((right - most).abs() < 0.005, "{right} {most}");
         let off: f64 = got.probabilities.iter().zip(&best.probabilities).map(|(a, b)| (a - b).abs()).sum::<f64>();
-        assert!(off / (n * classes) as f64 * 1.0 < 0.02, "{off}");
+        assert!(off < 0.02 * (n * classes) as f64, "{off}");
     }
 }

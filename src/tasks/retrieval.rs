@@ -1,16 +1,16 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, exact};
+use super::scores::{Pairs, Scorer, Scores, exact, shape};
 use crate::data::Rows;
 use crate::device::cpu::search::{Operand, Pair};
 use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
-use crate::objective::Tilting;
+use crate::objective::{LossError, Tilting};
 use rayon::prelude::*;
 
 /// Recall both ways: the share of queries whose own item is among the best K; ties rank by lowest index.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Recall {
     /// u finds its v first.
     pub u_to_v_at_1: f64,
@@ -33,10 +33,10 @@ pub struct Best {
 
 /// Recall of pairs (u_i, v_i).
 ///
-/// # Panics
-/// When the two have different shapes.
-pub fn recall(tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Recall {
-    of_ranks([own_ranks(tilting, u, v), own_ranks(tilting, v, u)])
+/// # Errors
+/// [`LossError::Shape`] when the two have different shapes or no rows, [`LossError::NotFinite`] of a row.
+pub fn recall(tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Result<Recall, LossError> {
+    Ok(of_ranks([own_ranks(tilting, u, v)?, own_ranks(tilting, v, u)?]))
 }
 
 fn of_ranks([forth, back]: [Vec<u32>; 2]) -> Recall {
@@ -56,11 +56,8 @@ pub fn recall_at(ranks: &[u32], k: u32) -> f64 {
 /// [`recall`] by the scores of a device.
 ///
 /// # Errors
-/// The device's own.
-///
-/// # Panics
-/// As [`recall`].
-pub fn recall_on(device: &mut dyn Search, tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Result<Recall, DeviceError> {
+/// As [`recall`], and [`LossError::Device`].
+pub fn recall_on(device: &mut dyn Search, tilting: Tilting, u: &dyn Rows, v: &dyn Rows) -> Result<Recall, LossError> {
     Ok(of_ranks([own_ranks_on(device, tilting, u, v)?, own_ranks_on(device, tilting, v, u)?]))
 }
 
@@ -70,17 +67,15 @@ fn own_ranks_on(
     tilting: Tilting,
     queries: &dyn Rows,
     items: &dyn Rows,
-) -> Result<Vec<u32>, DeviceError> {
-    assert_eq!(queries.count(), items.count(), "query i's own item is item i");
+) -> Result<Vec<u32>, LossError> {
+    shape("queries, each of which has an item", queries.count(), items.count())?;
     let mut ranks = Vec::with_capacity(queries.count());
-    if queries.count() > 0 {
-        let scorer = Scorer::new(tilting, queries, items);
-        scorer.hold(device)?;
-        each_batch(&scorer, queries, |first, rows| {
-            ranks.extend(device.ranks(rows, first)?);
-            Ok(())
-        })?;
-    }
+    let scorer = Scorer::new(tilting, queries, items)?;
+    scorer.hold(device)?;
+    each_batch(&scorer, queries, |first, rows| {
+        ranks.extend(device.ranks(rows, first)?);
+        Ok(())
+    })?;
     Ok(ranks)
 }
 
@@ -92,13 +87,13 @@ fn each_batch(
     scorer: &Scorer<'_>,
     queries: &dyn Rows,
     mut f: impl FnMut(usize, &[f32]) -> Result<(), DeviceError>,
-) -> Result<(), DeviceError> {
+) -> Result<(), LossError> {
     let (n, dim) = (queries.count(), queries.dim());
     let mut rows = vec![0f32; BATCH.min(n) * dim];
     for first in (0..n).step_by(BATCH) {
         let count = BATCH.min(n - first);
         scorer.read_queries(first..first + count, &mut rows[..count * dim]);
-        f(first, &rows[..count * dim])?;
+        f(first, &rows[..count * dim]).map_err(LossError::Device)?;
     }
     Ok(())
 }
@@ -106,17 +101,17 @@ fn each_batch(
 /// For each query i, how many of the items come before item i, by s(query, item) in f64: what sums in f32 cannot tell from
 /// item i is looked at again.
 ///
-/// # Panics
-/// When the two have different shapes.
-pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<u32> {
-    assert_eq!(queries.count(), items.count(), "query i's own item is item i");
-    let scorer = Scorer::new(tilting, queries, items);
+/// # Errors
+/// As [`recall`].
+pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Result<Vec<u32>, LossError> {
+    shape("queries, each of which has an item", queries.count(), items.count())?;
+    let scorer = Scorer::new(tilting, queries, items)?;
     let mut owns = vec![Own::default(); queries.count()];
     let slack = scorer.scan_as::<f32, _>(Isa::best(), Pairs::Diagonal, &mut owns, |scores, own| {
         if let Some(&score) = scores.query.checked_sub(scores.first).and_then(|at| scores.scores.get(at)) {
             own.near = [score; 2];
         }
-    });
+    })?;
     let dim = items.dim();
     owns.par_iter_mut().enumerate().for_each_init(
         || vec![0f32; dim],
@@ -145,8 +140,8 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Vec<
                 own.rank += close.filter(|&(item, _)| own.exact.comes_before(&scorer, item, query)).count() as u32;
             }
         }
-    });
-    owns.into_iter().map(|own| own.rank).collect()
+    })?;
+    Ok(owns.into_iter().map(|own| own.rank).collect())
 }
 
 /// What is known of a query's own item.
@@ -197,50 +192,40 @@ const WIDE: usize = 48;
 /// scores in bf16 where there are units for it, by scores in f32, or, where rounding could have left one of them out, among
 /// all. Memory is O(queries k).
 ///
-/// # Panics
-/// When `k` is above the number of items, or dimensions differ.
-pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Best {
+/// # Errors
+/// [`LossError::Parameter`] unless `k` is between 1 and the number of items, [`LossError::Shape`] when dimensions differ or
+/// there is no item, [`LossError::NotFinite`] of a row.
+pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Result<Best, LossError> {
     top_k_under(Isa::best(), tilting, queries, items, k)
 }
 
-fn top_k_under(isa: Isa, tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Best {
-    assert!(k <= items.count(), "the best {k} of {} items", items.count());
-    let mut search = Settling::new(Scorer::new(tilting, queries, items), k);
-    if k > 0 {
-        if let Some(isa) = isa.pairs().filter(|_| items.dim() >= WIDE) {
-            search.narrow::<Pair>(isa);
-        }
-        search.narrow::<f32>(isa);
-        search.look_at_all();
+fn top_k_under(isa: Isa, tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Result<Best, LossError> {
+    let mut search = Settling::new(Scorer::new(tilting, queries, items)?, k)?;
+    if let Some(isa) = isa.pairs().filter(|_| items.dim() >= WIDE) {
+        search.narrow::<Pair>(isa)?;
     }
-    search.best
+    search.narrow::<f32>(isa)?;
+    search.look_at_all();
+    Ok(search.best)
 }
 
 /// [`top_k`] with candidates by the scores of a device: the same items, in the same order.
 ///
 /// # Errors
-/// The device's own.
-///
-/// # Panics
-/// As [`top_k`].
+/// As [`top_k`], and [`LossError::Device`].
 pub fn top_k_on(
     device: &mut dyn Search,
     tilting: Tilting,
     queries: &dyn Rows,
     items: &dyn Rows,
     k: usize,
-) -> Result<Best, DeviceError> {
+) -> Result<Best, LossError> {
     let count = items.count();
-    assert!(k <= count, "the best {k} of {count} items");
-    if k == 0 || queries.count() == 0 {
-        return Ok(Best::default());
-    }
+    let mut search = Settling::new(Scorer::new(tilting, queries, items)?, k)?;
     // Its scores have a few roundings more.
     let keep = (k + SPARE.max(k / 2)).min(count);
-    let scorer = Scorer::new(tilting, queries, items);
     let mut candidates = Vec::with_capacity(queries.count());
-    let slack = scorer.hold(device)?;
-    let mut search = Settling::new(scorer, k);
+    let slack = search.scorer.hold(device)?;
     each_batch(&search.scorer, queries, |_, rows| {
         candidates.extend(device.nearest(rows, keep)?.chunks_exact(keep).map(|kept| {
             let least = kept.iter().fold(f32::INFINITY, |least, &(score, _)| least.min(score));
@@ -263,16 +248,20 @@ struct Settling<'a> {
 }
 
 impl<'a> Settling<'a> {
-    fn new(scorer: Scorer<'a>, k: usize) -> Self {
-        let n = scorer.queries.count();
+    fn new(scorer: Scorer<'a>, k: usize) -> Result<Self, LossError> {
+        let (n, count) = (scorer.queries.count(), scorer.items.count());
+        if !(1..=count).contains(&k) {
+            let expected = format!("1 to {count}, the number of items").into();
+            return Err(LossError::Parameter { what: "k", found: k.to_string(), expected });
+        }
         let best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
-        Settling { scorer, k, best, open: (0..n).collect() }
+        Ok(Settling { scorer, k, best, open: (0..n).collect() })
     }
 
     /// Settles what scores of operands `O` can tell.
-    fn narrow<O: Operand>(&mut self, isa: O::Isa) {
+    fn narrow<O: Operand>(&mut self, isa: O::Isa) -> Result<(), LossError> {
         if self.open.is_empty() {
-            return;
+            return Ok(());
         }
         let keep = self.k + SPARE;
         let mut candidates: Vec<Candidates> = self.open.iter().map(|_| Candidates::default()).collect();
@@ -280,7 +269,7 @@ impl<'a> Settling<'a> {
         let scorer = self.scorer.of(&chosen);
         let slack = scorer.scan_as::<O, _>(isa, Pairs::All, &mut candidates, |scores, candidates| {
             candidates.take(&scores, keep);
-        });
+        })?;
         candidates.par_iter_mut().for_each(|candidates| candidates.prune(keep));
         let dim = self.scorer.items.dim();
         self.settle(&candidates, |query| {
@@ -288,6 +277,7 @@ impl<'a> Settling<'a> {
             O::of(isa, query, dim, &mut Vec::new(), &mut distance);
             slack.of(inner(query, query).sqrt(), distance[0])
         });
+        Ok(())
     }
 
     /// Settles the open queries, each by its candidates, of which `slack` says how far their scores may be off.
@@ -421,13 +411,14 @@ mod tests {
     fn ranks_are_those_of_f64() {
         let x = [-10_000f32, 9_999.9, 10_000.1, 0.1];
         let x = Table { data: &x, dim: 1 };
-        assert_eq!(own_ranks(Tilting::L2, &x, &x), [0; 4]);
-        let all = recall(Tilting::L2, &x, &x);
+        assert_eq!(own_ranks(Tilting::L2, &x, &x).unwrap(), [0; 4]);
+        let all = recall(Tilting::L2, &x, &x).unwrap();
         assert_eq!((all.u_to_v_at_1, all.v_to_u_at_1), (1.0, 1.0));
         // Items that nothing can tell apart rank by their number, those that f64 can by their score.
         let items: Vec<f32> = (0..300).flat_map(|i| [1.0, (i / 2) as f32 * 1e-12]).collect();
         let queries: Vec<f32> = (0..300).flat_map(|_| [1.0, 1.0]).collect();
-        let ranks = own_ranks(Tilting::Dot, &Table { data: &queries, dim: 2 }, &Table { data: &items, dim: 2 });
+        let ranks =
+            own_ranks(Tilting::Dot, &Table { data: &queries, dim: 2 }, &Table { data: &items, dim: 2 }).unwrap();
         let want: Vec<u32> = (0..300).map(|i| 298 - i / 2 * 2 + i % 2).collect();
         assert_eq!(ranks, want);
     }
@@ -438,7 +429,7 @@ mod tests {
         let items: Vec<f32> = (0..3000).flat_map(|i| [1.0, i as f32 * 1e-12]).collect();
         let items = Table { data: &items, dim: 2 };
         let queries = [1f32, 1.0, 1.0, -1.0];
-        let found = top_k(Tilting::Dot, &Table { data: &queries, dim: 2 }, &items, 2);
+        let found = top_k(Tilting::Dot, &Table { data: &queries, dim: 2 }, &items, 2).unwrap();
         assert_eq!(found.indices, [2999, 2998, 0, 1]);
     }
 
@@ -456,10 +447,10 @@ mod tests {
                 let (u, v) = (draw(n), draw(m));
                 let [u, v] = [&u, &v].map(|data| Table { data, dim });
                 for &tilting in Tilting::ALL {
-                    let scorer = Scorer::new(tilting, &u, &v);
+                    let scorer = Scorer::new(tilting, &u, &v).unwrap();
                     let want: Vec<(f64, usize)> = (0..n).flat_map(|i| scorer.exactly(i, 0..m, k)).collect();
                     for isa in Isa::available() {
-                        let found = top_k_under(isa, tilting, &u, &v, k);
+                        let found = top_k_under(isa, tilting, &u, &v, k).unwrap();
                         let found: Vec<_> = found.scores.into_iter().zip(found.indices).collect();
                         assert_eq!(found, want, "{isa:?} {tilting:?} {dim} {mean} {scale:e}");
                     }
@@ -482,8 +473,8 @@ mod tests {
             };
             let (u, v) = (draw(n), draw(m));
             let [u, v] = [&u, &v].map(|data| Table { data, dim });
-            let mut search = Settling::new(Scorer::new(Tilting::Cosine, &u, &v), k);
-            search.narrow::<Pair>(pairs);
+            let mut search = Settling::new(Scorer::new(Tilting::Cosine, &u, &v).unwrap(), k).unwrap();
+            search.narrow::<Pair>(pairs).unwrap();
             assert!(search.open.len() <= most && (most < n || search.open.len() == n), "{isa:?} {}", search.open.len());
         }
     }
@@ -511,9 +502,9 @@ mod tests {
                     }
                 };
                 let [u, v] = [&u, &v].map(|data| Table { data, dim });
-                let ranks = own_ranks(tilting, &u, &v);
+                let ranks = own_ranks(tilting, &u, &v).unwrap();
                 let k = n.min(7);
-                let best = top_k(tilting, &u, &v, k);
+                let best = top_k(tilting, &u, &v, k).unwrap();
                 for i in (0..n).step_by(1 + n / 200).chain([n - 1]) {
                     let before = |&j: &usize| score(i, j) > score(i, i) || (score(i, j) == score(i, i) && j < i);
                     assert_eq!(ranks[i] as usize, (0..n).filter(before).count(), "{tilting:?} {n} {shift}");
@@ -539,7 +530,7 @@ mod tests {
         let (u, v) = (draw(), draw());
         for &tilting in Tilting::ALL {
             let [u, v] = [&u, &v].map(|data| Table { data, dim });
-            let ranks = own_ranks(tilting, &u, &v);
+            let ranks = own_ranks(tilting, &u, &v).unwrap();
             assert!((0..copies).all(|i| ranks[i + n - copies] == ranks[i] + 1), "{tilting:?}");
         }
     }
@@ -549,7 +540,46 @@ mod tests {
         let (n, dim) = (83, 2);
         let x: Vec<f32> = (0..n).flat_map(|i| [(i as f32 * 0.05).cos(), (i as f32 * 0.05).sin()]).collect();
         let stretched: Vec<f32> = x.iter().enumerate().map(|(k, x)| x * (1 + k / dim % 7) as f32).collect();
-        let found = recall(Tilting::Cosine, &Table { data: &x, dim }, &Table { data: &stretched, dim });
+        let found = recall(Tilting::Cosine, &Table { data: &x, dim }, &Table { data: &stretched, dim }).unwrap();
         assert_eq!((found.u_to_v_at_1, found.v_to_u_at_5), (1.0, 1.0));
+    }
+
+    #[test]
+    fn what_cannot_be_searched_is_refused() {
+        fn table(data: &[f32]) -> Table<'_> {
+            Table { data, dim: 2 }
+        }
+        let good = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let message = |e: LossError| e.to_string();
+        for &tilting in Tilting::ALL {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut broken = good;
+                broken[3] = bad;
+                let (rows, good) = (table(&broken), table(&good));
+                for k in [1, 3] {
+                    let refused = message(top_k(tilting, &good, &rows, k).unwrap_err());
+                    assert_eq!(refused, "items row 1: found a value that is not finite, expected finite numbers");
+                    assert!(message(top_k(tilting, &rows, &good, k).unwrap_err()).starts_with("queries row 1"));
+                }
+                assert!(message(recall(tilting, &good, &rows).unwrap_err()).contains("row 1"), "{tilting:?}");
+            }
+            for k in [0, 4] {
+                let refused = message(top_k(tilting, &table(&good), &table(&good), k).unwrap_err());
+                assert_eq!(refused, format!("k: found {k}, expected 1 to 3, the number of items"));
+            }
+            let narrow = Table { data: &good, dim: 3 };
+            assert!(message(top_k(tilting, &narrow, &table(&good), 1).unwrap_err()).contains("found 3, expected 2"));
+            assert!(
+                message(recall(tilting, &table(&good), &table(&good[..4])).unwrap_err())
+                    .contains("found 3, expected 2")
+            );
+            assert!(
+                message(top_k(tilting, &table(&good), &table(&[]), 1).unwrap_err()).contains("items: found 0 rows")
+            );
+        }
+        // Far apart, and numbers all the same.
+        let far = [3e38f32, -3e38, 3e38, -3e38];
+        let found = top_k(Tilting::L2, &Table { data: &far, dim: 1 }, &Table { data: &far, dim: 1 }, 2).unwrap();
+        assert_eq!(found.indices, [0, 2, 1, 3, 0, 2, 1, 3]);
     }
 }

@@ -1,10 +1,10 @@
 //! Scores of all queries against all items, a tile at a time: the full matrix is never formed.
 
 use crate::data::Rows;
+use crate::device::Search;
 use crate::device::cpu::search::{self, Operand};
 use crate::device::cpu::{Isa, inner};
-use crate::device::{DeviceError, Search};
-use crate::objective::Tilting;
+use crate::objective::{LossError, Tilting};
 use kernels::law::Product;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -74,12 +74,16 @@ pub struct Scorer<'a> {
 }
 
 impl<'a> Scorer<'a> {
-    /// # Panics
-    /// When the two have different dimensions.
-    pub fn new(tilting: Tilting, queries: &'a dyn Rows, items: &'a dyn Rows) -> Self {
-        assert_eq!(queries.dim(), items.dim(), "queries and items of different dimensions");
+    /// # Errors
+    /// [`LossError::Shape`] when the two have different dimensions or there is no item; [`LossError::NotFinite`] of a query.
+    pub fn new(tilting: Tilting, queries: &'a dyn Rows, items: &'a dyn Rows) -> Result<Self, LossError> {
+        shape("columns of the queries", queries.dim(), items.dim())?;
+        if items.count() == 0 {
+            return Err(LossError::Shape { what: "items", found: "0 rows".into(), expected: "at least one".into() });
+        }
+        check_finite("queries", queries)?;
         let squares = tilting.product() == Product::SquaredDistance;
-        Scorer { tilting, queries, items, origin: if squares { origin(items) } else { Vec::new() } }
+        Ok(Scorer { tilting, queries, items, origin: if squares { origin(items) } else { Vec::new() } })
     }
 
     /// The same items for other queries.
@@ -114,39 +118,53 @@ impl<'a> Scorer<'a> {
     }
 
     /// Has `device` hold the items, made ready.
-    pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, DeviceError> {
+    pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, LossError> {
+        check_finite("items", self.items)?;
         let (count, dim) = (self.items.count(), self.items.dim());
         let (mut slack, isa) = (Slack::new(device.terms(dim)), Isa::best());
-        device.hold(count, dim, &mut |first, rows, offsets| {
-            self.items.read(first, rows);
-            let sizes = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
-                self.shift(row);
-                let mut square = [0.0];
-                search::squares::<f32>(isa, row, dim, self.tilting.unit_rows(), &mut square);
-                let (added, size) = ready(self.tilting, square[0]);
-                *offset = added;
-                (size, added)
-            });
-            let (size, added) = sizes.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
-            (slack.longest, slack.lowest) = (slack.longest.max(size), slack.lowest.min(added));
-        })?;
+        device
+            .hold(count, dim, &mut |first, rows, offsets| {
+                self.items.read(first, rows);
+                let sizes = rows.par_chunks_exact_mut(dim).zip(&mut *offsets).map(|(row, offset)| {
+                    self.shift(row);
+                    let mut square = [0.0];
+                    search::squares::<f32>(isa, row, dim, self.tilting.unit_rows(), &mut square);
+                    let (added, size) = ready(self.tilting, square[0]);
+                    *offset = added;
+                    (size, added)
+                });
+                let (size, added) = sizes.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
+                (slack.longest, slack.lowest) = (slack.longest.max(size), slack.lowest.min(added));
+            })
+            .map_err(LossError::Device)?;
         Ok(slack)
     }
 
     /// Calls `f` with runs of scores, sums in f32, of every query and its state, items in order. On all cores: queries
     /// share them.
-    pub fn scan<T: Send>(&self, pairs: Pairs, states: &mut [T], f: impl Fn(Scores<'_>, &mut T) + Sync) {
-        self.scan_as::<f32, T>(Isa::best(), pairs, states, f);
+    ///
+    /// # Errors
+    /// [`LossError::NotFinite`] of an item, when `f` has been called for those before it.
+    pub fn scan<T: Send>(
+        &self,
+        pairs: Pairs,
+        states: &mut [T],
+        f: impl Fn(Scores<'_>, &mut T) + Sync,
+    ) -> Result<Slack, LossError> {
+        self.scan_as::<f32, T>(Isa::best(), pairs, states, f)
     }
 
     /// [`scan`](Self::scan) of scores of operands `O`.
+    ///
+    /// # Errors
+    /// As [`Self::scan`].
     pub fn scan_as<O: Operand, T: Send>(
         &self,
         isa: O::Isa,
         pairs: Pairs,
         states: &mut [T],
         f: impl Fn(Scores<'_>, &mut T) + Sync,
-    ) -> Slack {
+    ) -> Result<Slack, LossError> {
         let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
         // Twice what a sum of so many products, each of rounded numbers, can lose.
         let mut slack = Slack::new(dim + 8);
@@ -177,7 +195,13 @@ impl<'a> Scorer<'a> {
                 },
             );
             let offset = &*offset;
-            for &(size, rounded) in &*sizes {
+            for (item, &(size, rounded)) in (first_item..).zip(&*sizes) {
+                if !size.is_finite() {
+                    // Or it is too far from the origin.
+                    let mut row = vec![0f32; dim];
+                    self.items.read(item, &mut row);
+                    finite("items", item, &row)?;
+                }
                 (slack.longest, slack.rounded) = (slack.longest.max(size), slack.rounded.max(rounded));
             }
             slack.lowest = offset.iter().fold(slack.lowest, |least, &offset| least.min(offset));
@@ -199,12 +223,48 @@ impl<'a> Scorer<'a> {
                 },
             );
         }
-        slack
+        Ok(slack)
     }
+}
+
+/// Fails unless `found` is as it should be.
+pub fn shape(what: &'static str, found: usize, expected: usize) -> Result<(), LossError> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(LossError::Shape { what, found: found.to_string(), expected: expected.to_string() })
+}
+
+/// Fails where row number `index` of `what` holds what is no number.
+fn finite(what: &'static str, index: usize, row: &[f32]) -> Result<(), LossError> {
+    if row.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(LossError::NotFinite { what, row: index }) }
+}
+
+/// Fails at the first of `rows` that holds what is no number.
+pub fn check_finite(what: &'static str, rows: &dyn Rows) -> Result<(), LossError> {
+    let bad = (0..rows.count()).into_par_iter().map_init(
+        || vec![0f32; rows.dim()],
+        |row, i| {
+            rows.read(i, row);
+            finite(what, i, row).err()
+        },
+    );
+    bad.find_map_first(|bad| bad).map_or(Ok(()), Err)
+}
+
+/// Fails unless logits can be divided by `tau`.
+pub fn check_tau(tau: f64) -> Result<(), LossError> {
+    if tau.is_finite() && tau > 0.0 {
+        return Ok(());
+    }
+    Err(LossError::Parameter { what: "tau", found: tau.to_string(), expected: "a finite number above 0".into() })
 }
 
 /// What to add to an item's inner product with a query, and the item's norm in it, of an item of squared norm `square`.
 fn ready(tilting: Tilting, square: f64) -> (f32, f64) {
+    if !square.is_finite() {
+        return (0.0, f64::INFINITY);
+    }
     match tilting.product() {
         // -|q - x|^2/2 = <q, x> - |x|^2/2 - |q|^2/2.
         Product::SquaredDistance => ((-0.5 * square) as f32, square.sqrt()),
@@ -246,8 +306,11 @@ pub fn exact(tilting: Tilting, query: &[f32], item: &[f32]) -> f64 {
             -0.5 * pairs.map(|(q, x)| (q - x) * (q - x)).sum::<f64>()
         }
         Product::Inner if tilting.unit_rows() => {
-            let norms = (inner(query, query) * inner(item, item)).sqrt();
-            if norms > 0.0 { inner(query, item) / norms } else { 0.0 }
+            let (along, squares) = (inner(query, item), [inner(query, query), inner(item, item)]);
+            // A quotient of exact numbers is the same for items of one direction: they tie. And no -0,
+            // which would rank behind 0.
+            let square = along * along / squares[1] / squares[0];
+            if squares[0] > 0.0 && squares[1] > 0.0 { square.sqrt().copysign(along) + 0.0 } else { 0.0 }
         }
         Product::Inner => inner(query, item),
     }

@@ -5,7 +5,7 @@
 pub mod command;
 
 use contrastive::objective::{
-    Batch, DataKernel, Loss, Matrix, Moments, Objective, Pairs, Positives, Storage, Tilting, features::random_fourier,
+    Batch, DataKernel, Loss, Matrix, Moments, Objective, Pairs, Positives, Tilting, features::random_fourier,
 };
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng, distr::Distribution};
@@ -223,7 +223,6 @@ impl Half {
         }
     }
     pub fn matrix(&self, bf16: bool, dim: usize) -> Matrix<'_> {
-        let data = if bf16 { Storage::Bf16(&self.bf16) } else { Storage::F16(&self.f16) };
-        Matrix { data, rows: self.bf16.len() / dim, dim }
+        if bf16 { Matrix::bf16(&self.bf16, dim) } else { Matrix::f16(&self.f16, dim) }
     }
 }

@@ -1,13 +1,13 @@
 //! `contrastive bench retrieve` and `bench train`.
 
 use super::super::device::Device;
-use super::super::{Common, Failure, bad_flag, failed, from_flag};
+use super::super::{Common, Failure, bad_flag, from_flag};
 use super::{Bench, CEILING, SETS, drawn, median, product, time};
-use crate::config::{Partial, parse_tilting};
+use crate::config::{ConfigError, Partial, parse_tilting};
 use crate::data::{Rows, Table};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::device::cuda::contrast::Cuda;
+use crate::device::cuda::Cuda;
 use crate::experiments;
 #[cfg(feature = "cuda")]
 use crate::objective::Precision;
@@ -28,8 +28,8 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
     choice.announce();
     let mut device = choice.search();
     let mut search = |queries: &dyn Rows, items: &dyn Rows, k: usize| match &mut device {
-        Some(device) => top_k_on(&mut **device, tilting, queries, items, k).map_err(failed),
-        None => Ok(top_k(tilting, queries, items, k)),
+        Some(device) => top_k_on(&mut **device, tilting, queries, items, k).map_err(Failure::from),
+        None => top_k(tilting, queries, items, k).map_err(Failure::from),
     };
     check_search(&mut search, tilting, d, common.seed())?;
     let items = drawn(m * d, common.seed(), 0);
@@ -144,11 +144,13 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
     let config = experiments::resolve(flags).map_err(from_flag)?;
     let choice =
         common.choose(Some("a card's steps are not timed one by one: train --device cuda tells their rate".into()))?;
-    choice.announce();
     let dir = tempfile::tempdir().map_err(|e| Failure::Other(format!("a folder for the run: {e}")))?;
     let (stop, mut last, mut times) = (AtomicBool::new(false), None::<Instant>, Vec::new());
     let mut observe = |_: crate::train::Progress| {
         let now = Instant::now();
+        if last.is_none() {
+            choice.announce();
+        }
         if let Some(last) = last {
             times.push((now - last).as_secs_f64());
         }
@@ -160,7 +162,13 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
     let mut cpu = Cpu::new();
     let mut flops = 0.0;
     let scratch = growth(|| {
-        let outcome = experiments::run(&mut cpu, &config, dir.path(), false, &stop, &mut observe)?;
+        let outcome = experiments::run(&mut cpu, &config, dir.path(), false, &stop, &mut observe);
+        let outcome = outcome.map_err(|e| match e {
+            experiments::Error::Config(ConfigError::Value { key: "data" | "u" | "v", .. }) => {
+                bad_flag("--experiment", &args.experiment, "one that makes its own data")
+            }
+            e => e.into(),
+        })?;
         flops = outcome.report.values["step_flops"].as_f64().unwrap_or_default();
         Ok(())
     })?;

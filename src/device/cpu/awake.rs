@@ -4,6 +4,7 @@
 //! parallel loops of a step they therefore look for work without a pause.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -30,22 +31,19 @@ pub fn awake<R>(work: impl FnOnce() -> R) -> R {
     if threads == 1 || caller.is_none() || AWAKE.get() {
         return work();
     }
-    let done = AtomicBool::new(false);
-    rayon::in_place_scope(|scope| {
-        AWAKE.set(true);
-        // Also when `work` unwinds.
-        let _end = End(&done);
-        for _ in 1..threads.min(MOST) {
-            let watch = Watch { done: &done, caller, idle_since: Instant::now() };
-            scope.spawn(move |scope| watch.turn(scope));
-        }
-        work()
-    })
+    AWAKE.set(true);
+    // Also when `work` unwinds. Nobody waits for those who watch: what they have found to do may be somebody else's, and long.
+    let end = End(Arc::default());
+    for _ in 1..threads.min(MOST) {
+        let watch = Watch { done: end.0.clone(), caller, idle_since: Instant::now() };
+        rayon::spawn(move || watch.turn());
+    }
+    work()
 }
 
-struct End<'a>(&'a AtomicBool);
+struct End(Arc<AtomicBool>);
 
-impl Drop for End<'_> {
+impl Drop for End {
     fn drop(&mut self) {
         AWAKE.set(false);
         self.0.store(true, Ordering::Release);
@@ -53,15 +51,15 @@ impl Drop for End<'_> {
 }
 
 /// What a thread that stays awake knows.
-struct Watch<'s> {
-    done: &'s AtomicBool,
+struct Watch {
+    done: Arc<AtomicBool>,
     caller: Option<usize>,
     idle_since: Instant,
 }
 
-impl<'s> Watch<'s> {
+impl Watch {
     /// Looks for work for a turn, and leaves the next turn to whoever is free.
-    fn turn(mut self, scope: &rayon::Scope<'s>) {
+    fn turn(mut self) {
         let begun = Instant::now();
         // The caller, who waits for the others' parts, passes it on at once.
         while rayon::current_thread_index() != self.caller && begun.elapsed() < TURN {
@@ -75,7 +73,7 @@ impl<'s> Watch<'s> {
             }
         }
         if !self.done.load(Ordering::Acquire) && self.idle_since.elapsed() < PATIENCE {
-            scope.spawn(move |scope| self.turn(scope));
+            rayon::spawn(move || self.turn());
         }
     }
 }
@@ -103,5 +101,21 @@ mod tests {
             assert_eq!(pool.install(|| awake(work)), 41_664);
         }
         assert_eq!(in_pool(work), 41_664);
+    }
+
+    // A job of somebody else's that waits for what comes after `work`, and is found by who looks for work meanwhile.
+    #[test]
+    fn nobody_waits_for_the_jobs_of_others() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let (ended, end) = std::sync::mpsc::channel();
+        let (waited, wait) = std::sync::mpsc::channel();
+        pool.install(|| {
+            awake(|| {
+                rayon::spawn(move || waited.send(end.recv()).unwrap());
+                std::thread::sleep(Duration::from_millis(20));
+            });
+            ended.send(()).unwrap();
+        });
+        assert_eq!(wait.recv().unwrap(), Ok(()));
     }
 }

@@ -132,24 +132,24 @@ impl<'a> Tilted<'a> {
                 pairs.map(|(i, (acc, x))| self.transform_row(side, first + i, g_sum(first + i), x, acc)).sum()
             })
         };
-        let along: Vec<f64> = match acc {
-            Accumulated::InPlace(out) => {
-                let chunks = out.par_chunks_mut(CHUNK * dim).with_min_len(together(CHUNK * dim));
-                chunks.enumerate().map(|(c, out)| transform(c * CHUNK, out)).collect()
-            }
-            Accumulated::AddTo { acc, out } => acc
-                .par_chunks_mut(CHUNK * dim)
+        let mut along = threads.along();
+        along.resize(side.rows.rows.div_ceil(CHUNK), 0.0);
+        let parts = along.par_iter_mut().with_min_len(together(CHUNK * dim)).enumerate();
+        match acc {
+            Accumulated::InPlace(out) => parts
                 .zip(out.par_chunks_mut(CHUNK * dim))
-                .with_min_len(together(CHUNK * dim))
-                .enumerate()
-                .map(|(c, (acc, out))| {
-                    let along = transform(c * CHUNK, acc);
-                    out.iter_mut().zip(&*acc).for_each(|(o, a)| *o += a);
-                    along
-                })
-                .collect(),
-        };
-        along.into_iter().sum()
+                .for_each(|((c, along), out)| *along = transform(c * CHUNK, out)),
+            Accumulated::AddTo { acc, out } => {
+                parts.zip(acc.par_chunks_mut(CHUNK * dim)).zip(out.par_chunks_mut(CHUNK * dim)).for_each(
+                    |(((c, along), acc), out)| {
+                        *along = transform(c * CHUNK, acc);
+                        out.iter_mut().zip(&*acc).for_each(|(o, a)| *o += a);
+                    },
+                );
+            }
+        }
+        // One order for any number of threads.
+        along.iter().sum()
     }
 
     fn transform_row(&self, side: &Side<'_>, i: usize, g_sum: f64, x: &[f32], acc: &mut [f32]) -> f64 {
@@ -259,7 +259,6 @@ fn middle_row(sides: [Matrix<'_>; 2], out: &mut Vec<f32>, threads: &Threads) {
 /// Evaluates a validated batch.
 pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Value {
     scratch.threads.fit();
-    scratch.pairing.prepare(batch);
     let Scratch { inverse_u, inverse_v, threads, .. } = scratch;
     for (rows, inverse) in [(batch.u, inverse_u), (batch.v, inverse_v)] {
         inverse.clear();
@@ -280,10 +279,17 @@ pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>,
     };
     let halves = matches!((batch.u.data, batch.v.data), (Storage::Bf16(_), Storage::Bf16(_)));
     // Products of rows as they are stored are numbers of f32 only where norms are moderate.
-    let moderate = |inverse: &Vec<f32>| inverse.iter().all(|&x| x == 0.0 || (1e-15..1e15).contains(&x));
-    let pairs = halves && moderate(&scratch.inverse_u) && moderate(&scratch.inverse_v);
+    let moderate = |rows: Matrix<'_>, inverse: &[f32]| {
+        let range = 1e-15..1e15;
+        if loss.tilting.unit_rows() {
+            inverse.iter().all(|&x| x == 0.0 || range.contains(&f64::from(x)))
+        } else {
+            range.contains(&longest(&Side::plain(rows), &scratch.threads))
+        }
+    };
+    let pairs = halves && loss.tilting.product() == Product::Inner;
     match isa.pairs() {
-        Some(isa) if pairs && loss.tilting.product() == Product::Inner => {
+        Some(isa) if pairs && moderate(batch.u, &scratch.inverse_u) && moderate(batch.v, &scratch.inverse_v) => {
             form.evaluate::<Pair>(isa, scratch, loss, batch, gradients)
         }
         _ => form.evaluate::<f32>(isa, scratch, loss, batch, gradients),
@@ -348,6 +354,11 @@ fn softmax<T: Element>(
     pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
     let mut logits = tilted.logits::<T>(isa, batch, packed, threads);
     let smoothing = loss.smoothing;
+    // A positive's P less its target is as small as the loss is, unless the target is all of a row's: a step of the grid is not.
+    let several = |positives: &[u32]| positives.iter().any(|&count| count > 1);
+    if matches!(over, Over::All) || several(&pairing.row_positives) || several(&pairing.col_positives) {
+        logits.grid = None;
+    }
     let want = match over {
         Over::Each { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
         Over::All => Want { rows: true, cols: false },
@@ -411,7 +422,6 @@ fn sigmoid<T: Element>(
     bias: f64,
 ) -> Value {
     let Scratch { pairing, packed, shift, inverse_u, inverse_v, threads, .. } = scratch;
-    pairing.share_all_rows(batch);
     let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
     pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
@@ -633,11 +643,18 @@ impl Counted<'_> {
             norms.max[i] = max;
             norms.weight[i] = share_of(weight, total);
             norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            let others = if total > 0.0 { f64::from(negative) / total } else { 0.0 };
             norms.targets[i] = if self.positives[i] == 1 {
-                let others = if total > 0.0 { weight * f64::from(negative) / total } else { 0.0 };
-                Target::Only { others: others as f32, slack: (weight * smoothing) as f32 }
+                Target::Only { others: (weight * others) as f32, slack: (weight * smoothing) as f32 }
             } else {
-                Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 }
+                let (count, positives) = (f64::from(self.positives[i].max(1)), self.tallies.rest[i].positives);
+                Target::Among {
+                    share: (weight / count) as f32,
+                    max: positives.max,
+                    mean: (f64::from(positives.sum) / count).ln() as f32,
+                    others: others as f32,
+                    slack: smoothing as f32,
+                }
             };
         }
         mean_loss

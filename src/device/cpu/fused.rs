@@ -28,7 +28,7 @@ use half::slice::HalfFloatSliceExt;
 use kernels::law::{self, Lse, Num, Product, Softmax};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Most rows of a tile: the tile and what is multiplied with it fit the second-level cache.
 pub const ROWS: usize = 264;
@@ -157,6 +157,8 @@ pub struct Threads {
     each: Vec<Mutex<Workspace>>,
     /// The right operands of the gradient products: rows of u and of v, packed piece by piece.
     carried: Mutex<[Buffer; 2]>,
+    /// Parts of a sum over rows.
+    along: Mutex<Vec<f64>>,
 }
 
 impl Threads {
@@ -166,6 +168,11 @@ impl Threads {
         if self.each.len() < threads {
             self.each.resize_with(threads, Mutex::default);
         }
+    }
+
+    /// The parts of a sum over rows, of a call that is alone in summing.
+    pub fn along(&self) -> MutexGuard<'_, Vec<f64>> {
+        self.along.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `f` on this thread's workspace.
@@ -183,7 +190,8 @@ impl Threads {
             buffers(&w).into_iter().chain(halves).sum::<usize>() + 24 * w.specials.capacity()
         };
         let carried = self.carried.lock().unwrap_or_else(PoisonError::into_inner);
-        self.each.iter().map(each).sum::<usize>() + carried.iter().map(Buffer::bytes).sum::<usize>()
+        let along = 8 * self.along().capacity();
+        self.each.iter().map(each).sum::<usize>() + carried.iter().map(Buffer::bytes).sum::<usize>() + along
     }
 }
 
@@ -331,14 +339,16 @@ impl Grid {
     }
 }
 
-/// Logits that pass 1 left for the passes after it: those of the sweep's first `turns` tasks.
+/// Logits that pass 1 left for the passes after it: those of each row piece's first tasks.
 #[derive(Debug, Default)]
 pub struct Kept {
-    /// One slot a task, one row after another in each tile.
+    /// One slot a task, one row after another in each tile; the slots of a row piece side by side, in the order of its tasks.
     data: Buffer,
     /// f32s that a slot takes.
     slot: usize,
-    turns: usize,
+    /// Slots of each row piece, and how many pieces have one more.
+    each: usize,
+    more: usize,
 }
 
 /// A task's slot, less the tiles that were written to it or read from it.
@@ -375,19 +385,30 @@ impl Kept {
 
     /// Room for as many of a sweep's tasks as `budget` bytes hold.
     fn fit(&mut self, cut: Cut, n: usize, m: usize, grid: Option<Grid>, budget: usize) {
-        let tasks = n.div_ceil(cut.rows).max(m.div_ceil(cut.cols)).pow(2);
+        let (pieces, tasks) = (n.div_ceil(cut.rows), m.div_ceil(cut.cols));
         self.slot = cut.rows * cut.cols / if grid.is_some() { 2 } else { 1 };
-        self.turns = (budget / (4 * self.slot)).min(tasks);
-        self.data.sized(self.turns * self.slot);
+        let slots = (budget / (4 * self.slot)).min(pieces * tasks);
+        (self.each, self.more) = (slots / pieces, slots % pieces);
+        self.data.sized(slots * self.slot);
     }
 
-    /// The logits of a task, if they were kept.
-    fn get(&self, turn: usize, grid: Option<Grid>) -> Option<Slot<&[f32], &[i16]>> {
-        let slot = (turn < self.turns).then(|| &self.data[turn * self.slot..][..self.slot])?;
-        Some(match grid {
-            Some(grid) => Slot::Steps(grid, bytemuck::cast_slice(slot)),
-            None => Slot::Plain(slot),
-        })
+    /// Where the slots of each row piece are.
+    fn ranges(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let Kept { slot, each, more, .. } = *self;
+        let from = move |piece: usize| slot * (piece * each + piece.min(more));
+        (0..).map(move |piece| from(piece)..from(piece + 1))
+    }
+
+    /// The slots of each row piece, to be filled.
+    fn fill(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let ranges = self.ranges();
+        let mut rest: &mut [f32] = self.data.sized(self.data.len());
+        ranges.map(move |range| rest.split_off_mut(..range.len()).expect("room for all slots"))
+    }
+
+    /// The slots of each row piece.
+    fn pieces(&self) -> impl Iterator<Item = &[f32]> {
+        self.ranges().map(|range| &self.data[range])
     }
 
     /// Bytes held.
@@ -516,13 +537,11 @@ impl<T: Element> Logits<'_, T> {
         let cut = self.cut();
         let worth = self.exponentials || T::count(self.u.rows.dim) > Kept::SHALLOW;
         kept.fit(cut, self.u.rows.rows, self.m, self.grid, if worth { budget } else { 0 });
-        let slots =
-            kept.data.sized(kept.turns * kept.slot).chunks_mut(kept.slot.max(1)).map(Mutex::new).collect::<Vec<_>>();
-        sweep(rows.pieces(cut.rows), cols.pieces(cut.cols), |turn, row, col| {
-            let mut slot = slots.get(turn).map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
-            let keep = slot.as_deref_mut().map(|slot| match self.grid {
+        let slot = kept.slot;
+        sweep(rows.pieces(cut.rows).zip(kept.fill()), cols.pieces(cut.cols), |(row, slots), col| {
+            let keep = slots.split_off_mut(..slot).map(|slot| match self.grid {
                 Some(grid) => Slot::Steps(grid, bytemuck::cast_slice_mut(slot)),
-                None => Slot::Plain(&mut **slot),
+                None => Slot::Plain(slot),
             });
             self.threads.with(|ws| {
                 T::run(self.isa, TallyBlock { logits: self, row, col, want, logit_sums, keep, ws });
@@ -544,11 +563,13 @@ impl<T: Element> Logits<'_, T> {
         let [packed_u, packed_v] = &mut *carried;
         let mut packed_u = pack_pieces::<T>(self.isa, &carry_u, cut.rows, out_cols.0.is_some(), packed_u, self.threads);
         let mut packed_v = pack_pieces::<T>(self.isa, &carry_v, cut.cols, out_rows.0.is_some(), packed_v, self.threads);
+        let (slot, mut slots) = self.kept.map_or((1, None), |kept| (kept.slot, Some(kept.pieces())));
         let rows = Cut::pieces(n, cut.rows).zip(row_sums.chunks_mut(cut.rows)).map(|(range, sums)| PullRows {
             range,
             out: out_rows.next(),
             packed: packed_u.next().unwrap_or(&[]),
             sums,
+            slots: slots.as_mut().and_then(Iterator::next).unwrap_or(&[]),
         });
         let cols = Cut::pieces(m, cut.cols).map(|range| PullCols {
             range,
@@ -556,8 +577,11 @@ impl<T: Element> Logits<'_, T> {
             packed: packed_v.next().unwrap_or(&[]),
             sums: col_sums.next(),
         });
-        sweep(rows, cols, |turn, row, col| {
-            let kept = self.kept.and_then(|kept| kept.get(turn, self.grid));
+        sweep(rows, cols, |row, col| {
+            let kept = row.slots.split_off(..slot).map(|slot| match self.grid {
+                Some(grid) => Slot::Steps(grid, bytemuck::cast_slice(slot)),
+                None => Slot::Plain(slot),
+            });
             self.threads.with(|ws| {
                 let (carry_u, carry_v) = (&carry_u, &carry_v);
                 T::run(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
@@ -807,6 +831,10 @@ impl<'a> Part<'a> {
         match self.targets[i] {
             Target::None => plain.of(s),
             Target::Shared { pull } => plain.of(s) - pull - self.smooth[i],
+            Target::Among { share, max, mean, others, slack } => {
+                let above = (s - max) - mean;
+                share * ((above.exp_m1() - others * above.exp()) + slack) - self.smooth[i]
+            }
             Target::Only { others, slack } => slack - others - self.smooth[i],
         }
     }
@@ -845,8 +873,12 @@ pub enum Target {
     /// Positives are not special: the law is a plain probability.
     #[default]
     None,
-    /// Target `pull` (times the loss weight) for each positive.
+    /// Target `pull` (times the loss weight) for each positive, of a softmax over more than its row.
     Shared { pull: f32 },
+    /// One of several positives, of which `share` is an equal part of the loss weight. Their logarithmic mean is `max + mean`: were
+    /// all logits equal to it, the row's positives would have `1 - others` of the softmax in equal parts. As in [`Target::Only`]
+    /// that 1 is taken off before it can hide the rest.
+    Among { share: f32, max: f32, mean: f32, others: f32, slack: f32 },
     /// The only positive: its weighted `P - 1` is `-others`, plus `slack` that smoothing takes off the target.
     Only { others: f32, slack: f32 },
 }
@@ -931,6 +963,8 @@ struct PullRows<'a, T> {
     /// The piece's rows of `carry_u`.
     packed: &'a [T],
     sums: &'a mut [RowSums],
+    /// What pass 1 kept for its tasks that are still to come.
+    slots: &'a [f32],
 }
 
 struct PullCols<'a, T> {

@@ -38,6 +38,8 @@ pub struct Scratch {
     residual_v: Vec<f32>,
     /// Mean features of the positives.
     targets: Vec<f32>,
+    /// Moments of the joint law, `[f_u, f_v]`: of the gap, twice it, of the targets.
+    moments: [Vec<f32>; 3],
     /// What a factor subtracts.
     mean_u: Vec<f32>,
     mean_v: Vec<f32>,
@@ -61,6 +63,7 @@ struct Gram {
     x: Vec<f32>,
     y: Vec<f32>,
     mean: Vec<f32>,
+    sums: Vec<f64>,
     packed: Buffer,
     all_u: Vec<f32>,
     all_v: Vec<f32>,
@@ -104,6 +107,8 @@ impl Scratch {
             [&self.packed_u, &self.packed_v, &g.packed_identity, &g.packed_data_u, &g.packed_data_v, &g.packed];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + packed.map(Buffer::bytes).iter().sum::<usize>()
+            + 4 * self.moments.iter().map(Vec::capacity).sum::<usize>()
+            + 8 * g.sums.capacity()
             + g.ones.bytes()
             + size_of::<RowSums>() * g.part.sums.capacity()
     }
@@ -226,6 +231,7 @@ struct Features<'a> {
     residual_u: &'a mut Vec<f32>,
     residual_v: &'a mut Vec<f32>,
     targets: &'a mut Vec<f32>,
+    moments: &'a mut [Vec<f32>; 3],
     mean_u: &'a mut Vec<f32>,
     mean_v: &'a mut Vec<f32>,
     packed_u: &'a mut Buffer,
@@ -242,6 +248,7 @@ impl<'a> Features<'a> {
             residual_u: &mut own.residual_u,
             residual_v: &mut own.residual_v,
             targets: &mut own.targets,
+            moments: &mut own.moments,
             mean_u: &mut own.mean_u,
             mean_v: &mut own.mean_v,
             packed_u: &mut own.packed_u,
@@ -316,19 +323,19 @@ impl<'a> Features<'a> {
                 *h -= *t;
             }
         }
-        let mut moment = |right: &[f32]| {
-            let mut out = vec![0.0; f_u * f_v];
+        let [gap, d, target] = self.moments;
+        for (out, right) in [(&mut *gap, &*h), (&mut *target, &*targets)] {
+            out.resize(f_u * f_v, 0.0);
             let shape = Gemm { m: f_u, n: f_v, k: n, transpose_a: true, transpose_b: false };
-            gemm(isa, shape, self.u, right, Write::Set(&mut out), self.packed);
-            out
-        };
-        let (gap, target) = (moment(h), moment(targets));
+            gemm(isa, shape, self.u, right, Write::Set(out), self.packed);
+        }
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let value = dot(&gap, &gap) - dot(&target, &target);
-        let mean = 2.0 * (dot(&gap, &gap) + dot(&target, &gap));
-        let d: Vec<f32> = gap.iter().map(|&x| 2.0 * x).collect();
+        let value = dot(gap, gap) - dot(target, target);
+        let mean = 2.0 * (dot(gap, gap) + dot(target, gap));
+        d.clear();
+        d.extend(gap.iter().map(|&x| 2.0 * x));
         let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
-        gemm(isa, shape, self.u, &d, Write::Set(h), self.packed);
+        gemm(isa, shape, self.u, d, Write::Set(h), self.packed);
         pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
         self.mean_v.clear();
         self.mean_v.resize(n, mean as f32);
@@ -566,7 +573,9 @@ impl Gram {
             });
             Gram::apply(context, width, data, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
             // Gamma = lambda x_j K (P - T) over P's panel, and <P_j, Gamma_j>.
-            let mut mean = vec![0f64; b];
+            let mean = &mut self.sums;
+            mean.clear();
+            mean.resize(b, 0.0);
             for ((x, y), p) in x.chunks_exact(2 * b).zip(y.chunks_exact(2 * b)).zip(p.chunks_exact_mut(b)) {
                 for (k, p) in p.iter_mut().enumerate() {
                     let weight = lambda * f64::from(share[start + k]);

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 /// Buffers of this objective.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    /// Both sides as the tilting wants them, `[N, D]` each.
+    /// Both sides as logits take them, `[N, D]` each.
     u: Vec<f32>,
     v: Vec<f32>,
     /// Logits of one pairing after another, `[K + 1, N]`: the diagonal first.
@@ -50,8 +50,9 @@ pub fn evaluate(
         grow(buffer, len);
     }
     let (u, v) = (&mut own.u[..n * dim], &mut own.v[..n * dim]);
-    read_all(&tilted.u, u);
-    read_all(&tilted.v, v);
+    let [side_u, side_v] = tilted.sides();
+    read_all(&side_u, u);
+    read_all(&side_v, v);
     own.forth.clear();
     own.forth.extend(0..n as u32);
     for k in 0..pairings {
@@ -89,22 +90,32 @@ pub fn evaluate(
         if at < n { -f64::from(share[at]) } else { f64::from(logits[at] - max).exp() / sum }
     };
     let gs: f64 = (0..total).map(|at| g(at) * f64::from(logits[at])).sum();
-    let finish = |side: &Side<'_>, other: &[f32], order: &[u32], by_row: bool, out: Option<Accumulated<'_>>| {
-        let Some(mut out) = out else { return };
-        // Entry `at` of pairing k seen from this side's row i.
-        let entry = |k: usize, i: usize| k * n + if by_row { i } else { order[k * n + i] as usize };
-        let entries = |i: usize| (0..=pairings as usize).map(move |k| (entry(k, i), order[k * n + i]));
-        out.acc().par_chunks_mut(dim).enumerate().for_each(|(i, acc)| {
-            acc.fill(0.0);
-            for (at, j) in entries(i) {
-                let g = g(at) as f32;
-                acc.iter_mut().zip(&other[row(other, j)]).for_each(|(a, &x)| *a += g * x);
-            }
-        });
-        tilted.finish(side, out, |i| entries(i).map(|(at, _)| g(at)).sum(), threads);
-    };
-    finish(&tilted.u, v, forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
-    finish(&tilted.v, u, back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
+    let finish =
+        |side: &Side<'_>, [own, other]: [&[f32]; 2], order: &[u32], by_row: bool, out: Option<Accumulated<'_>>| {
+            let Some(mut out) = out else { return };
+            // Entry `at` of pairing k seen from this side's row i.
+            let entry = |k: usize, i: usize| k * n + if by_row { i } else { order[k * n + i] as usize };
+            let entries = |i: usize| (0..=pairings as usize).map(move |k| (entry(k, i), order[k * n + i]));
+            out.acc().par_chunks_mut(dim).enumerate().for_each(|(i, acc)| {
+                acc.fill(0.0);
+                for (at, j) in entries(i) {
+                    let g = g(at) as f32;
+                    let others = &other[row(other, j)];
+                    match tilted.product {
+                        Product::Inner => acc.iter_mut().zip(others).for_each(|(a, &x)| *a += g * x),
+                        // Differences, of which nothing is lost to where rows lie.
+                        Product::SquaredDistance => {
+                            let pairs = others.iter().zip(&own[row(own, i as u32)]);
+                            acc.iter_mut().zip(pairs).for_each(|(a, (&x, &o))| *a += g * (x - o));
+                        }
+                    }
+                }
+            });
+            // Of differences nothing is left to be taken off.
+            tilted.finish(side, out, |_| 0.0, threads);
+        };
+    finish(&side_u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
+    finish(&side_v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
     let column = |j: usize| (0..total).step_by(n).map(|first| g(first + back[first + j] as usize)).sum::<f64>() as f32;
     match gradients.offset_v {
         Some(Write::Set(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o = column(j)),

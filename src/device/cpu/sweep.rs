@@ -105,11 +105,11 @@ impl Drop for Alarm<'_> {
     }
 }
 
-/// Runs `task(turn, row piece, column piece)` on every pair of the square; `turn` counts the P^2 tasks, phase after phase.
+/// Runs `task(row piece, column piece)` on every pair of the square.
 pub fn sweep<R: Send, C: Send>(
     rows: impl Iterator<Item = R>,
     cols: impl Iterator<Item = C>,
-    task: impl Fn(usize, &mut R, &mut C) + Sync,
+    task: impl Fn(&mut R, &mut C) + Sync,
 ) {
     let ((rows, n), (cols, m)) = (Piece::all(rows), Piece::all(cols));
     let phases = n.max(m);
@@ -130,7 +130,7 @@ pub fn sweep<R: Send, C: Send>(
                 &mut *row.state.lock().unwrap_or_else(PoisonError::into_inner),
                 &mut *col.state.lock().unwrap_or_else(PoisonError::into_inner),
             ) {
-                task(turn, r, c);
+                task(r, c);
             }
             row.phase.store(phase + 1, Ordering::Release);
             col.phase.store(phase + 1, Ordering::Release);
@@ -155,7 +155,7 @@ mod tests {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut met: (Vec<Vec<usize>>, Vec<Vec<usize>>) = (vec![vec![]; n], vec![vec![]; m]);
                 pool.install(|| {
-                    sweep(met.0.iter_mut().enumerate(), met.1.iter_mut().enumerate(), |_, (i, row), (j, col)| {
+                    sweep(met.0.iter_mut().enumerate(), met.1.iter_mut().enumerate(), |(i, row), (j, col)| {
                         row.push(*j);
                         col.push(*i);
                     });
