@@ -316,6 +316,38 @@ fn several_positives_that_are_all_there_is() {
     }
 }
 
+/// Nor do clusters far from each other: gradients are of differences within them.
+#[test]
+fn distances_do_not_pay_for_clusters_far_apart() {
+    let n = 150;
+    for d in [3, 8, 13, 40] {
+        let mut rng = ChaCha8Rng::seed_from_u64(d as u64);
+        let mut normal = |len: usize| -> Vec<f32> { (0..len).map(|_| StandardNormal.sample(&mut rng)).collect() };
+        let (at, noise) = (normal(n * d), normal(n * d));
+        for far in [30f32, 1e4] {
+            let u: Vec<f32> = at.iter().enumerate().map(|(k, x)| x + if k / d % 2 == 0 { far } else { -far }).collect();
+            let v: Vec<f32> = u.iter().zip(&noise).map(|(u, x)| u + 0.5 * x).collect();
+            let features = Moments::Features { u: Matrix::f32(&at, d), v: Matrix::f32(&noise, d) };
+            for &objective in OBJECTIVES {
+                let mmd = objective.takes_moments();
+                // Softmaxes of so many dimensions are certain, and what is left of MMD's gradients has few digits anywhere.
+                if mmd && d == 40 {
+                    continue;
+                }
+                let moments = mmd.then_some(features);
+                let batch = Batch { moments, ..Batch::new(Matrix::f32(&u, d), Matrix::f32(&v, d)) };
+                let loss = Loss::new(Tilting::L2, objective, 1.0);
+                let want = reference::loss(&loss, &batch).unwrap();
+                for isa in Isa::available() {
+                    let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+                    let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
+                    assert!(off[0].max(off[1]) < 1e-5, "{} {objective:?} d {d} {far}: {off:?}", isa.name());
+                }
+            }
+        }
+    }
+}
+
 /// Pairings of rows in places far from each other lose nothing to where those are.
 #[test]
 fn shuffled_pairings_of_far_places() {

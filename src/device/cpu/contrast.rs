@@ -20,7 +20,7 @@ const CHUNK: usize = 128;
 pub struct Scratch {
     pub(super) pairing: Pairing,
     pub(super) packed: Buffer,
-    pub(super) shift: Vec<f32>,
+    pub(super) middle: Vec<f32>,
     pub(super) inverse_u: Vec<f32>,
     pub(super) inverse_v: Vec<f32>,
     pub(super) rows: Tallies,
@@ -43,7 +43,7 @@ pub struct Scratch {
 impl Scratch {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = [&self.shift, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
+        let floats = [&self.middle, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + size_of::<RowSums>() * self.row_sums.capacity()
             + self.packed.bytes()
@@ -72,35 +72,30 @@ pub(super) struct Tilted<'a> {
 }
 
 impl<'a> Tilted<'a> {
-    /// The common shift (l2: gradients of rows amid the others lose nothing to where all of them lie) of a batch whose
-    /// inverse norms (cosine) are known.
+    /// Of a batch whose inverse norms (cosine) are known; `middle` is for a row amid the others (l2).
     pub(super) fn new(
         loss: &Loss,
         batch: &Batch<'a>,
-        shift: &'a mut Vec<f32>,
+        middle: &mut Vec<f32>,
         inverse_u: &'a [f32],
         inverse_v: &'a [f32],
         threads: &Threads,
     ) -> Self {
-        shift.clear();
+        middle.clear();
         if loss.tilting.product() == Product::SquaredDistance {
-            middle_row([batch.u, batch.v], shift, threads);
+            middle_row([batch.u, batch.v], middle, threads);
         }
-        let u = Side { rows: batch.u, shift, inverse: inverse_u };
-        let v = Side { rows: batch.v, shift, inverse: inverse_v };
+        let u = Side { rows: batch.u, inverse: inverse_u };
+        let v = Side { rows: batch.v, inverse: inverse_v };
         let (product, scale) = (loss.tilting.product(), loss.tilting.scale() / loss.tau);
         // A unit row's norm is 1 to a few rounding errors.
-        let [a, b] = if loss.tilting.unit_rows() { [1.001; 2] } else { [u, v].map(|side| longest(&side, threads)) };
+        let [a, b] =
+            if loss.tilting.unit_rows() { [1.001; 2] } else { [u, v].map(|side| longest(&side, middle, threads)) };
         let reach = match product {
             Product::Inner => [-(scale * a * b).abs(), (scale * a * b).abs()],
             Product::SquaredDistance => [scale.min(0.0) * (a + b).powi(2), scale.max(0.0) * (a + b).powi(2)],
         };
         Tilted { u, v, product, scale, tau: loss.tau, reach }
-    }
-
-    /// Both sides as logits take them: without the shift, as a difference loses nothing to where its rows lie.
-    pub(super) fn sides(&self) -> [Side<'a>; 2] {
-        [self.u, self.v].map(|side| Side { shift: &[], ..side })
     }
 
     /// Smallest and largest logit there can be.
@@ -114,14 +109,9 @@ impl<'a> Tilted<'a> {
     }
 
     /// Turns `acc = G other` into the gradient of `side`'s rows, in place or added to `out`:
-    /// times dS/d product, through the product's other factor and the row normalisation. Returns the sum of `<row, acc>`.
-    pub(super) fn finish(
-        &self,
-        side: &Side<'_>,
-        acc: Accumulated<'_>,
-        g_sum: impl Fn(usize) -> f64 + Sync,
-        threads: &Threads,
-    ) -> f64 {
+    /// times dS/d product, through the product's other factor and the row normalisation; of squared distances `acc` is of
+    /// differences, see [`Pull::apart`]. Returns the sum of `<row, acc>`.
+    pub(super) fn finish(&self, side: &Side<'_>, acc: Accumulated<'_>, threads: &Threads) -> f64 {
         let dim = side.rows.dim;
         let transform = |first: usize, acc: &mut [f32]| -> f64 {
             threads.with(|ws| {
@@ -129,7 +119,7 @@ impl<'a> Tilted<'a> {
                 let x = ws.rows(rows * dim);
                 side.read(first..first + rows, x);
                 let pairs = acc.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).enumerate();
-                pairs.map(|(i, (acc, x))| self.transform_row(side, first + i, g_sum(first + i), x, acc)).sum()
+                pairs.map(|(i, (acc, x))| self.transform_row(side, first + i, x, acc)).sum()
             })
         };
         let mut along = threads.along();
@@ -152,7 +142,7 @@ impl<'a> Tilted<'a> {
         along.iter().sum()
     }
 
-    fn transform_row(&self, side: &Side<'_>, i: usize, g_sum: f64, x: &[f32], acc: &mut [f32]) -> f64 {
+    fn transform_row(&self, side: &Side<'_>, i: usize, x: &[f32], acc: &mut [f32]) -> f64 {
         let along = inner(acc, x);
         match self.product {
             Product::Inner => {
@@ -165,8 +155,8 @@ impl<'a> Tilted<'a> {
                 acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (*a - own * x));
             }
             Product::SquaredDistance => {
-                let (scale, g_sum) = (2.0 * self.scale as f32, g_sum as f32);
-                acc.iter_mut().zip(x).for_each(|(a, &x)| *a = scale * (g_sum * x - *a));
+                let scale = -2.0 * self.scale as f32;
+                acc.iter_mut().for_each(|a| *a *= scale);
             }
         }
         along
@@ -215,15 +205,19 @@ fn inverse_norms(rows: Matrix<'_>, out: &mut Vec<f32>, threads: &Threads) {
     });
 }
 
-/// The largest norm of a side's rows.
-fn longest(side: &Side<'_>, threads: &Threads) -> f64 {
+/// The largest norm of a side's rows, or distance from a point `from`.
+fn longest(side: &Side<'_>, from: &[f32], threads: &Threads) -> f64 {
     let dim = side.rows.dim;
     let chunk = |start: usize| {
         threads.with(|ws| {
             let range = start..side.rows.rows.min(start + CHUNK);
             let x = ws.rows(range.len() * dim);
             side.read(range, x);
-            x.chunks_exact(dim).map(|x| inner(x, x)).fold(0.0, f64::max)
+            let rows = x.chunks_exact_mut(dim).map(|x| {
+                x.iter_mut().zip(from).for_each(|(x, from)| *x -= from);
+                inner(x, x)
+            });
+            rows.fold(0.0, f64::max)
         })
     };
     let chunks = (0..side.rows.rows.div_ceil(CHUNK)).into_par_iter().with_min_len(together(CHUNK * dim));
@@ -284,7 +278,7 @@ pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>,
         if loss.tilting.unit_rows() {
             inverse.iter().all(|&x| x == 0.0 || range.contains(&f64::from(x)))
         } else {
-            range.contains(&longest(&Side::plain(rows), &scratch.threads))
+            range.contains(&longest(&Side::plain(rows), &[], &scratch.threads))
         }
     };
     let pairs = halves && loss.tilting.product() == Product::Inner;
@@ -338,7 +332,7 @@ fn softmax<T: Element>(
     let Scratch {
         pairing,
         packed,
-        shift,
+        middle,
         inverse_u,
         inverse_v,
         rows,
@@ -350,8 +344,8 @@ fn softmax<T: Element>(
         budget,
         ..
     } = scratch;
-    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
+    let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
+    pack_columns::<T>(isa, &tilted.v, packed, threads);
     let mut logits = tilted.logits::<T>(isa, batch, packed, threads);
     let smoothing = loss.smoothing;
     // A positive's P less its target is as small as the loss is, unless the target is all of a row's: a step of the grid is not.
@@ -421,9 +415,9 @@ fn sigmoid<T: Element>(
     gradients: Gradients<'_>,
     bias: f64,
 ) -> Value {
-    let Scratch { pairing, packed, shift, inverse_u, inverse_v, threads, .. } = scratch;
-    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<T>(isa, &tilted.sides()[1], packed, threads);
+    let Scratch { pairing, packed, middle, inverse_u, inverse_v, threads, .. } = scratch;
+    let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
+    pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
     let sums = pull_gradients(
@@ -451,7 +445,7 @@ impl<'a> Tilted<'a> {
         let [low, high] = self.range(batch.offset_v);
         Logits {
             isa,
-            u: self.sides()[0],
+            u: self.u,
             packed: bytemuck::cast_slice(packed),
             inverse_v: self.v.inverse,
             m: batch.v.rows,
@@ -498,8 +492,7 @@ pub(super) fn pull_gradients<T: Element>(
         out => Accumulated::new(out, grad_u),
     };
     let mut out_v = Accumulated::new(gradients.v, grad_v);
-    let want_cols =
-        gradients.offset_v.is_some() || logits.offset.is_some() || tilted.product == Product::SquaredDistance;
+    let want_cols = gradients.offset_v.is_some() || logits.offset.is_some();
     col_sums.clear();
     col_sums.resize(logits.m, 0.0);
     logits.pull(
@@ -511,6 +504,7 @@ pub(super) fn pull_gradients<T: Element>(
             out_cols: out_v.as_mut().map(Accumulated::acc),
             row_sums,
             col_sums: want_cols.then_some(&mut col_sums[..]),
+            apart: tilted.product == Product::SquaredDistance,
         },
     );
     conclude(tilted, logits, [out_u, out_v], gradients.offset_v, row_sums, col_sums)
@@ -525,9 +519,9 @@ pub(super) fn conclude<T: Element>(
     row_sums: &[RowSums],
     col_sums: &[f32],
 ) -> Sums {
-    let along = out_u.map(|out| tilted.finish(&tilted.u, out, |i| row_sums[i].g, logits.threads));
+    let along = out_u.map(|out| tilted.finish(&tilted.u, out, logits.threads));
     if let Some(out) = out_v {
-        tilted.finish(&tilted.v, out, |j| f64::from(col_sums[j]), logits.threads);
+        tilted.finish(&tilted.v, out, logits.threads);
     }
     match out_offset {
         Some(Write::Set(out)) => out.copy_from_slice(col_sums),

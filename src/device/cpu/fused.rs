@@ -19,7 +19,9 @@
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
 use super::operand::{Element, ElementOp, Operands};
-use super::simd::{Inner, LONG, Left, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product};
+use super::simd::{
+    Inner, LONG, Left, Own, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
+};
 use super::sweep::{Cut, sweep};
 use super::together;
 use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
@@ -46,8 +48,6 @@ const HOLE: f32 = -1e30;
 #[derive(Clone, Copy, Debug)]
 pub struct Side<'a> {
     pub rows: Matrix<'a>,
-    /// Subtracted from every row, `[D]`, or empty.
-    pub shift: &'a [f32],
     /// Multiplies each row, `[rows]`, or empty: 1/|row|, 0 for a zero row.
     pub inverse: &'a [f32],
 }
@@ -55,13 +55,13 @@ pub struct Side<'a> {
 impl<'a> Side<'a> {
     /// Rows as they are.
     pub fn plain(rows: Matrix<'a>) -> Self {
-        Side { rows, shift: &[], inverse: &[] }
+        Side { rows, inverse: &[] }
     }
 
     /// Rows `range` as a side of their own.
     pub fn slice(&self, range: Range<usize>) -> Side<'a> {
         let inverse = self.inverse_of(range.clone());
-        Side { rows: self.rows.slice(range), shift: self.shift, inverse }
+        Side { rows: self.rows.slice(range), inverse }
     }
 
     /// 1/|row| of rows `range`, or nothing.
@@ -77,11 +77,6 @@ impl<'a> Side<'a> {
             Storage::F32(x) => out.copy_from_slice(&x[at]),
             Storage::Bf16(x) => x[at].convert_to_f32_slice(out),
             Storage::F16(x) => x[at].convert_to_f32_slice(out),
-        }
-        if !self.shift.is_empty() {
-            for row in out.chunks_exact_mut(dim) {
-                row.iter_mut().zip(self.shift).for_each(|(x, s)| *x -= s);
-            }
         }
         if !self.inverse.is_empty() {
             for (row, &inverse) in out.chunks_exact_mut(dim).zip(&self.inverse[range]) {
@@ -137,6 +132,8 @@ pub struct Workspace {
     tile: Buffer,
     /// The tile of G as pairs along its rows and along its columns.
     halves: [Buffer; 2],
+    /// Rows and columns that differences are taken from.
+    own: [Buffer; 2],
     /// The tiles of a law's factors.
     by_row: Buffer,
     by_col: Buffer,
@@ -186,8 +183,8 @@ impl Threads {
         let buffers = |w: &Workspace| [&w.u, &w.natural, &w.spill, &w.tile, &w.by_row, &w.by_col].map(Buffer::bytes);
         let each = |w: &Mutex<Workspace>| {
             let w = w.lock().unwrap_or_else(PoisonError::into_inner);
-            let halves = w.halves.iter().map(Buffer::bytes);
-            buffers(&w).into_iter().chain(halves).sum::<usize>() + 24 * w.specials.capacity()
+            let more = w.halves.iter().chain(&w.own).map(Buffer::bytes);
+            buffers(&w).into_iter().chain(more).sum::<usize>() + 24 * w.specials.capacity()
         };
         let carried = self.carried.lock().unwrap_or_else(PoisonError::into_inner);
         let along = 8 * self.along().capacity();
@@ -552,7 +549,7 @@ impl<T: Element> Logits<'_, T> {
     /// Pass 2: `out_rows += G carry_v`, `out_cols += G' carry_u`, and the sums of [`RowSums`] and `col_sums`
     /// (`[M]`, column sums of G). Outputs are overwritten.
     pub fn pull(&self, law: &Law<'_>, pull: Pull<'_>) {
-        let Pull { carry_u, carry_v, out_rows, out_cols, row_sums, col_sums } = pull;
+        let Pull { carry_u, carry_v, out_rows, out_cols, row_sums, col_sums, apart } = pull;
         let (n, m, cut) = (self.u.rows.rows, self.m, self.cut());
         row_sums.clear();
         row_sums.resize(n, RowSums::default());
@@ -584,7 +581,7 @@ impl<T: Element> Logits<'_, T> {
             });
             self.threads.with(|ws| {
                 let (carry_u, carry_v) = (&carry_u, &carry_v);
-                T::run(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, ws });
+                T::run(self.isa, PullBlock { logits: self, law, carry_u, carry_v, row, col, kept, apart, ws });
             });
         });
     }
@@ -940,6 +937,9 @@ pub struct Pull<'a> {
     pub row_sums: &'a mut Vec<RowSums>,
     /// `[M]`.
     pub col_sums: Option<&'a mut [f32]>,
+    /// Whether what is carried are differences to the output's own row, a gradient's of squared distances: `sum_j G_ij (v_j - u_i)`
+    /// for row i. The two sums apart lose what they cancel of.
+    pub apart: bool,
 }
 
 /// An optional output handed out piece by piece, zeroed.
@@ -983,6 +983,7 @@ struct PullBlock<'a, 'r, 'c, 'w, T: Element> {
     row: &'w mut PullRows<'r, T>,
     col: &'w mut PullCols<'c, T>,
     kept: Option<Slot<&'w [f32], &'w [i16]>>,
+    apart: bool,
     ws: &'w mut Workspace,
 }
 
@@ -993,7 +994,7 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
     where
         T: Operands<S>,
     {
-        let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, ws } = self;
+        let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, apart, ws } = self;
         let depth = T::count(logits.u.rows.dim);
         let (first_row, first_col) = (row.range.start, col.range.start);
         ws.tile.sized(TILE);
@@ -1003,6 +1004,8 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
             if kept.is_none() {
                 T::read_left(logits, rows.clone(), u);
             }
+            let [own_rows, own_cols] = &mut ws.own;
+            let own_rows = apart.then(|| own(carry_u, rows.clone(), own_rows));
             for cols in col_blocks(col.range.clone()) {
                 let at_cols = cols.start - first_col..cols.end - first_col;
                 let stride = stride(&cols);
@@ -1030,17 +1033,37 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                 let [by_row, by_col] = T::lefts(tile, rows.len(), cols.len(), inverse, &mut ws.halves);
                 if let Some(out) = &mut row.out {
                     let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
-                    let out = &mut out[at_rows.start * carry_v.rows.dim..];
-                    T::carry(by_row, Right { packed: col.packed, total, first }, out, carry_v.rows.dim, &mut ws.spill);
+                    let (out, dim) = (&mut out[at_rows.start * carry_v.rows.dim..], carry_v.rows.dim);
+                    let right = Right { packed: col.packed, total, first };
+                    match own_rows {
+                        Some(own) => T::carry_apart(by_row, right, own, out, dim, &mut ws.spill),
+                        None => T::carry(by_row, right, out, dim, &mut ws.spill),
+                    }
                 }
                 if let Some(out) = &mut col.out {
                     let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
-                    let out = &mut out[at_cols.start * carry_u.rows.dim..];
-                    T::carry(by_col, Right { packed: row.packed, total, first }, out, carry_u.rows.dim, &mut ws.spill);
+                    let (out, dim) = (&mut out[at_cols.start * carry_u.rows.dim..], carry_u.rows.dim);
+                    let right = Right { packed: row.packed, total, first };
+                    if apart {
+                        let own = own(carry_v, cols.clone(), own_cols);
+                        T::carry_apart(by_col, right, own, out, dim, &mut ws.spill);
+                    } else {
+                        T::carry(by_col, right, out, dim, &mut ws.spill);
+                    }
                 }
             }
         }
     }
+}
+
+/// Rows `range` of a side, to take differences from.
+fn own<'w>(side: &Side<'_>, range: Range<usize>, out: &'w mut Buffer) -> Own<'w> {
+    let stride = side.rows.dim.next_multiple_of(WIDEST);
+    let data = out.sized(range.len() * stride);
+    for (i, row) in range.zip(data.chunks_exact_mut(stride)) {
+        side.read(i..i + 1, &mut row[..side.rows.dim]);
+    }
+    Own { data, stride }
 }
 
 /// Notes every special pair of the tile `s` with its logit and its G.

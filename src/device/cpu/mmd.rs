@@ -126,7 +126,7 @@ pub fn evaluate(
     let super::contrast::Scratch {
         pairing,
         packed,
-        shift,
+        middle,
         inverse_u,
         inverse_v,
         rows,
@@ -143,8 +143,8 @@ pub fn evaluate(
         mmd: own,
         ..
     } = scratch;
-    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
-    pack_columns::<f32>(isa, &tilted.sides()[1], packed, threads);
+    let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
+    pack_columns::<f32>(isa, &tilted.v, packed, threads);
     let mut logits = tilted.logits::<f32>(isa, batch, packed, threads);
     let weights = match loss.objective {
         Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
@@ -279,7 +279,15 @@ impl<'a> Features<'a> {
             grow(self.residual_u, m * f_u);
             grow(self.targets, m * f_u);
             let (means, targets) = (&mut self.residual_u[..m * f_u], &mut self.targets[..m * f_u]);
-            let means_only = Pull { carry_u, carry_v, out_rows: None, out_cols: Some(means), row_sums, col_sums: None };
+            let means_only = Pull {
+                carry_u,
+                carry_v,
+                out_rows: None,
+                out_cols: Some(means),
+                row_sums,
+                col_sums: None,
+                apart: false,
+            };
             logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
             let means = &mut self.residual_u[..m * f_u];
             pairing.target_means(batch, false, self.u, f_u, targets);
@@ -292,7 +300,15 @@ impl<'a> Features<'a> {
             grow(self.residual_v, n * f_v);
             grow(self.targets, n * f_v);
             let (means, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
-            let means_only = Pull { carry_u, carry_v, out_rows: Some(means), out_cols: None, row_sums, col_sums: None };
+            let means_only = Pull {
+                carry_u,
+                carry_v,
+                out_rows: Some(means),
+                out_cols: None,
+                row_sums,
+                col_sums: None,
+                apart: false,
+            };
             logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
             let means = &mut self.residual_v[..n * f_v];
             pairing.target_means(batch, true, self.v, f_v, targets);
@@ -314,7 +330,8 @@ impl<'a> Features<'a> {
         grow(self.residual_v, n * f_v);
         grow(self.targets, n * f_v);
         let (h, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
-        let means_only = Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None };
+        let means_only =
+            Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None, apart: false };
         logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
         pairing.target_means(batch, true, self.v, f_v, targets);
         for ((h, t), &w) in h.chunks_exact_mut(f_v).zip(targets.chunks_exact_mut(f_v)).zip(&pairing.row_share) {
@@ -420,6 +437,7 @@ impl<'a> Total<'a> {
             out_cols: Some(&mut *part_v),
             row_sums: &mut *sums,
             col_sums: Some(&mut *part_cols),
+            apart: context.tilted.product == Product::SquaredDistance,
         };
         logits.pull(law, pull);
         let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, f)| *t += scale as f32 * f);
@@ -489,6 +507,7 @@ impl Gram {
             out_cols: None,
             row_sums: sums,
             col_sums: None,
+            apart: false,
         };
         logits.pull(&law, pull);
     }
@@ -553,8 +572,15 @@ impl Gram {
                 ),
             };
             let (out_rows, out_cols) = if axis == Axis::Cols { (Some(&mut *p), None) } else { (None, Some(&mut *p)) };
-            let pull =
-                Pull { carry_u: eye, carry_v: eye, out_rows, out_cols, row_sums: &mut self.part.sums, col_sums: None };
+            let pull = Pull {
+                carry_u: eye,
+                carry_v: eye,
+                out_rows,
+                out_cols,
+                row_sums: &mut self.part.sums,
+                col_sums: None,
+                apart: false,
+            };
             block.pull(&law_of(axis, part), pull);
             // X = [P - T | T], Y = K X.
             let (x, y) = (&mut self.x[..2 * long * b], &mut self.y[..2 * long * b]);
@@ -638,6 +664,7 @@ impl Gram {
                 out_cols: None,
                 row_sums: &mut self.part.sums,
                 col_sums: None,
+                apart: false,
             };
             logits.pull(&law, pull);
             pairing.target_means(batch, true, kernel, b, tk);

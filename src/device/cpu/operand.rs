@@ -8,8 +8,8 @@
 
 use super::fused::{Buffer, COLS, Logits, ROWS, Side, TILE, blocks, stride};
 use super::simd::{
-    Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT, Simd,
-    SquaredDistance, Vector, WIDEST, pack_pairs, pack_part, product_part,
+    Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Own, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT, Simd,
+    SquaredDistance, Vector, WIDEST, differences, pack_pairs, pack_part, product_part,
 };
 use crate::objective::Storage;
 use half::bf16;
@@ -66,6 +66,15 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
     fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
         carry::<S, Self>(left, right, out, dim, spill);
     }
+    /// `out += left (right - own)`: as [`carry`](Self::carry), of differences to the output's own rows.
+    fn carry_apart(
+        left: Left<'_, Self>,
+        right: Right<'_, Self>,
+        own: Own<'_>,
+        out: &mut [f32],
+        dim: usize,
+        spill: &mut Buffer,
+    );
 }
 
 impl Element for f32 {
@@ -164,44 +173,80 @@ impl<S: Simd> Operands<S> for f32 {
         if !is_narrow::<S>(dim) {
             carry::<S, f32>(left, right, out, dim, spill);
         } else if left.row == 1 {
-            across_of::<S>(left, right, out, dim);
+            across_of::<S>(left, right, None, out, dim);
         } else {
             carry::<S::Narrow, f32>(left, right, out, dim, spill);
+        }
+    }
+
+    #[inline(always)]
+    fn carry_apart(
+        left: Left<'_, f32>,
+        right: Right<'_, f32>,
+        own: Own<'_>,
+        out: &mut [f32],
+        dim: usize,
+        spill: &mut Buffer,
+    ) {
+        if !is_narrow::<S>(dim) {
+            carry_apart::<S>(left, right, own, out, dim, spill);
+        } else if left.row == 1 {
+            across_of::<S>(left, right, Some(own), out, dim);
+        } else {
+            carry_apart::<S::Narrow>(left, right, own, out, dim, spill);
         }
     }
 }
 
 /// [`across`] for rows of `dim` numbers.
 #[inline(always)]
-fn across_of<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize) {
+fn across_of<S: Simd>(left: Left<'_, f32>, right: Right<'_, f32>, own: Option<Own<'_>>, out: &mut [f32], dim: usize) {
     match dim {
-        1 => across::<S, 1, 2>(left, right, out),
-        2 => across::<S, 2, 2>(left, right, out),
-        3 => across::<S, 3, 2>(left, right, out),
-        4 => across::<S, 4, 2>(left, right, out),
-        5 => across::<S, 5, 2>(left, right, out),
-        6 => across::<S, 6, 2>(left, right, out),
-        7 => across::<S, 7, 1>(left, right, out),
-        _ => across::<S, 8, 1>(left, right, out),
+        1 => across::<S, 1, 2>(left, right, own, out),
+        2 => across::<S, 2, 2>(left, right, own, out),
+        3 => across::<S, 3, 2>(left, right, own, out),
+        4 => across::<S, 4, 2>(left, right, own, out),
+        5 => across::<S, 5, 2>(left, right, own, out),
+        6 => across::<S, 6, 2>(left, right, own, out),
+        7 => across::<S, 7, 1>(left, right, own, out),
+        _ => across::<S, 8, 1>(left, right, own, out),
     }
 }
 
-/// `out += left right` of rows of `K` numbers, with G's columns side by side in registers: all of their numbers are used, where
-/// one of a narrow row's are K.
+/// `out += left right` of rows of `K` numbers, less each output's own if there are any, with G's columns side by side in
+/// registers: all of their numbers are used, where one of a narrow row's are K.
 #[inline(always)]
-fn across<S: Simd, const K: usize, const V: usize>(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32]) {
+fn across<S: Simd, const K: usize, const V: usize>(
+    left: Left<'_, f32>,
+    right: Right<'_, f32>,
+    own: Option<Own<'_>>,
+    out: &mut [f32],
+) {
     let (lanes, wide) = (<S::F32 as Register<f32>>::LANES, <<S::Narrow as Simd>::F32 as Register<f32>>::LANES);
     let rows = &right.packed[right.first * wide..];
     for first in (0..left.rows).step_by(V * lanes) {
         let mut sum = [[S::F32::splat(0.0); V]; K];
+        let mut from = sum;
+        if let Some(own) = own {
+            let mut turned = [[0.0; 2 * WIDEST]; K];
+            for (j, own) in own.data[first * own.stride..].chunks(own.stride).take(V * lanes).enumerate() {
+                turned.iter_mut().zip(own).for_each(|(turned, &x)| turned[j] = x);
+            }
+            for (from, turned) in from.iter_mut().zip(&turned) {
+                for (v, from) in from.iter_mut().enumerate() {
+                    *from = S::F32::load(&turned[v * lanes..]);
+                }
+            }
+        }
         for (g, row) in left.data.chunks(left.col).zip(rows.chunks_exact(wide)).take(left.depth) {
             let mut columns = [S::F32::splat(0.0); V];
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = S::F32::load(&g[first + v * lanes..]);
             }
-            for (sum, &x) in sum.iter_mut().zip(row) {
+            for ((sum, from), &x) in sum.iter_mut().zip(&from).zip(row) {
                 let x = S::F32::splat(x);
-                for (sum, &g) in sum.iter_mut().zip(&columns) {
+                for ((sum, &from), &g) in sum.iter_mut().zip(from).zip(&columns) {
+                    let x = if own.is_some() { x.sub(from) } else { x };
                     *sum = x.mul_add(g, *sum);
                 }
             }
@@ -327,6 +372,10 @@ impl<S: Pairs> Operands<S> for Pair {
     fn product(left: Left<'_, Pair>, right: Right<'_, Pair>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
         product_part::<S, Pair, Inner, _, PAIRS>(left, right, n, c, ldc, add, AsIs);
     }
+
+    fn carry_apart(_: Left<'_, Pair>, _: Right<'_, Pair>, _: Own<'_>, _: &mut [f32], _: usize, _: &mut Buffer) {
+        unreachable!("pairs are multiplied where logits are inner products");
+    }
 }
 
 /// A side's rows as they are stored.
@@ -373,6 +422,28 @@ fn carry<S: Simd, T: Operands<S>>(
         let wide = dim.next_multiple_of(WIDEST);
         let spill = spill.sized(left.rows * wide);
         T::product(left, right, dim, spill, wide, false);
+        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
+            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
+        }
+    }
+}
+
+/// [`Operands::carry_apart`] by the micro-kernel.
+#[inline(always)]
+fn carry_apart<S: Simd>(
+    left: Left<'_, f32>,
+    right: Right<'_, f32>,
+    own: Own<'_>,
+    out: &mut [f32],
+    dim: usize,
+    spill: &mut Buffer,
+) {
+    if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
+        differences::<S>(left, right, own, dim, out, dim, true);
+    } else {
+        let wide = dim.next_multiple_of(WIDEST);
+        let spill = spill.sized(left.rows * wide);
+        differences::<S>(left, right, own, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }

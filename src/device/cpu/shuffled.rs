@@ -41,18 +41,17 @@ pub fn evaluate(
     seed: u64,
 ) -> Value {
     let (n, dim) = (batch.u.rows, batch.u.dim);
-    let super::contrast::Scratch { pairing: prepared, shift, inverse_u, inverse_v, threads, pairings: own, .. } =
+    let super::contrast::Scratch { pairing: prepared, middle, inverse_u, inverse_v, threads, pairings: own, .. } =
         scratch;
     let share = &prepared.row_share;
-    let tilted = Tilted::new(loss, batch, shift, inverse_u, inverse_v, threads);
+    let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     let total = (pairings as usize + 1) * n;
     for (buffer, len) in [(&mut own.u, n * dim), (&mut own.v, n * dim), (&mut own.logits, total)] {
         grow(buffer, len);
     }
     let (u, v) = (&mut own.u[..n * dim], &mut own.v[..n * dim]);
-    let [side_u, side_v] = tilted.sides();
-    read_all(&side_u, u);
-    read_all(&side_v, v);
+    read_all(&tilted.u, u);
+    read_all(&tilted.v, v);
     own.forth.clear();
     own.forth.extend(0..n as u32);
     for k in 0..pairings {
@@ -111,11 +110,10 @@ pub fn evaluate(
                     }
                 }
             });
-            // Of differences nothing is left to be taken off.
-            tilted.finish(side, out, |_| 0.0, threads);
+            tilted.finish(side, out, threads);
         };
-    finish(&side_u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
-    finish(&side_v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
+    finish(&tilted.u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
+    finish(&tilted.v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
     let column = |j: usize| (0..total).step_by(n).map(|first| g(first + back[first + j] as usize)).sum::<f64>() as f32;
     match gradients.offset_v {
         Some(Write::Set(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o = column(j)),

@@ -196,6 +196,11 @@ pub trait Simd {
         finish: F,
     ) where
         Self: Sized;
+
+    /// `c[i, j] (+)= sum_k a[i, k] (b[k, j] - own[i, j])` for a panel `b`, see [`differences`].
+    fn panel_apart<const V: usize>(tile: Tile<'_, f32>, own: Own<'_>, c: &mut [f32], add: bool)
+    where
+        Self: Sized;
 }
 
 /// An instruction set with units that multiply pairs of bf16.
@@ -423,6 +428,45 @@ pub fn product_part<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>
     }
 }
 
+/// What differences are taken from: `own[i, j]` at `data[i * stride + j]`, whole registers of it.
+#[derive(Clone, Copy)]
+pub struct Own<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
+
+/// `c[i, j] (+)= sum_k a[i, k] (b[k, j] - own[i, j])`, for `b` and `c` as in [`product`].
+#[inline(always)]
+pub fn differences<S: Simd>(
+    a: Left<'_, f32>,
+    b: Right<'_, f32>,
+    own: Own<'_>,
+    n: usize,
+    c: &mut [f32],
+    ldc: usize,
+    add: bool,
+) {
+    let lanes = <S::F32 as Register<f32>>::LANES;
+    for k0 in (0..a.depth).step_by(LONG) {
+        let depth = LONG.min(a.depth - k0);
+        let a = Left { data: &a.data[k0 * a.col..], depth, ..a };
+        let add = add || k0 > 0;
+        let mut j = 0;
+        while j < n {
+            let w = if n - j > lanes { 2 * lanes } else { lanes };
+            let start = j * b.total + (b.first + k0) * w;
+            let tile = Tile { a, panel: &b.packed[start..start + depth * w], ldc, first: j };
+            let (own, c) = (Own { data: &own.data[j..], ..own }, &mut c[j..]);
+            if w > lanes {
+                S::panel_apart::<2>(tile, own, c, add)
+            } else {
+                S::panel_apart::<1>(tile, own, c, add)
+            }
+            j += w;
+        }
+    }
+}
+
 /// Elements that hold a packed operand of `n` columns and `depth` rows on any instruction set.
 pub fn packed_len(depth: usize, n: usize) -> usize {
     depth * n.next_multiple_of(WIDEST / 2)
@@ -574,6 +618,49 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
     }
 }
 
+/// [`micro`] of differences, whose own numbers stay in registers.
+#[inline(always)]
+fn micro_apart<S: Simd, const R: usize, const V: usize>(
+    tile: &Tile<'_, f32>,
+    own: Own<'_>,
+    first: usize,
+    c: &mut [f32],
+    add: bool,
+) {
+    let lanes = <S::F32 as Register<f32>>::LANES;
+    let Tile { a, panel, ldc, .. } = tile;
+    let mut sum = [[S::F32::broadcast(0.0); V]; R];
+    let mut from = sum;
+    for (r, from) in from.iter_mut().enumerate() {
+        let row = &own.data[(first + r) * own.stride..][..V * lanes];
+        for (from, row) in from.iter_mut().zip(row.chunks_exact(lanes)) {
+            *from = S::F32::load(row);
+        }
+    }
+    let a0 = &a.data[first * a.row..];
+    // The furthest element read below.
+    assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
+    for (k, row) in panel.chunks_exact(V * lanes).enumerate() {
+        let mut b = [S::F32::broadcast(0.0); V];
+        for (b, row) in b.iter_mut().zip(row.chunks_exact(lanes)) {
+            *b = S::F32::load(row);
+        }
+        for (r, (sum, from)) in sum.iter_mut().zip(&from).enumerate() {
+            // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
+            let x = S::F32::broadcast(unsafe { *a0.get_unchecked(r * a.row + k * a.col) });
+            for ((sum, &from), &b) in sum.iter_mut().zip(from).zip(&b) {
+                *sum = x.fma(b.minus(from), *sum);
+            }
+        }
+    }
+    for (r, sum) in sum.iter().enumerate() {
+        let row = &mut c[(first + r) * ldc..][..V * lanes];
+        for (&sum, to) in sum.iter().zip(row.chunks_exact_mut(lanes)) {
+            (if add { S::F32::load(to).plus(sum) } else { sum }).store(to);
+        }
+    }
+}
+
 /// The register of a product's sums.
 type SumOf<S, T, P> = <<P as Multiply<S, T>>::Sum as Lane>::In<S>;
 
@@ -634,6 +721,30 @@ macro_rules! simd {
                 #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
                 unsafe {
                     apart::<T, P, F, V>(&tile, c, add, finish);
+                }
+            }
+            #[inline(always)]
+            fn panel_apart<const V: usize>(tile: Tile<'_, f32>, own: Own<'_>, c: &mut [f32], add: bool) {
+                $(#[target_feature(enable = $features)])?
+                #[inline(never)]
+                fn once<const V: usize>(tile: &Tile<'_, f32>, own: Own<'_>, c: &mut [f32], add: bool) {
+                    /// Half of the registers that hold sums hold what is subtracted.
+                    const HALF: usize = $most / 2;
+                    let rows = tile.a.rows;
+                    let mut i = 0;
+                    while rows - i >= HALF {
+                        micro_apart::<$name, HALF, V>(tile, own, i, c, add);
+                        i += HALF;
+                    }
+                    while i < rows {
+                        micro_apart::<$name, 1, V>(tile, own, i, c, add);
+                        i += 1;
+                    }
+                }
+                // SAFETY: as above.
+                #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
+                unsafe {
+                    once::<V>(&tile, own, c, add);
                 }
             }
         }
