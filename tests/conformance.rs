@@ -688,12 +688,15 @@ conformance! {
 // Whatever lies between the fastest and the portable one.
 #[test]
 fn other_instruction_sets_match_the_reference() {
-    for isa in Isa::available() {
-        // Of f32 an instruction set makes the same with units for bf16 as without.
-        if isa != Isa::best() && !isa.name().starts_with("portable") {
-            println!("{}", isa.name());
-            matches_the_reference(|| Cpu::<f32>::with_isa(isa));
-        }
+    // Of f32 an instruction set makes the same with units for bf16 as without.
+    let other = |isa: &Isa| *isa != Isa::best() && !isa.name().starts_with("portable");
+    let others: Vec<Isa> = Isa::available().into_iter().filter(other).collect();
+    if others.is_empty() {
+        println!("skipped: this machine has {} alone", Isa::best().name());
+    }
+    for isa in others {
+        println!("{}", isa.name());
+        matches_the_reference(|| Cpu::<f32>::with_isa(isa));
     }
 }
 

@@ -306,7 +306,7 @@ pub const SCALING_START: f32 = 65536.0;
 
 /// The verbs encoders and optimisers are made of. Shapes are row-major. An output is a [`Write`] where a caller
 /// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
-/// A device never allocates inside a verb after its first call at a shape.
+/// A verb takes memory at its first call at a shape; later ones take at most the few words in which work is passed on.
 pub trait Device: Sync {
     /// The numbers of buffers and arithmetic.
     type Real: Real;

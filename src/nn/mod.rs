@@ -2,8 +2,7 @@
 //!
 //! An [`Encoder`] is a list of layers, each a forward and a backward made of [`Device`] verbs. Its tensors are spans
 //! of one flat arena whose [`Layout`] all encoders of a model share, so an optimiser step is one pass and a checkpoint
-//! one array. What forward saves for backward are fields of [`Acts`], allocated once; a training step allocates
-//! nothing.
+//! one array. What forward saves for backward are fields of [`Acts`], allocated once.
 
 mod layer;
 mod network;

@@ -52,6 +52,9 @@ pub const WORKSPACE: usize = 32 << 20;
 
 /// The CPU as a device. `T` is the arithmetic of encoders: f32, or f64 to check gradients.
 /// Losses exist in f32 only.
+///
+/// It runs on the rayon pool of its caller. Through a loss up to 8 of the pool's threads look for work without a pause, and go
+/// to sleep 1 ms after they found the last of it.
 #[derive(Debug)]
 pub struct Cpu<T = f32> {
     isa: Isa,

@@ -8,6 +8,51 @@
 //! | [`search`] | ranks and best matches |
 //! | [`random`] | random numbers |
 //! | `verbs` | what encoders and optimisers are made of |
+//!
+//! A card is an [`Engine`](crate::Engine) like any other, of host memory:
+//!
+//! ```no_run
+//! use contrastive::device::cuda::{Cuda, Driver};
+//! use contrastive::{Batch, Engine, Gradients, Loss, Matrix, Objective, Precision, Tilting, Write};
+//! use std::sync::Arc;
+//!
+//! # let (n, d) = (4096, 512);
+//! # let (u, v, mut du) = (vec![0.1f32; n * d], vec![0.1f32; n * d], vec![0f32; n * d]);
+//! let card = Arc::new(Driver::new(0)?);
+//! let mut engine = Cuda::new(&card, Precision::Bf16);
+//! let gradients = Gradients { u: Some(Write::Set(&mut du)), ..Gradients::default() };
+//! let batch = Batch::new(Matrix::f32(&u, d), Matrix::f32(&v, d));
+//! let value = engine.loss(&Loss::new(Tilting::Cosine, Objective::CLIP, 0.07), &batch, gradients)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! What another program has on the card already is taken by its address, on that program's stream: here of buffers of `cudarc`.
+//! [`contrast::Cuda::loss_on_card`] does the same of this crate's own [`Buffer`]s, without `unsafe`.
+//!
+//! ```no_run
+//! use contrastive::device::cuda::{Cuda, Driver, contrast::Rows};
+//! use contrastive::{Loss, Objective, Pairs, Precision, Tilting, Write};
+//! use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
+//! use std::sync::Arc;
+//!
+//! # let (n, d) = (4096, 512);
+//! let context = CudaContext::new(0)?;
+//! let stream = context.new_stream()?;
+//! let u = stream.clone_htod(&vec![0.1f32; n * d])?;
+//! let v = stream.clone_htod(&vec![0.2f32; n * d])?;
+//! let (mut du, mut dv) = (stream.alloc_zeros::<f32>(n * d)?, stream.alloc_zeros::<f32>(n * d)?);
+//! // SAFETY: both handles live as long as `context` and `stream`, which are dropped after `card` and `engine`.
+//! let card = Arc::new(unsafe { Driver::of_stream(context.cu_ctx().cast(), stream.cu_stream().cast()) }?);
+//! let mut engine = Cuda::new(&card, Precision::Bf16);
+//! let (in_u, in_v) = (u.device_ptr(&stream), v.device_ptr(&stream));
+//! let (out_u, out_v) = (du.device_ptr_mut(&stream), dv.device_ptr_mut(&stream));
+//! let rows = [in_u.0, in_v.0].map(|at| Rows { at: at as *const (), singles: true, rows: n, dim: d });
+//! let out = [out_u.0, out_v.0].map(|at| Some(Write::Set(at as *mut f32)));
+//! let loss = Loss::new(Tilting::Cosine, Objective::CLIP, 0.07);
+//! // SAFETY: buffers of n * d numbers of f32, borrowed until after the call, the outputs mutably.
+//! let value = unsafe { engine.loss_at(&loss, Precision::Bf16, &Pairs::default(), rows, None, out) }?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod card;
 pub mod contrast;
