@@ -13,6 +13,7 @@ mod validate;
 
 #[cfg(feature = "cli")]
 pub(crate) use validate::fits_f32;
+pub(crate) use validate::shape;
 
 pub use kernels::law::Tilting;
 

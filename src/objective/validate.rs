@@ -136,7 +136,8 @@ pub(super) fn bad(
     LossError::Parameter { what, found: found.to_string(), expected: expected.into() }
 }
 
-fn shape(what: &'static str, found: usize, expected: usize) -> Result<(), LossError> {
+/// Fails unless a size is as it should be.
+pub(crate) fn shape(what: &'static str, found: usize, expected: usize) -> Result<(), LossError> {
     if found == expected {
         return Ok(());
     }

@@ -1,12 +1,12 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, exact, shape};
+use super::scores::{Pairs, Scorer, Scores, exact};
 use crate::data::Rows;
 use crate::device::cpu::search::{Operand, Pair};
 use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
-use crate::objective::{LossError, Tilting};
+use crate::objective::{LossError, Tilting, shape};
 use rayon::prelude::*;
 
 /// Recall both ways: the share of queries whose own item is among the best K; ties rank by lowest index.

@@ -4,7 +4,7 @@ use crate::data::Rows;
 use crate::device::Search;
 use crate::device::cpu::search::{self, Operand};
 use crate::device::cpu::{Isa, inner};
-use crate::objective::{LossError, Tilting};
+use crate::objective::{LossError, Tilting, shape};
 use kernels::law::Product;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -225,14 +225,6 @@ impl<'a> Scorer<'a> {
         }
         Ok(slack)
     }
-}
-
-/// Fails unless `found` is as it should be.
-pub fn shape(what: &'static str, found: usize, expected: usize) -> Result<(), LossError> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(LossError::Shape { what, found: found.to_string(), expected: expected.to_string() })
 }
 
 /// Fails where row number `index` of `what` holds what is no number.
