@@ -385,11 +385,10 @@ fn open_pairs(config: &Config, u: &Path, v: &Path) -> Result<PairsSource, DataEr
     for (side, spec, path) in [(Side::U, &config.encoder_u, u), (Side::V, &config.encoder_v, v)] {
         if let Some(reads) = spec.input_len().filter(|&reads| reads != source.dim(side)) {
             let name = if side == Side::U { "encoder_u" } else { "encoder_v" };
-            let short = if config.quick { " (of ocean: data ocean --quick)" } else { "" };
             return Err(DataError::Format {
                 path: path.into(),
                 found: format!("{} columns", source.dim(side)),
-                expected: format!("{reads}, as {name} of these settings reads{short}"),
+                expected: format!("{reads}, as {name} of these settings reads"),
             });
         }
     }

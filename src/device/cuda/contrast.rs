@@ -558,7 +558,7 @@ impl<C: Card> Cuda<C> {
         with_columns: bool,
         live: *const f32,
     ) -> Result<Given, LossError> {
-        self.pairs(&batch.pairs, batch, matches!(loss.objective, Objective::Sigmoid { .. }))?;
+        self.pairs(&batch.pairs, batch, loss.objective.is_of_each_pair())?;
         let mut call = self.call(loss, precision, rows, batch.pairs.ignore.is_some(), live)?;
         self.prepare(&mut call, rows, offset)?;
         let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;

@@ -169,7 +169,7 @@ impl<C: Card> Cuda<C> {
         let pairs = block.whole[0].min(block.whole[1]);
         self.plain = None;
         self.repaired += 1;
-        let all_rows = matches!(loss.objective, Objective::Sigmoid { .. });
+        let all_rows = loss.objective.is_of_each_pair();
         for (which, slots) in [&U, &V].into_iter().enumerate() {
             let own = block.at[which]..block.at[which] + rows[which].rows;
             let of = if all_rows && which == 0 { block.whole[0] } else { pairs };
