@@ -153,6 +153,111 @@ fn weights(path: &Option<PathBuf>, rows: usize) -> Result<Option<Vec<f32>>, Fail
     Ok(Some(as_f32(&file).into_owned()))
 }
 
+/// What the files say, checked against one another.
+struct Inputs {
+    u: Npy,
+    v: Npy,
+    positives: Option<Vec<u32>>,
+    groups: Option<(Vec<i64>, Vec<i64>)>,
+    ignore: Option<(Vec<i64>, Vec<i64>)>,
+    weights: [Option<Vec<f32>>; 2],
+    data: Option<[Npy; 2]>,
+}
+
+impl Inputs {
+    /// Opens and checks all files; those of data are there where `mmd`, and only there.
+    fn open(args: &Loss, mmd: bool) -> Result<Self, Failure> {
+        let (u, v) = (Npy::open(&args.u)?, Npy::open(&args.v)?);
+        let (n, m, d) = (u.rows(), v.rows(), u.dim());
+        if v.dim() != d {
+            let expected = format!("{d}, as {} has", args.u.display());
+            return Err(shape_of(&args.v, format!("{} columns", v.dim()), expected));
+        }
+        if args.positives.is_none() && args.groups_u.is_none() && n != m {
+            let expected = format!("{n}, as {} has (or --positives, or --groups-u and --groups-v)", args.u.display());
+            return Err(shape_of(&args.v, format!("{m} rows"), expected));
+        }
+        let both = |u, v| Ok::<_, Failure>(ids(u, n)?.zip(ids(v, m)?));
+        Ok(Inputs {
+            positives: columns(&args.positives, n, m)?,
+            groups: both(&args.groups_u, &args.groups_v)?,
+            ignore: both(&args.ignore_u, &args.ignore_v)?,
+            weights: [weights(&args.weights_u, n)?, weights(&args.weights_v, m)?],
+            data: data(args, [n, m], mmd)?,
+            u,
+            v,
+        })
+    }
+
+    fn pairs(&self) -> Pairs<'_> {
+        let positives = match (&self.positives, &self.groups) {
+            (Some(index), _) => Positives::Index(index),
+            (None, Some((u, v))) => Positives::Groups { u, v },
+            (None, None) => Positives::Diagonal,
+        };
+        Pairs {
+            positives,
+            ignore: self.ignore.as_ref().map(|(u, v)| (&u[..], &v[..])),
+            weights_u: self.weights[0].as_deref(),
+            weights_v: self.weights[1].as_deref(),
+        }
+    }
+}
+
+/// Row i's column, `[rows]`, each below `cols`.
+fn columns(path: &Option<PathBuf>, rows: usize, cols: usize) -> Result<Option<Vec<u32>>, Failure> {
+    let (Some(file), Some(index)) = (path, ids(path, rows)?) else { return Ok(None) };
+    if let Some(j) = index.iter().find(|&&j| j < 0 || j >= cols as i64) {
+        return Err(shape_of(file, j.to_string(), format!("the index of a column, 0 to {}", cols - 1)));
+    }
+    Ok(Some(index.iter().map(|&j| j as u32).collect()))
+}
+
+/// Data behind rows and columns, as many as `counts`.
+fn data(args: &Loss, counts: [usize; 2], mmd: bool) -> Result<Option<[Npy; 2]>, Failure> {
+    let paths = match (&args.data_u, &args.data_v) {
+        (Some(u), Some(v)) if mmd => [u, v],
+        (None, None) if !mmd => return Ok(None),
+        _ if mmd => {
+            let expected = format!("both for {}", args.objective);
+            return Err(bad_flag("--data-u and --data-v", "not both", expected));
+        }
+        _ => {
+            let expected = format!("none: {} has no use for data", args.objective);
+            return Err(bad_flag("--data-u, --data-v", "files", expected));
+        }
+    };
+    let [u, v] = [0, 1].map(|side| {
+        let (file, rows) = (Npy::open(paths[side])?, counts[side]);
+        if file.rows() != rows {
+            let expected = format!("{rows}, one for each embedding");
+            return Err(shape_of(paths[side], format!("{} rows", file.rows()), expected));
+        }
+        file.check_finite()?;
+        Ok(file)
+    });
+    Ok(Some([u?, v?]))
+}
+
+impl Loss {
+    /// Fails unless gradients may be written where they are to go.
+    fn check_outputs(&self) -> Result<(), Failure> {
+        let beside = [
+            &self.data_u,
+            &self.data_v,
+            &self.positives,
+            &self.groups_u,
+            &self.groups_v,
+            &self.ignore_u,
+            &self.ignore_v,
+            &self.weights_u,
+            &self.weights_v,
+        ];
+        let inputs: Vec<_> = [Some(&self.u), Some(&self.v)].into_iter().chain(beside.map(Option::as_ref)).collect();
+        check_outputs(&[("--grad-u", self.grad_u.as_ref()), ("--grad-v", self.grad_v.as_ref())], &inputs, None)
+    }
+}
+
 pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let lambdas = [args.lambda_u, args.lambda_v];
     let loss = objective::Loss {
@@ -166,48 +271,12 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
     let gram = (mmd && args.features.is_none()).then_some(kernel);
     let choice = common.choose(only_cpu(gram))?;
-    let precision = choice.precision();
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
         return Err(bad_flag("--features", args.features.unwrap_or(0), "an even number, 2 or more"));
     }
-
-    let (u, v) = (Npy::open(&args.u)?, Npy::open(&args.v)?);
-    let (n, m, d) = (u.rows(), v.rows(), u.dim());
-    if v.dim() != d {
-        let expected = format!("{d}, as {} has", args.u.display());
-        return Err(shape_of(&args.v, format!("{} columns", v.dim()), expected));
-    }
-    let paired = args.positives.is_none() && args.groups_u.is_none();
-    if paired && n != m {
-        let expected = format!("{n}, as {} has (or --positives, or --groups-u and --groups-v)", args.u.display());
-        return Err(shape_of(&args.v, format!("{m} rows"), expected));
-    }
-    let index = ids(&args.positives, n)?
-        .map(|index| {
-            let bad = index.iter().find(|&&j| j < 0 || j >= m as i64);
-            bad.map_or(Ok(()), |j| {
-                let path = args.positives.as_deref().unwrap_or(Path::new("--positives"));
-                Err(shape_of(path, j.to_string(), format!("the index of a column, 0 to {}", m - 1)))
-            })?;
-            Ok::<_, Failure>(index.iter().map(|&j| j as u32).collect::<Vec<_>>())
-        })
-        .transpose()?;
-    let (group_u, group_v) = (ids(&args.groups_u, n)?, ids(&args.groups_v, m)?);
-    let (ignore_u, ignore_v) = (ids(&args.ignore_u, n)?, ids(&args.ignore_v, m)?);
-    let (weights_u, weights_v) = (weights(&args.weights_u, n)?, weights(&args.weights_v, m)?);
-    let beside = [
-        &args.data_u,
-        &args.data_v,
-        &args.positives,
-        &args.groups_u,
-        &args.groups_v,
-        &args.ignore_u,
-        &args.ignore_v,
-        &args.weights_u,
-        &args.weights_v,
-    ];
-    let inputs: Vec<_> = [Some(&args.u), Some(&args.v)].into_iter().chain(beside.map(Option::as_ref)).collect();
-    check_outputs(&[("--grad-u", args.grad_u.as_ref()), ("--grad-v", args.grad_v.as_ref())], &inputs, None)?;
+    let inputs = Inputs::open(args, mmd)?;
+    let (n, m, d) = (inputs.u.rows(), inputs.v.rows(), inputs.u.dim());
+    args.check_outputs()?;
     if let Some(features) = args.features {
         check_room("--features", &[features, n.max(m)])?;
     }
@@ -215,62 +284,26 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         // A logit and two indices for each pair.
         check_room("--pairings", &[args.pairings as usize + 1, n, 3])?;
     }
-    let data = match (&args.data_u, &args.data_v, mmd) {
-        (Some(x), Some(y), true) => Some((Npy::open(x)?, Npy::open(y)?)),
-        (None, None, false) => None,
-        (_, _, true) => {
-            return Err(Failure::Input(format!(
-                "--data-u and --data-v: found not both, expected both for {}",
-                args.objective
-            )));
-        }
-        (_, _, false) => {
-            return Err(bad_flag(
-                "--data-u, --data-v",
-                "files",
-                format!("none: {} has no use for data", args.objective),
-            ));
-        }
-    };
-    for (file, rows, path) in data.iter().flat_map(|(x, y)| [(x, n, &args.data_u), (y, m, &args.data_v)]) {
-        if file.rows() != rows {
-            let path = path.as_deref().unwrap_or(Path::new("data"));
-            return Err(shape_of(path, format!("{} rows", file.rows()), format!("{rows}, one for each embedding")));
-        }
-        file.check_finite()?;
-    }
-    let raw = data.as_ref().map(|(x, y)| (as_f32(x), x.dim(), as_f32(y), y.dim()));
+
+    let raw = inputs.data.as_ref().map(|data| data.each_ref().map(|file| (as_f32(file), file.dim())));
     let features = match (&raw, args.features, kernel) {
-        (Some((x, dx, y, dy)), Some(count), DataKernel::Gaussian { width }) => {
-            let map = |x: &[f32], dim: usize| random_fourier(x, dim, width, count, common.seed());
-            Some((map(x, *dx), map(y, *dy), count))
+        (Some(raw), Some(count), DataKernel::Gaussian { width }) => {
+            let map = |(x, dim): &(Cow<'_, [f32]>, usize)| random_fourier(x, *dim, width, count, common.seed());
+            Some((raw.each_ref().map(map), count))
         }
         _ => None,
     };
     let moments = match (&features, &raw) {
-        (Some((x, y, count)), _) => Some(Moments::Features { u: Matrix::f32(x, *count), v: Matrix::f32(y, *count) }),
-        (None, Some((x, dx, y, dy))) => Some(Moments::Gram { kernel, u: Matrix::f32(x, *dx), v: Matrix::f32(y, *dy) }),
+        (Some(([u, v], count)), _) => Some(Moments::Features { u: Matrix::f32(u, *count), v: Matrix::f32(v, *count) }),
+        (None, Some(raw)) => {
+            let [u, v] = raw.each_ref().map(|(x, dim)| Matrix::f32(x, *dim));
+            Some(Moments::Gram { kernel, u, v })
+        }
         (None, None) => None,
     };
-
-    let (stored_u, stored_v) = (Stored::new(&u, precision), Stored::new(&v, precision));
-    let positives = match (&index, &group_u, &group_v) {
-        (Some(index), ..) => Positives::Index(index),
-        (_, Some(u), Some(v)) => Positives::Groups { u, v },
-        _ => Positives::Diagonal,
-    };
-    let batch = Batch {
-        u: stored_u.matrix(&u),
-        v: stored_v.matrix(&v),
-        pairs: Pairs {
-            positives,
-            ignore: ignore_u.as_deref().zip(ignore_v.as_deref()),
-            weights_u: weights_u.as_deref(),
-            weights_v: weights_v.as_deref(),
-        },
-        offset_v: None,
-        moments,
-    };
+    let [stored_u, stored_v] = [&inputs.u, &inputs.v].map(|file| Stored::new(file, choice.precision()));
+    let (u, v) = (stored_u.matrix(&inputs.u), stored_v.matrix(&inputs.v));
+    let batch = Batch { u, v, pairs: inputs.pairs(), offset_v: None, moments };
     let mut grad_u = args.grad_u.as_ref().map(|_| vec![0f32; n * d]);
     let mut grad_v = args.grad_v.as_ref().map(|_| vec![0f32; m * d]);
     let mut engine = choice.engine(args.workspace);

@@ -131,6 +131,46 @@ impl Train {
         self.config.clone().or_else(own)
     }
 
+    /// The settings among the flags.
+    fn flags(&self, common: &Common) -> Result<Partial, Failure> {
+        let schedule = self.schedule.as_ref().map(|name| {
+            serde_json::from_value(serde_json::Value::String(name.clone()))
+                .map_err(|_| super::bad_flag("--schedule", name, "constant or cosine"))
+        });
+        Ok(Partial {
+            experiment: self.experiment.clone(),
+            u: self.u.clone(),
+            v: self.v.clone(),
+            data: self.data.clone(),
+            samples: self.samples,
+            held_out: self.held_out,
+            quick: self.quick.then_some(true),
+            epochs: self.epochs,
+            batch: self.batch,
+            micro_batch: self.micro_batch,
+            dim: self.dim,
+            tilting: self.tilting.clone(),
+            objective: self.objective.clone(),
+            lambda_u: self.lambda_u,
+            lambda_v: self.lambda_v,
+            tau: self.tau,
+            train_tau: self.train_tau,
+            bias: self.bias,
+            smoothing: self.smoothing,
+            pairings: self.pairings,
+            kernel: self.kernel.clone(),
+            features: self.features,
+            precision: common.precision.clone(),
+            seed: common.seed,
+            lr: self.lr,
+            warmup: self.warmup,
+            schedule: schedule.transpose()?,
+            grad_clip: self.grad_clip,
+            log_every: self.log_every,
+            ..Partial::default()
+        })
+    }
+
     /// Reads the file of settings, and takes from it what says where and how the run is made, unless flags do.
     pub fn settle(&mut self, common: &mut Common) -> Result<(), Failure> {
         let Some(file) = self.file() else { return Ok(()) };
@@ -163,46 +203,8 @@ fn folder(out: &Option<PathBuf>, experiment: &str) -> PathBuf {
 }
 
 pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
-    let (file, given) = (args.file(), args.given);
-    let schedule = args
-        .schedule
-        .map(|name| {
-            serde_json::from_value(serde_json::Value::String(name.clone()))
-                .map_err(|_| super::bad_flag("--schedule", name, "constant or cosine"))
-        })
-        .transpose()?;
-    let flags = Partial {
-        experiment: args.experiment,
-        u: args.u,
-        v: args.v,
-        data: args.data,
-        samples: args.samples,
-        held_out: args.held_out,
-        quick: args.quick.then_some(true),
-        epochs: args.epochs,
-        batch: args.batch,
-        micro_batch: args.micro_batch,
-        dim: args.dim,
-        tilting: args.tilting,
-        objective: args.objective,
-        lambda_u: args.lambda_u,
-        lambda_v: args.lambda_v,
-        tau: args.tau,
-        train_tau: args.train_tau,
-        bias: args.bias,
-        smoothing: args.smoothing,
-        pairings: args.pairings,
-        kernel: args.kernel,
-        features: args.features,
-        precision: common.precision.clone(),
-        seed: common.seed,
-        lr: args.lr,
-        warmup: args.warmup,
-        schedule,
-        grad_clip: args.grad_clip,
-        log_every: args.log_every,
-        ..Partial::default()
-    };
+    let (file, flags) = (args.file(), args.flags(common)?);
+    let given = args.given;
     // What is refused has the name it was given by.
     let refused = |e: ConfigError| match (&file, e) {
         (Some(path), e @ ConfigError::Value { key, .. }) if given.has(key) && !flags.has(key) => from_file(path, e),
@@ -222,21 +224,8 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     if precision.is_none() {
         choice.precision_name().clone_into(&mut config.precision);
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let told = stop.clone();
-    // Before the first step there is nothing to save, and the second time nobody waits for a checkpoint; but one signal may
-    // come twice, from a terminal and from who watches over the program.
-    let stepping = Arc::new(AtomicBool::new(false));
-    let steps = stepping.clone();
-    let mut first = None::<Instant>;
-    let stopping = move || {
-        told.store(true, Ordering::Relaxed);
-        let again = first.get_or_insert_with(Instant::now).elapsed() > AGAIN;
-        if again || !steps.load(Ordering::Relaxed) {
-            super::leave();
-        }
-    };
-    super::on_stop(stopping)?;
+    let (stop, stepping) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
+    stop_at_a_step(stop.clone(), stepping.clone())?;
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
     let resume = args.resume;
@@ -296,6 +285,20 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         dir.display()
     ));
     common.print(&json, &lines)
+}
+
+/// Has Ctrl-C end the run with its next step, by `stop`. It ends the program before the first one, when there is nothing to
+/// save, and the second time, when nobody waits for a checkpoint; but one signal may come twice, from a terminal and from who
+/// watches over the program.
+fn stop_at_a_step(stop: Arc<AtomicBool>, stepping: Arc<AtomicBool>) -> Result<(), Failure> {
+    let mut first = None::<Instant>;
+    super::on_stop(move || {
+        stop.store(true, Ordering::Relaxed);
+        let again = first.get_or_insert_with(Instant::now).elapsed() > AGAIN;
+        if again || !stepping.load(Ordering::Relaxed) {
+            super::leave();
+        }
+    })
 }
 
 fn bar() -> ProgressBar {

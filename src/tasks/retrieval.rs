@@ -1,13 +1,15 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, exact};
+use super::scores::{Pairs, Scorer, Scores, best, exact};
 use crate::data::Rows;
 use crate::device::cpu::search::{Operand, Pair};
 use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
 use crate::objective::{LossError, Tilting, shape};
 use rayon::prelude::*;
+use std::hash::{DefaultHasher, Hasher};
+use std::ops::Range;
 
 /// Recall both ways: the share of queries whose own item is among the best K; ties rank by lowest index.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -190,7 +192,7 @@ const WIDE: usize = 48;
 
 /// The `k` items of largest s(query, item) for each query, in the order of their scores in f64: found among the best by
 /// scores in bf16 where there are units for it, by scores in f32, or, where rounding could have left one of them out, among
-/// all. Memory is O(queries k).
+/// all, of equal rows the first. Memory is O(queries k), and 16 bytes an item where it comes to that.
 ///
 /// # Errors
 /// [`LossError::Parameter`] unless `k` is between 1 and the number of items, [`LossError::Shape`] when dimensions differ or
@@ -205,7 +207,7 @@ fn top_k_under(isa: Isa, tilting: Tilting, queries: &dyn Rows, items: &dyn Rows,
         search.narrow::<Pair>(isa)?;
     }
     search.narrow::<f32>(isa)?;
-    search.look_at_all();
+    search.look_at_all(isa)?;
     Ok(search.best)
 }
 
@@ -234,7 +236,7 @@ pub fn top_k_on(
         Ok(())
     })?;
     search.settle(&candidates, |query| slack.of(inner(query, query).sqrt(), 0.0));
-    search.look_at_all();
+    search.look_at_all(Isa::best())?;
     Ok(search.best)
 }
 
@@ -266,7 +268,7 @@ impl<'a> Settling<'a> {
         let keep = self.k + SPARE;
         let mut candidates: Vec<Candidates> = self.open.iter().map(|_| Candidates::default()).collect();
         let chosen = Chosen { rows: self.scorer.queries, which: &self.open };
-        let scorer = self.scorer.of(&chosen);
+        let scorer = self.scorer.of(&chosen, self.scorer.items);
         let slack = scorer.scan_as::<O, _>(isa, Pairs::All, &mut candidates, |scores, candidates| {
             candidates.take(&scores, keep);
         })?;
@@ -304,8 +306,37 @@ impl<'a> Settling<'a> {
         }
     }
 
-    /// Settles the open queries by the exact scores of all items.
-    fn look_at_all(&mut self) {
+    /// Settles the open queries by the scores of all items: where some are equal, in f32 once more, of one of each.
+    fn look_at_all(&mut self, isa: Isa) -> Result<(), LossError> {
+        if self.open.is_empty() {
+            return Ok(());
+        }
+        let alike = Alike::new(self.scorer.items);
+        if alike.groups.len() == self.scorer.items.count() {
+            self.by_exact_scores();
+            return Ok(());
+        }
+        let first: Vec<usize> = (0..alike.groups.len()).map(|group| alike.members(group)[0] as usize).collect();
+        let queries = Chosen { rows: self.scorer.queries, which: &self.open };
+        let items = Chosen { rows: self.scorer.items, which: &first };
+        let k = self.k.min(first.len());
+        let mut among = Settling::new(self.scorer.of(&queries, &items), k)?;
+        among.narrow::<f32>(isa)?;
+        among.by_exact_scores();
+        // The best k are among the first k of each of the best k groups: before any other there are as many.
+        let Best { indices, scores } = &among.best;
+        let found: Vec<_> = indices.chunks_exact(k).zip(scores.chunks_exact(k)).collect();
+        for (i, (groups, scores)) in std::mem::take(&mut self.open).into_iter().zip(found) {
+            let members = |(&group, &score): (&usize, &f64)| {
+                alike.members(group).iter().take(self.k).map(move |&item| (score, item as usize))
+            };
+            let found = groups.iter().zip(scores).flat_map(members).collect();
+            self.put(i, best(found, self.k));
+        }
+        Ok(())
+    }
+
+    fn by_exact_scores(&mut self) {
         let (scorer, k) = (&self.scorer, self.k);
         let all = |i: usize| scorer.exactly(i, 0..scorer.items.count(), k);
         let found: Vec<_> = self.open.par_iter().map(|&i| all(i)).collect();
@@ -318,6 +349,55 @@ impl<'a> Settling<'a> {
         for (at, (score, item)) in (i * self.k..).zip(found) {
             (self.best.indices[at], self.best.scores[at]) = (item, score);
         }
+    }
+}
+
+/// Rows in groups of equal ones (or, where hashes collide, in more), by their first.
+struct Alike {
+    order: Vec<u32>,
+    /// Where in `order` each group is.
+    groups: Vec<Range<u32>>,
+}
+
+impl Alike {
+    fn new(rows: &dyn Rows) -> Self {
+        let dim = rows.dim();
+        let hash = |row: &mut Vec<f32>, i: usize| {
+            rows.read(i, row);
+            let mut hasher = DefaultHasher::new();
+            hasher.write(bytemuck::cast_slice(row));
+            (hasher.finish(), i as u32)
+        };
+        let mut hashes: Vec<(u64, u32)> = Vec::new();
+        (0..rows.count()).into_par_iter().map_init(|| vec![0f32; dim], hash).collect_into_vec(&mut hashes);
+        hashes.par_sort_unstable();
+        let (mut row, mut before) = (vec![0f32; dim], vec![0f32; dim]);
+        let mut same = |a: &(u64, u32), b: &(u64, u32)| {
+            let read = |i: u32, row: &mut [f32]| rows.read(i as usize, row);
+            a.0 == b.0 && {
+                read(a.1, &mut before);
+                read(b.1, &mut row);
+                bytemuck::cast_slice::<f32, u32>(&row) == bytemuck::cast_slice::<f32, u32>(&before)
+            }
+        };
+        let mut end = 0;
+        let mut groups: Vec<Range<u32>> = hashes
+            .chunk_by(|a, b| same(a, b))
+            .map(|group| {
+                let start = end;
+                end += group.len() as u32;
+                start..end
+            })
+            .collect();
+        let order: Vec<u32> = hashes.into_iter().map(|(_, item)| item).collect();
+        groups.sort_unstable_by_key(|group| order[group.start as usize]);
+        Alike { order, groups }
+    }
+
+    /// Rows of a group, in order.
+    fn members(&self, group: usize) -> &[u32] {
+        let Range { start, end } = self.groups[group];
+        &self.order[start as usize..end as usize]
     }
 }
 
@@ -431,6 +511,36 @@ mod tests {
         let queries = [1f32, 1.0, 1.0, -1.0];
         let found = top_k(Tilting::Dot, &Table { data: &queries, dim: 2 }, &items, 2).unwrap();
         assert_eq!(found.indices, [2999, 2998, 0, 1]);
+    }
+
+    // Copies fill every list of candidates; rows that differ where queries are 0 tie with them, and are other rows.
+    #[test]
+    fn of_equal_items_the_first_come_first() {
+        let (n, m, dim) = (9, 3000, 50);
+        let mut rng = rng();
+        let mut queries: Vec<f32> = (0..n * dim).map(|_| rng.random_range(-1f32..1.0)).collect();
+        queries.chunks_exact_mut(dim).for_each(|row| row[dim - 1] = 0.0);
+        let mut kinds: Vec<f32> = (0..4 * dim).map(|_| rng.random_range(-1f32..1.0)).collect();
+        kinds.extend_from_within(..);
+        (4..8).for_each(|kind| kinds[kind * dim + dim - 1] = 0.25 * kind as f32);
+        let which: Vec<usize> = (0..m).map(|_| rng.random_range(0..8)).collect();
+        let items: Vec<f32> = which.iter().flat_map(|kind| &kinds[kind * dim..][..dim]).copied().collect();
+        let alike = Alike::new(&Table { data: &items, dim });
+        assert_eq!(alike.groups.len(), 8);
+        for group in 0..8 {
+            let members = alike.members(group);
+            assert!(members.iter().all(|&i| which[i as usize] == which[members[0] as usize]) && members.is_sorted());
+        }
+        let [queries, items] = [&queries, &items].map(|data| Table { data, dim });
+        for &tilting in Tilting::ALL {
+            let scorer = Scorer::new(tilting, &queries, &items).unwrap();
+            for k in [1, 5, 700, m] {
+                let want: Vec<(f64, usize)> = (0..n).flat_map(|i| scorer.exactly(i, 0..m, k)).collect();
+                let found = top_k(tilting, &queries, &items, k).unwrap();
+                let found: Vec<_> = found.scores.into_iter().zip(found.indices).collect();
+                assert!(found == want, "{tilting:?} {k}");
+            }
+        }
     }
 
     // By whatever units, the answer is that of f64: also where bf16, or f32, tells nothing apart, loses all digits, or overflows.

@@ -2,8 +2,9 @@
 
 use crate::data::Rows;
 use crate::device::Search;
+use crate::device::cpu::Isa;
+pub use crate::device::cpu::search::exact;
 use crate::device::cpu::search::{self, Operand};
-use crate::device::cpu::{Isa, inner};
 use crate::objective::{LossError, Tilting, shape};
 use kernels::law::Product;
 use rayon::prelude::*;
@@ -86,25 +87,27 @@ impl<'a> Scorer<'a> {
         Ok(Scorer { tilting, queries, items, origin: if squares { origin(items) } else { Vec::new() } })
     }
 
-    /// The same items for other queries.
-    pub fn of(&self, queries: &'a dyn Rows) -> Self {
-        Scorer { queries, origin: self.origin.clone(), ..*self }
+    /// The same for some of the queries and of the items.
+    pub fn of(&self, queries: &'a dyn Rows, items: &'a dyn Rows) -> Self {
+        Scorer { queries, items, origin: self.origin.clone(), ..*self }
     }
 
     /// The best `k` of `among` for query `i`, by [`exact`] scores; ties: the lowest index.
     pub fn exactly(&self, i: usize, among: impl Iterator<Item = usize>, k: usize) -> Vec<(f64, usize)> {
-        let (mut query, mut item) = (vec![0f32; self.items.dim()], vec![0f32; self.items.dim()]);
+        /// Items read at a time.
+        const FEW: usize = 32;
+        let dim = self.items.dim();
+        let mut query = vec![0f32; dim];
         self.queries.read(i, &mut query);
-        let again = |j: usize| {
-            self.items.read(j, &mut item);
-            (exact(self.tilting, &query, &item), j)
-        };
-        let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        let mut found: Vec<(f64, usize)> = among.map(again).collect();
-        found.select_nth_unstable_by(k - 1, order);
-        found.truncate(k);
-        found.sort_unstable_by(order);
-        found
+        let mut found: Vec<(f64, usize)> = among.map(|j| (0.0, j)).collect();
+        let (mut items, mut scores) = (vec![0f32; FEW * dim], [0f64; FEW]);
+        for few in found.chunks_mut(FEW) {
+            let (items, scores) = (&mut items[..few.len() * dim], &mut scores[..few.len()]);
+            few.iter().zip(items.chunks_exact_mut(dim)).for_each(|(&(_, j), item)| self.items.read(j, item));
+            search::exact_each(self.tilting, &query, items, scores);
+            few.iter_mut().zip(scores).for_each(|(found, score)| found.0 = *score);
+        }
+        best(found, k)
     }
 
     fn shift(&self, row: &mut [f32]) {
@@ -227,6 +230,15 @@ impl<'a> Scorer<'a> {
     }
 }
 
+/// The `k` largest scores and their items; ties: the lowest index.
+pub fn best(mut found: Vec<(f64, usize)>, k: usize) -> Vec<(f64, usize)> {
+    let order = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    found.select_nth_unstable_by(k - 1, order);
+    found.truncate(k);
+    found.sort_unstable_by(order);
+    found
+}
+
 /// Fails where row number `index` of `what` holds what is no number.
 fn finite(what: &'static str, index: usize, row: &[f32]) -> Result<(), LossError> {
     if row.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(LossError::NotFinite { what, row: index }) }
@@ -288,22 +300,4 @@ fn origin(items: &dyn Rows) -> Vec<f32> {
             if grid > 0.0 { ((mean / grid).round() * grid) as f32 } else { *mean as f32 }
         })
         .collect()
-}
-
-/// s(query, item) at tau = 1, in f64.
-pub fn exact(tilting: Tilting, query: &[f32], item: &[f32]) -> f64 {
-    match tilting.product() {
-        Product::SquaredDistance => {
-            let pairs = query.iter().zip(item).map(|(&q, &x)| (f64::from(q), f64::from(x)));
-            -0.5 * pairs.map(|(q, x)| (q - x) * (q - x)).sum::<f64>()
-        }
-        Product::Inner if tilting.unit_rows() => {
-            let (along, squares) = (inner(query, item), [inner(query, query), inner(item, item)]);
-            // A quotient of exact numbers is the same for items of one direction: they tie. And no -0,
-            // which would rank behind 0.
-            let square = along * along / squares[1] / squares[0];
-            if squares[0] > 0.0 && squares[1] > 0.0 { square.sqrt().copysign(along) + 0.0 } else { 0.0 }
-        }
-        Product::Inner => inner(query, item),
-    }
 }

@@ -28,15 +28,22 @@ use half::{bf16, f16};
 use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 use std::sync::{Mutex, PoisonError};
 
-/// `<a, b>` of two rows in f64, in eight sums: one would wait for each addition.
+/// `<a, b>` of two rows in f64.
 #[inline(always)]
 pub(crate) fn inner(a: &[f32], b: &[f32]) -> f64 {
+    in_eight(a, b, |a, b| a * b)
+}
+
+/// The sum of `term` over two rows, in eight sums: one would wait for each addition.
+#[inline(always)]
+fn in_eight(a: &[f32], b: &[f32], term: impl Fn(f64, f64) -> f64) -> f64 {
+    let term = |(&a, &b): (&f32, &f32)| term(f64::from(a), f64::from(b));
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let mut sums = [0f64; 8];
     for (a, b) in a.iter().zip(b) {
-        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (&a, &b))| *sum += f64::from(a) * f64::from(b));
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, pair)| *sum += term(pair));
     }
-    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(term).sum::<f64>()
 }
 
 /// Numbers one thread is through with before another has woken up.

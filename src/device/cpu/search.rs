@@ -1,11 +1,12 @@
-//! Inner products of queries with many items, a tile at a time: what exact search reduces.
+//! Scores of queries with many items: a tile of them at a time, which exact search reduces, and exact ones.
 
 use super::fused::PackTransposed;
-use super::inner;
 use super::operand::{Element, ElementOp, Operands};
 pub use super::simd::Pair;
-use super::simd::{self, Isa, Left, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
-use kernels::law::Num;
+use super::simd::{self, Isa, Left, Op, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
+use super::{in_eight, inner};
+use crate::objective::Tilting;
+use kernels::law::{Num, Product};
 
 /// Columns of a tile: with the queries it is multiplied with it fits the second-level cache.
 pub const COLS: usize = 192;
@@ -174,6 +175,51 @@ impl<T: Operand, F: FnMut(usize, usize, &[f32], f32)> ElementOp<T> for EachRow<'
                 most.store(&mut by_lane);
                 f(i, first, &row[..w], by_lane.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)));
             }
+        }
+    }
+}
+
+/// s(query, item) at tau = 1, in f64.
+pub fn exact(tilting: Tilting, query: &[f32], item: &[f32]) -> f64 {
+    exact_of(tilting, query, inner(query, query), item)
+}
+
+/// [`exact`] of a query of squared norm `square`.
+#[inline(always)]
+fn exact_of(tilting: Tilting, query: &[f32], square: f64, item: &[f32]) -> f64 {
+    match tilting.product() {
+        Product::SquaredDistance => -0.5 * in_eight(query, item, |q, x| (q - x) * (q - x)),
+        Product::Inner if tilting.unit_rows() => {
+            let (along, own) = (inner(query, item), inner(item, item));
+            // A quotient of exact numbers is the same for items of one direction: they tie. And no -0,
+            // which would rank behind 0.
+            let part = along * along / own / square;
+            if square > 0.0 && own > 0.0 { part.sqrt().copysign(along) + 0.0 } else { 0.0 }
+        }
+        Product::Inner => inner(query, item),
+    }
+}
+
+/// [`exact`] of a query and each of `items` `[out, dim]`.
+pub fn exact_each(tilting: Tilting, query: &[f32], items: &[f32], out: &mut [f64]) {
+    Isa::best().run(ExactEach { tilting, query, items, out });
+}
+
+struct ExactEach<'a> {
+    tilting: Tilting,
+    query: &'a [f32],
+    items: &'a [f32],
+    out: &'a mut [f64],
+}
+
+impl Op for ExactEach<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let ExactEach { tilting, query, items, out } = self;
+        let square = inner(query, query);
+        for (out, item) in out.iter_mut().zip(items.chunks_exact(query.len())) {
+            *out = exact_of(tilting, query, square, item);
         }
     }
 }
