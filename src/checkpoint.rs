@@ -96,7 +96,7 @@ impl Checkpoint {
     /// Writes it, atomically.
     ///
     /// # Errors
-    /// [`DataError::Io`] naming the file.
+    /// [`DataError::Write`] naming the file.
     pub fn write(&self, dir: &Path) -> Result<(), DataError> {
         let shape = [self.arenas[0].len()];
         let entries: Vec<_> = ARENAS.iter().zip(&self.arenas).map(|(&n, x)| (n, &shape[..], &x[..])).collect();
@@ -150,7 +150,7 @@ impl Checkpoint {
 /// Writes the model of a run: one tensor a span, the settings as metadata.
 ///
 /// # Errors
-/// [`DataError::Io`] naming the file.
+/// [`DataError::Write`] naming the file.
 pub fn write_model(dir: &Path, config: &Config, layout: &Layout, params: &[f32]) -> Result<(), DataError> {
     let spans: Vec<_> = layout.spans.iter().map(|s| (&s.name[..], &s.shape[..], &params[s.at.clone()])).collect();
     let metadata = BTreeMap::from([("config".into(), config.to_toml())]);

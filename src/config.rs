@@ -1,7 +1,7 @@
 //! A training run as data: experiment defaults, under a TOML file, under flags.
 
 use crate::nn::EncoderSpec;
-use crate::objective::{DataKernel, Loss, Objective, Precision, Tilting, fits_f32};
+use crate::objective::{DataKernel, Loss, LossError, Objective, Precision, Tilting, fits_f32};
 use crate::optim::{AdamConfig, Schedule};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::{Path, PathBuf};
@@ -267,16 +267,13 @@ impl Config {
     /// [`ConfigError::Value`] naming the first key out of its domain.
     pub fn validate(&self) -> Result<(), ConfigError> {
         // Devices compute in f32.
-        let holds = |key, x: f64, of: f64, expected: &str| {
-            if x.is_finite() && fits_f32(of) { Ok(()) } else { Err(ConfigError::value(key, x, expected)) }
-        };
         let positive = |key, x: f64| {
             let held = x as f32 > 0.0 && fits_f32(x);
             if held { Ok(()) } else { Err(ConfigError::value(key, x, "a finite number of f32 above 0")) }
         };
         let not_negative = |key, x: f64| {
-            let expected = "a finite number of f32, 0 or more";
-            if x >= 0.0 { holds(key, x, x, expected) } else { Err(ConfigError::value(key, x, expected)) }
+            let held = x >= 0.0 && fits_f32(x);
+            if held { Ok(()) } else { Err(ConfigError::value(key, x, "a finite number of f32, 0 or more")) }
         };
         let count = |key, x: u64| if x > 0 { Ok(()) } else { Err(ConfigError::value(key, x, "1 or more")) };
         for (key, x) in [
@@ -299,7 +296,12 @@ impl Config {
                 return Err(ConfigError::value(key, path.display(), "a path in UTF-8, as config.toml is"));
             }
         }
-        let objective = self.loss(0)?.objective;
+        self.loss(0)?.validate().map_err(|e| match e {
+            LossError::Parameter { what, found, expected } => {
+                ConfigError::Value { key: what, found, expected: expected.into_owned() }
+            }
+            other => unreachable!("of parameters alone: {other}"),
+        })?;
         parse_precision(&self.precision)?;
         if let DataKernel::Gaussian { width } = parse_kernel(&self.kernel)? {
             if self.features == 0 || self.features % 2 == 1 {
@@ -309,8 +311,6 @@ impl Config {
                 return Err(ConfigError::value("kernel", &self.kernel, "a WIDTH whose inverse f32 holds"));
             }
         }
-        let expected = "a finite number above 0 whose inverse f32 holds";
-        holds("tau", self.tau, if self.tau > 0.0 { 1.0 / self.tau } else { f64::NAN }, expected)?;
         positive("lr", self.lr)?;
         not_negative("lambda_u", self.lambda_u)?;
         not_negative("lambda_v", self.lambda_v)?;
@@ -322,21 +322,12 @@ impl Config {
                 return Err(ConfigError::value(key, beta, "a number in [0, 1)"));
             }
         }
-        if matches!(&self.objective[..], "conditional" | "mmd") && self.lambda_u + self.lambda_v == 0.0 {
-            return Err(ConfigError::value("lambda_u and lambda_v", "both 0", "at least one above 0"));
-        }
-        if !(0.0..1.0).contains(&self.smoothing) {
-            return Err(ConfigError::value("smoothing", self.smoothing, "a number in [0, 1)"));
-        }
-        let defined =
-            !matches!(objective, Objective::Mmd { .. } | Objective::JointMmd | Objective::JointShuffled { .. });
-        if self.smoothing > 0.0 && !defined {
-            return Err(ConfigError::value("smoothing", self.smoothing, "0 for mmd, joint-mmd and joint by pairings"));
-        }
         if !(0.0..1.0).contains(&self.held_out) {
             return Err(ConfigError::value("held_out", self.held_out, "a share in [0, 1)"));
         }
-        holds("bias", self.bias, self.bias, "a finite number of f32")?;
+        if !fits_f32(self.bias) {
+            return Err(ConfigError::value("bias", self.bias, "a finite number of f32"));
+        }
         if self.train_tau && !(0.01..=1.0).contains(&self.tau) {
             return Err(ConfigError::value("tau", self.tau, "a number in [0.01, 1] when it is trained"));
         }

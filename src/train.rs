@@ -74,7 +74,7 @@ pub enum TrainError {
         source: LossError,
     },
     /// The device could not do its work.
-    #[error("{0}")]
+    #[error(transparent)]
     Device(DeviceError),
     /// The loss or its gradient is not finite any more; the parameters still are.
     #[error(
@@ -101,7 +101,7 @@ const MOST_SKIPS: u32 = 48;
 ///
 /// # Panics
 /// When the settings were not validated, or the batch is larger than the source.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "what a run is made of, each once")]
 pub fn train<D: Contrast + Device<Real = f32>>(
     device: &mut D,
     config: &Config,

@@ -286,7 +286,7 @@ fn drawn_pairings_conform() {
         let card = Arc::new(Machine::new(PORTABLE, 7));
         let mut engine = Cuda::new(&card, precision);
         let mut cases = vec![];
-        for (n, d, pairings) in [(1, 1, 1), (17, 5, 3), (130, 33, 40), (33, 1030, 2), (9, 513, 5)] {
+        for (n, d, pairings) in [(1, 1, 1), (17, 5, 3), (130, 33, 40), (1100, 3, 2), (33, 1030, 2), (9, 513, 5)] {
             for &tilting in Tilting::ALL {
                 let objective = Objective::JointShuffled { pairings, seed: 11 };
                 let case = Case::new(tilting, objective, n, n, d);

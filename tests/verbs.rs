@@ -364,8 +364,13 @@ fn rows_are_chosen_by_number() {
     let mut got = [0.0; 4];
     device.download(all(&to, 4), &mut got);
     assert!(got[0].is_nan() && got[1].is_nan() && got[2..] == [5.0, 6.0], "{got:?}");
-    device.scatter(2, all(&from, 6), all(&index, 2), all_mut(&mut to, 4));
+    let before = [9.0, 8.0, 7.0, 6.0];
+    device.upload(&[0.0, 3.0], all_mut(&mut index, 2));
+    device.upload(&before, all_mut(&mut to, 4));
+    device.scatter(2, all(&from, 4), all(&index, 2), all_mut(&mut to, 4));
+    device.download(all(&to, 4), &mut got);
     device.finish().unwrap();
+    assert_eq!(got, [1.0, 2.0, 7.0, 6.0]);
 }
 
 // By the loss that takes its scalars from the host, itself held against f64 in `tests/cuda.rs`.
@@ -608,6 +613,8 @@ fn training_follows_the_cpu() {
             let card = Arc::new(Machine::new(capability, 5));
             let got = losses(&mut Cuda::new(&card, precision), toml);
             assert_eq!(got.len(), cpu.len());
+            let moved = (cpu[0] - cpu[cpu.len() - 1]).abs();
+            assert!(moved > 0.1, "{name} learned nothing: {cpu:?}");
             for (step, (got, want)) in got.iter().zip(&cpu).enumerate() {
                 assert!((got - want).abs() < 2e-2 * want.abs().max(1.0), "{name} step {step}: {got} and {want}");
             }

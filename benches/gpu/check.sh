@@ -2,20 +2,22 @@
 # On a host with an NVIDIA card, in the folder that build.sh made: correctness of the kernels against f64, what compute-sanitizer
 # says if it is there, times, beside PyTorch's if that is there, the same bits twice.
 #
-#     [SEEDS=1] [OUT=FOLDER] check.sh [RESULTS] [CARD]
+#     [SEEDS=1] [OUT=FOLDER] [FROM=CHECK] check.sh [RESULTS] [CARD]
 #
-# Everything ends up in RESULTS/CARD-DRIVER-DATE-COMMIT.json, the logs beside it, and all of it in OUT/results.tgz (OUT: RESULTS
+# FROM goes on with what a run that was ended left in RESULTS: `timeout -s TERM 540 check.sh` ends one in good order. Everything ends up in RESULTS/CARD-DRIVER-DATE-COMMIT.json, the logs beside it, and all of it in OUT/results.tgz (OUT: RESULTS
 # unless it is given), however this ends: what was not measured yet is first, and what takes long last. Exit status 0: all that
 # could be checked is right; what could not be is named in the file.
 #
-# Estimates for an H200, 15 minutes in all: what no card has run yet 1, its memcheck 2, losses 1.5, LeNet 0.5, peers 3.5, sweeps 3,
-# errors 1, N = 1,048,576 0.5, retrieval 1, the other sanitizers 1.
+# Estimates for an H200, 15 minutes in all: what no card has run yet 1, its memcheck 2, losses 2, retrieval 1, errors 1, LeNet 0.5,
+# peers 3.5, sweeps 3, the other sanitizers 1.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-results=${1:-results}
+results=$(realpath -m "${1:-results}")
 ordinal=${2:-0}
 out=${OUT:-$results}
-export CONTRASTIVE_CARD=$ordinal here results ordinal
+from=${FROM:-}
+# Cards by the numbers that nvidia-smi gives them.
+export CONTRASTIVE_CARD=$ordinal CUDA_DEVICE_ORDER=PCI_BUS_ID here results ordinal
 
 die() { echo "error: $*" >&2; exit 1; }
 command -v python3 >/dev/null || die "python3: not found; it writes the results"
@@ -25,8 +27,10 @@ done
 command -v nvidia-smi >/dev/null || die "nvidia-smi: not found, expected an NVIDIA driver"
 nvidia-smi -i "$ordinal" >/dev/null || die "nvidia-smi: found no card $ordinal, expected one"
 mkdir -p "$results" "$out"
-rm -f "$results"/*.jsonl "$results"/peers.json "$results"/errors-*.json
-: >"$results/checks.jsonl"
+if [ -z "$from" ]; then
+    rm -f "$results"/*.jsonl "$results"/peers.json "$results"/errors-*.json
+    : >"$results/checks.jsonl"
+fi
 # The driver compiles the kernels once and keeps them here: each step is a process of its own.
 export CUDA_CACHE_PATH="$results/cache"
 unset CUDA_CACHE_DISABLE
@@ -91,7 +95,12 @@ trap 'ended $?' EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
+wanted() { # NAME: not what comes before FROM
+    [ -z "$from" ] || [ "$from" = "$1" ] || return 1
+    from=
+}
 check() { # NAME LIMIT COMMAND...: the limit in seconds
+    wanted "$1" || return 0
     local name=$1 limit=$2 start=$SECONDS state=ok
     shift 2
     echo "== $name: $*"
@@ -108,6 +117,7 @@ check() { # NAME LIMIT COMMAND...: the limit in seconds
     printf '{"check": "%s", "state": "%s", "seconds": %d}\n' "$name" "$state" "$((SECONDS - start))" >>"$results/checks.jsonl"
 }
 skip() { # NAME WHY
+    wanted "$1" || return 0
     echo "== $1: not checked, $2"
     printf '{"check": "%s", "state": "not checked: %s", "seconds": 0}\n' "$1" "$2" >>"$results/checks.jsonl"
 }
@@ -120,6 +130,10 @@ check new 180 "$here/cuda" --nocapture "${new[@]}"
 # The sanitizer slows kernels a hundredfold: small cases only.
 sanitizer=$(command -v compute-sanitizer || true)
 export sanitizer
+unsanitized="compute-sanitizer is not installed"
+if [ -n "$sanitizer" ] && "$sanitizer" --tool memcheck "$here/cuda" no_such_test 2>&1 | grep -qi 'not supported'; then
+    sanitizer= unsanitized="compute-sanitizer does not support this host"
+fi
 sanitized() { # TOOL PROGRAM TEST...
     "$sanitizer" --tool "$1" --error-exitcode 9 "${@:2}"
 }
@@ -131,7 +145,7 @@ export -f sanitized small
 if [ -n "$sanitizer" ]; then
     check memcheck-new 240 sanitized memcheck "$here/cuda" "${new[@]}"
 else
-    skip memcheck-new "compute-sanitizer is not installed"
+    skip memcheck-new "$unsanitized"
 fi
 
 bench() { # FILE ARGUMENT...: its line goes to the file once it is whole
@@ -150,7 +164,7 @@ for d in 128 256 512 768 1024; do
         loss $n $d
     done
 done
-for n in 1024 8192 16384 65536; do
+for n in 1024 8192 16384 65536 1048576; do
     loss $n 512
 done
 objective joint 32768 bf16
@@ -158,6 +172,10 @@ objective joint 32768 f16
 objective sigmoid 32768 bf16
 for objective in mmd joint-mmd; do
     objective $objective 16384 bf16
+done
+
+for k in 10 100; do
+    check "retrieve-$k" 120 bench retrieve.jsonl retrieve --n 16384 --m 1000000 --d 512 --k $k
 done
 
 # LeNet on one card: a run, its times epoch by epoch, and the same again for its bits.
@@ -174,8 +192,17 @@ export -f lenet same_bits
 check determinism 120 same_bits
 
 torch=
-if CUDA_VISIBLE_DEVICES=$ordinal python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    torch=1
+CUDA_VISIBLE_DEVICES=$ordinal python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && torch=1
+for precision in bf16 f16; do
+    if [ -n "$torch" ]; then
+        check "errors-$precision" 120 env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/errors.py" "$here/contrastive" \
+            --device cuda --precision $precision --seeds "${SEEDS:-1}" --out "$results/errors-$precision.json"
+    else
+        skip "errors-$precision" "python3 has no torch that sees the card"
+    fi
+done
+
+if [ -n "$torch" ]; then
     check peers 420 env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/peers.py" "$results/loss.jsonl" \
         "$results/lenet/metrics.jsonl" "$results/peers.json"
 else
@@ -187,26 +214,14 @@ for test in "${new[@]}"; do known+=(--skip "$test"); done
 check sweeps 300 "$here/cuda" --nocapture "${known[@]}"
 check verbs 180 "$here/verbs"
 
-for precision in bf16 f16; do
-    if [ -n "$torch" ]; then
-        check "errors-$precision" 120 env CUDA_VISIBLE_DEVICES="$ordinal" python3 "$here/errors.py" "$here/contrastive" \
-            --device cuda --precision $precision --seeds "${SEEDS:-1}" --out "$results/errors-$precision.json"
-    else
-        skip "errors-$precision" "python3 has no torch that sees the card"
-    fi
-done
-
-loss 1048576 512
-for k in 10 100; do
-    check "retrieve-$k" 120 bench retrieve.jsonl retrieve --n 16384 --m 1000000 --d 512 --k $k
-done
-
 # The four tools beside each other, as nothing is timed any more.
 for tool in memcheck racecheck synccheck initcheck; do
+    # Here, as FROM is this shell's.
+    wanted "$tool" || continue
     if [ -n "$sanitizer" ]; then
         check "$tool" 300 small "$tool" &
     else
-        skip "$tool" "compute-sanitizer is not installed"
+        skip "$tool" "$unsanitized"
     fi
 done
 wait

@@ -329,11 +329,11 @@ pub trait Fragments<const R: usize> {
 /// The launch contract of `l`.
 #[inline(always)]
 pub unsafe fn rows_of<F: Fragments<R>, const R: usize>(l: &Logits, tile: &F, row: u32) -> [Row; R] {
-    // SAFETY: as the callee.
+    // SAFETY: as the caller.
     let mut rows = [unsafe { Row::of(l, row + tile.row(0)) }; R];
     let mut r = 1;
     while r < R {
-        // SAFETY: as the callee.
+        // SAFETY: as the caller.
         rows[r] = unsafe { Row::of(l, row + tile.row(r)) };
         r += 1;
     }
@@ -499,7 +499,7 @@ pub struct SoftmaxLaw;
 
 #[inline(always)]
 unsafe fn norm(norms: *const Norm, i: u32) -> Norm {
-    // SAFETY: as the callee. A softmax that is not there is 0 times an exponential that is 0.
+    // SAFETY: as the caller. A softmax that is not there is 0 times an exponential that is 0.
     unsafe { optional(norms, i, [f32::INFINITY, 0.0, 0.0, 0.0]) }
 }
 

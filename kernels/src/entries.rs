@@ -1,7 +1,6 @@
 //! Every kernel by name: the one table that the card's entry points and the host's handles are made from.
 
 use crate::abi::{self, Kernel, Module};
-#[cfg(any(target_arch = "nvptx64", feature = "shim"))]
 #[cfg(any(all(target_arch = "nvptx64", hopper), feature = "shim"))]
 use crate::hopper;
 #[cfg(any(target_arch = "nvptx64", feature = "shim"))]

@@ -353,7 +353,8 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
 fn refused(args: &Loss, e: LossError) -> Failure {
     let (what, found, expected) = match e {
         LossError::NotFinite { what, row } => {
-            let found = format!("a number that is not finite (in this storage) in row {row}");
+            let row = row.map_or_else(String::new, |row| format!(" in row {row}"));
+            let found = format!("a number that is not finite (in this storage){row}");
             (what, found, "finite numbers".into())
         }
         LossError::Parameter { what, found, expected } => (what, found, expected.into_owned()),

@@ -76,7 +76,7 @@ pub trait Rows: Sync {
 /// Rows in memory, `[count, dim]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Table<'a> {
-    /// `count * dim` numbers.
+    /// `count * dim` numbers; what is over is no row, and where `dim` is 0 there is none.
     pub data: &'a [f32],
     /// Numbers a row.
     pub dim: usize,
@@ -84,7 +84,7 @@ pub struct Table<'a> {
 
 impl Rows for Table<'_> {
     fn count(&self) -> usize {
-        self.data.len() / self.dim
+        self.data.len().checked_div(self.dim).unwrap_or(0)
     }
     fn dim(&self) -> usize {
         self.dim

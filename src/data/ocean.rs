@@ -122,7 +122,7 @@ impl Ocean {
     /// `[samples, 2 P]` and `frequencies.npy` `[49]`, all f32.
     ///
     /// # Errors
-    /// [`DataError::Io`] naming the file.
+    /// [`DataError::Write`] naming the file.
     pub fn write(&self, folder: &Path, samples: usize) -> Result<(), DataError> {
         const PART: usize = 1024;
         let file = |name: &str, dim: usize, draw: &dyn Fn(usize, &mut [f32])| {

@@ -21,7 +21,7 @@ pub struct Tensor {
 /// Writes tensors `(name, shape, elements)` and `metadata` to `path`, atomically; the bytes depend on nothing else.
 ///
 /// # Errors
-/// [`DataError::Io`] naming `path`.
+/// [`DataError::Write`] naming `path`.
 ///
 /// # Panics
 /// When a shape does not hold its elements or a name occurs twice.

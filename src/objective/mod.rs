@@ -12,8 +12,7 @@ pub mod reference;
 mod validate;
 
 #[cfg(feature = "cli")]
-pub(crate) use validate::fits_f32;
-pub(crate) use validate::shape;
+pub(crate) use validate::{check_tau, fits_f32, shape};
 
 pub use kernels::law::Tilting;
 
@@ -263,16 +262,20 @@ pub enum LossError {
         expected: std::borrow::Cow<'static, str>,
     },
     /// The machine that was to evaluate it could not: of a card it holds a `device::cuda::CudaError`, to be downcast to.
-    #[error("{0}")]
+    #[error(transparent)]
     Device(Box<dyn std::error::Error + Send + Sync>),
     /// Infinite or not a number.
-    #[error("{what} row {row}: found a value that is not finite, expected finite numbers")]
+    #[error("{what}{}: found a value that is not finite, expected finite numbers", of_row(*row))]
     NotFinite {
         /// The argument.
         what: &'static str,
-        /// Where, from 0.
-        row: usize,
+        /// Where, from 0; not known of embeddings that were on a card.
+        row: Option<usize>,
     },
+}
+
+fn of_row(row: Option<usize>) -> String {
+    row.map_or_else(String::new, |row| format!(" row {row}"))
 }
 
 impl Objective {

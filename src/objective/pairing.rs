@@ -22,7 +22,7 @@ pub struct Pairing {
     pub row_positives: Vec<u32>,
     /// Positives of each column `[M]`.
     pub col_positives: Vec<u32>,
-    /// `w_i` `[N]`: sums to one over rows with a positive, 0 on the others.
+    /// `w_i` `[N]`: sums to one over rows with a positive, 0 on the others; over all rows where a loss is of each pair.
     pub row_share: Vec<f32>,
     /// `x_j` `[M]`: sums to one over columns with a positive, 0 on the others.
     pub col_share: Vec<f32>,

@@ -50,51 +50,24 @@ impl Batch<'_> {
 
     /// The part of [`Batch::validate`] that looks at no number of the batch.
     pub(crate) fn parameters(&self, loss: &Loss) -> Result<(), LossError> {
-        if !(loss.tau.is_finite() && loss.tau > 0.0) {
-            return Err(bad("tau", loss.tau, "a finite number above 0"));
-        }
-        if !fits_f32(1.0 / loss.tau) {
-            return Err(bad("tau", loss.tau, "a number whose inverse f32 holds"));
-        }
-        if !(0.0..1.0).contains(&loss.smoothing) {
-            return Err(bad("smoothing", loss.smoothing, "a number in [0, 1)"));
-        }
-        let smooth = loss.smoothing > 0.0;
-        match loss.objective {
-            Objective::Conditional { lambda_u, lambda_v } | Objective::Mmd { lambda_u, lambda_v } => {
-                for (what, lambda) in [("lambda_u", lambda_u), ("lambda_v", lambda_v)] {
-                    if !(fits_f32(lambda) && lambda >= 0.0) {
-                        return Err(bad(what, lambda, "a finite number of f32, 0 or more"));
-                    }
-                }
-                if lambda_u + lambda_v == 0.0 {
-                    return Err(bad("lambda_u and lambda_v", "both 0", "at least one above 0"));
-                }
+        loss.validate()?;
+        if let Objective::JointShuffled { pairings, .. } = loss.objective {
+            let (n, m) = (self.u.rows, self.v.rows);
+            shape("rows of v for the shuffled joint loss", m, n)?;
+            let plain = matches!(self.pairs.positives, Positives::Diagonal)
+                && self.pairs.ignore.is_none()
+                && self.offset_v.is_none();
+            if !plain {
+                let found = "positives, ignored pairs or an offset";
+                return Err(bad("shuffled joint loss", found, "diagonal pairs and nothing else"));
             }
-            Objective::Sigmoid { bias } if !fits_f32(bias) => {
-                return Err(bad("bias", bias, "a finite number of f32"));
+            // They have places of 32 bits.
+            let drawn = (u64::from(pairings) + 1).checked_mul(n as u64);
+            if drawn.is_none_or(|drawn| drawn > u64::from(u32::MAX)) {
+                return Err(bad("pairings", pairings, format!("fewer than 2^32 pairs of {n} rows in all")));
             }
-            Objective::JointShuffled { pairings, .. } => {
-                shape("rows of v for the shuffled joint loss", self.v.rows, self.u.rows)?;
-                if pairings == 0 {
-                    return Err(bad("pairings", 0, "1 or more"));
-                }
-                let plain = matches!(self.pairs.positives, Positives::Diagonal)
-                    && self.pairs.ignore.is_none()
-                    && self.offset_v.is_none()
-                    && !smooth;
-                if !plain {
-                    let found = "positives, ignored pairs, an offset or smoothing";
-                    return Err(bad("shuffled joint loss", found, "diagonal pairs and nothing else"));
-                }
-            }
-            _ => {}
         }
-        let moments = loss.objective.takes_moments();
-        if moments && smooth {
-            return Err(bad("smoothing", loss.smoothing, "0 for mmd and joint-mmd"));
-        }
-        match (moments, &self.moments) {
+        match (loss.objective.takes_moments(), &self.moments) {
             (true, None) => Err(bad("moments", "none", "features or data of u and v for mmd and joint-mmd")),
             (false, Some(_)) => Err(bad("moments", "some", "none: only mmd and joint-mmd use them")),
             _ => Ok(()),
@@ -121,6 +94,51 @@ impl Batch<'_> {
         finite("data of u", u)?;
         finite("data of v", v)
     }
+}
+
+impl Loss {
+    /// Checks what does not depend on a batch.
+    ///
+    /// # Errors
+    /// [`LossError::Parameter`] naming the first one out of its domain.
+    pub fn validate(&self) -> Result<(), LossError> {
+        check_tau(self.tau)?;
+        if !(0.0..1.0).contains(&self.smoothing) {
+            return Err(bad("smoothing", self.smoothing, "a number in [0, 1)"));
+        }
+        let mut defined = true;
+        match self.objective {
+            Objective::Conditional { lambda_u, lambda_v } | Objective::Mmd { lambda_u, lambda_v } => {
+                for (what, lambda) in [("lambda_u", lambda_u), ("lambda_v", lambda_v)] {
+                    if !(fits_f32(lambda) && lambda >= 0.0) {
+                        return Err(bad(what, lambda, "a finite number of f32, 0 or more"));
+                    }
+                }
+                if lambda_u + lambda_v == 0.0 {
+                    return Err(bad("lambda_u and lambda_v", "both 0", "at least one above 0"));
+                }
+                defined = !self.objective.takes_moments();
+            }
+            Objective::Sigmoid { bias } if !fits_f32(bias) => {
+                return Err(bad("bias", bias, "a finite number of f32"));
+            }
+            Objective::JointShuffled { pairings: 0, .. } => return Err(bad("pairings", 0, "1 or more")),
+            Objective::JointMmd | Objective::JointShuffled { .. } => defined = false,
+            Objective::Sigmoid { .. } | Objective::Joint => {}
+        }
+        if self.smoothing > 0.0 && !defined {
+            return Err(bad("smoothing", self.smoothing, "0 for mmd, joint-mmd and joint by pairings"));
+        }
+        Ok(())
+    }
+}
+
+/// Fails unless logits can be divided by `tau`.
+pub(crate) fn check_tau(tau: f64) -> Result<(), LossError> {
+    if tau > 0.0 && tau.is_finite() && fits_f32(1.0 / tau) {
+        return Ok(());
+    }
+    Err(bad("tau", tau, "a finite number above 0 whose inverse f32 holds"))
 }
 
 /// Engines compute in f32.
@@ -200,7 +218,7 @@ fn finite(what: &'static str, matrix: &Matrix<'_>) -> Result<(), LossError> {
         Storage::F16(x) => first(x, |x| x.is_finite()),
     };
     match at {
-        Some(at) => Err(LossError::NotFinite { what, row: at / matrix.dim }),
+        Some(at) => Err(LossError::NotFinite { what, row: Some(at / matrix.dim) }),
         None => Ok(()),
     }
 }

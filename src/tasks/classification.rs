@@ -1,12 +1,14 @@
 //! Classification by a finite set of labels (Algorithm 2): the label of largest s(u, label), or after fine-tuning of
 //! largest `G' g_u(u)/tau + F` (34), (35).
 
-use super::scores::{check_finite, check_tau, exact};
+use super::scores::{check_finite, exact};
 use crate::data::{Rows, permute};
 use crate::device::cpu::Cpu;
 use crate::device::{Device, Engine, View, ViewMut};
 use crate::nn::Layout;
-use crate::objective::{Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Tilting, Write, shape};
+use crate::objective::{
+    Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Tilting, Write, check_tau, shape,
+};
 use crate::optim::{Adam, AdamConfig, Schedule};
 use rayon::prelude::*;
 

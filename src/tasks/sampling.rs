@@ -1,9 +1,9 @@
 //! Draws from the learned conditional nu(u|v): item i with weight softmax_i s(u_i, v), with replacement (28).
 
-use super::scores::{Pairs, Scorer, Scores, check_tau, exact};
+use super::scores::{Pairs, Scorer, Scores, exact};
 use crate::data::Rows;
 use crate::device::cpu::inner;
-use crate::objective::{LossError, Tilting};
+use crate::objective::{LossError, Tilting, check_tau};
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 

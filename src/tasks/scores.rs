@@ -241,7 +241,7 @@ pub fn best(mut found: Vec<(f64, usize)>, k: usize) -> Vec<(f64, usize)> {
 
 /// Fails where row number `index` of `what` holds what is no number.
 fn finite(what: &'static str, index: usize, row: &[f32]) -> Result<(), LossError> {
-    if row.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(LossError::NotFinite { what, row: index }) }
+    if row.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(LossError::NotFinite { what, row: Some(index) }) }
 }
 
 /// Fails at the first of `rows` that holds what is no number.
@@ -254,14 +254,6 @@ pub fn check_finite(what: &'static str, rows: &dyn Rows) -> Result<(), LossError
         },
     );
     bad.find_map_first(|bad| bad).map_or(Ok(()), Err)
-}
-
-/// Fails unless logits can be divided by `tau`.
-pub fn check_tau(tau: f64) -> Result<(), LossError> {
-    if tau.is_finite() && tau > 0.0 {
-        return Ok(());
-    }
-    Err(LossError::Parameter { what: "tau", found: tau.to_string(), expected: "a finite number above 0".into() })
 }
 
 /// What to add to an item's inner product with a query, and the item's norm in it, of an item of squared norm `square`.

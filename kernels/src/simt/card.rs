@@ -1,4 +1,4 @@
-//! The words on an NVIDIA card: PTX, and nothing else. The only `asm!` of the house.
+//! The words on an NVIDIA card: PTX, and nothing else; all `asm!` of the house but what `entries.rs` needs of an entry.
 //!
 //! What the lanes of a warp do together must stay where it is written. Of inline assembly the compiler does not know so:
 //! it may copy it into the arms of a branch, and a card whose lanes meet at two copies waits for ever. Of its own

@@ -471,7 +471,7 @@ pub(super) struct Sums {
 }
 
 /// Pass 2 with every gradient wanted.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "operands, outputs and what is wanted of them")]
 pub(super) fn pull_gradients<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,

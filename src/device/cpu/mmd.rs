@@ -465,7 +465,7 @@ impl<'a> Total<'a> {
 impl Gram {
     /// `out = K x` for the Gaussian kernel on `data` (packed), `x` `[rows, b]`, `out` `[cut, b]`, with K's rows or
     /// columns cut to those given.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "operands, outputs and where they are cut")]
     fn apply(
         context: &Context<'_>,
         width: f64,

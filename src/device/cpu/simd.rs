@@ -716,8 +716,9 @@ macro_rules! simd {
                         i += $fewer;
                     })*
                 }
-                // SAFETY: code of this type runs in the function above, with the same features, which `Isa` has seen; without
-                // any there is nothing to see.
+                // SAFETY: code of this type runs only within `Isa::run` or `PairIsa::run` of an instruction set that has these
+                // features (a larger one where this is its `Narrow`), and those exist only where the CPU has them; without any
+                // there is nothing to have.
                 #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
                 unsafe {
                     apart::<T, P, F, V>(&tile, c, add, finish);
@@ -741,7 +742,7 @@ macro_rules! simd {
                         i += 1;
                     }
                 }
-                // SAFETY: as above.
+                // SAFETY: as in `panel`.
                 #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
                 unsafe {
                     once::<V>(&tile, own, c, add);
@@ -768,15 +769,18 @@ impl Pairs for Avx512Pairs {
     type Pair = x86::ZmmPairs;
     #[inline(always)]
     fn dot(a: x86::ZmmPairs, b: x86::ZmmPairs, sum: x86::Zmm) -> x86::Zmm {
-        a.dot(b, sum)
+        // SAFETY: code of this type runs only within `PairIsa::run`, which has seen that the CPU has avx512bf16.
+        unsafe { a.dot(b, sum) }
     }
     #[inline(always)]
     fn pair(low: x86::Zmm, high: x86::Zmm, to: &mut [Pair]) {
-        low.pair(high).store(to);
+        // SAFETY: code of this type runs only within `PairIsa::run`, which has seen that the CPU has avx512bf16.
+        unsafe { low.pair(high) }.store(to);
     }
     #[inline(always)]
     fn halves(first: x86::Zmm, second: x86::Zmm, to: &mut [Pair]) {
-        first.halves(second).store(to);
+        // SAFETY: code of this type runs only within `PairIsa::run`, which has seen that the CPU has avx512bf16.
+        unsafe { first.halves(second) }.store(to);
     }
 }
 
@@ -1023,7 +1027,8 @@ macro_rules! register {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! Registers of the x86-64 extensions. Their values come only from code that `Isa::run` entered.
+    //! Registers of the x86-64 extensions. Their values come only from code that `Isa::run` or `PairIsa::run` entered, which
+    //! have seen that the CPU has their features: avx2 and fma for [`Ymm`], avx512f, avx512bw and avx512vl for [`Zmm`].
 
     use super::{Num, Pair, Register, Vector};
     use std::arch::x86_64::*;
@@ -1120,13 +1125,16 @@ mod x86 {
 
     impl ZmmPairs {
         /// `sum + a_0 b_0 + a_1 b_1`.
+        ///
+        /// # Safety
+        /// Needs avx512bf16.
         #[inline(always)]
-        pub fn dot(self, b: Self, sum: Zmm) -> Zmm {
+        pub unsafe fn dot(self, b: Self, sum: Zmm) -> Zmm {
             // SAFETY: both types are 512 bits of which all values are valid.
             let (a, b) = unsafe {
                 (std::mem::transmute::<__m512i, __m512bh>(self.0), std::mem::transmute::<__m512i, __m512bh>(b.0))
             };
-            // SAFETY: CPU features as in the module's note.
+            // SAFETY: the caller's.
             Zmm(unsafe { _mm512_dpbf16_ps(sum.0, a, b) })
         }
         #[inline(always)]
@@ -1139,14 +1147,20 @@ mod x86 {
 
     impl Zmm {
         /// 32 numbers in their order, as bf16.
+        ///
+        /// # Safety
+        /// Needs avx512bf16.
         #[inline(always)]
-        pub fn halves(self, second: Self) -> ZmmPairs {
-            // SAFETY: both types are 512 bits of which all values are valid; CPU features as in the module's note.
+        pub unsafe fn halves(self, second: Self) -> ZmmPairs {
+            // SAFETY: both types are 512 bits of which all values are valid; CPU features are the caller's.
             ZmmPairs(unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second.0, self.0)) })
         }
         /// A number of each register in every lane, as bf16.
+        ///
+        /// # Safety
+        /// Needs avx512bf16.
         #[inline(always)]
-        pub fn pair(self, high: Self) -> ZmmPairs {
+        pub unsafe fn pair(self, high: Self) -> ZmmPairs {
             /// Which of the 32 numbers of two registers come one after another.
             const ORDER: [u16; 32] = {
                 let mut order = [0; 32];
@@ -1157,7 +1171,8 @@ mod x86 {
                 }
                 order
             };
-            // SAFETY: `ORDER` holds 64 bytes; unaligned loads are allowed; CPU features as in the module's note.
+            // SAFETY: `ORDER` holds 64 bytes; unaligned loads are allowed; avx512bf16 is the caller's, the rest as in the
+            // module's note.
             ZmmPairs(unsafe {
                 _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), self.halves(high).0)
             })

@@ -519,7 +519,7 @@ impl<C: Card> Cuda<C> {
         let value = self.evaluate(loss, precision, inputs, &batch, out, None)?;
         // A NaN may leave the loss by way of a pair that then does not count; not <u, dU>.
         let finite = value.loss.is_finite() && value.grad_tau.is_finite() && value.grad_bias.is_finite();
-        if finite { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: 0 }) }
+        if finite { Ok(value) } else { Err(LossError::NotFinite { what: "u or v", row: None }) }
     }
 
     /// What embeddings of `precision` are multiplied in.

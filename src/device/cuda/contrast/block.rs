@@ -155,16 +155,18 @@ impl<C: Card> Cuda<C> {
             return Err(only_cpu("objective", "the shuffled joint loss", "one of all pairs for a block"));
         }
         for which in [0, 1] {
-            let end = block.at[which] + rows[which].rows;
-            if end > block.whole[which] {
+            let (first, count) = (block.at[which], rows[which].rows);
+            if first.checked_add(count).is_none_or(|end| end > block.whole[which]) {
                 let what = ["rows of the block", "columns of the block"][which];
-                let found = format!("{} to {end}", block.at[which]);
+                let found = format!("{count} from {first} on");
                 let expected = format!("a part of 0 to {}", block.whole[which]);
                 return Err(LossError::Shape { what, found, expected });
             }
         }
+        if loss.objective.takes_moments() {
+            return Err(only_cpu("objective", "mmd or joint-mmd", "conditional, joint or sigmoid for a block"));
+        }
         let batch = elsewhere(Pairs::default(), rows, None);
-        // Which refuses MMD: there are no features.
         batch.parameters(loss)?;
         let pairs = block.whole[0].min(block.whole[1]);
         self.plain = None;
