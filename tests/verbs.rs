@@ -69,13 +69,6 @@ macro_rules! same {
     }};
 }
 
-fn all<B>(buf: &B, len: usize) -> View<'_, B> {
-    View { buf, at: 0..len }
-}
-fn all_mut<B>(buf: &mut B, len: usize) -> ViewMut<'_, B> {
-    ViewMut { buf, at: 0..len }
-}
-
 #[test]
 fn products() {
     for (m, n, k) in [(1, 1, 1), (130, 7, 33), (5, 140, 2000), (37, 41, 600)] {
@@ -85,9 +78,9 @@ fn products() {
                 let shape = Gemm { m, n, k, transpose_a, transpose_b };
                 same!(format!("{shape:?}"), 3e-6, vec![rng.vec(m * k), rng.vec(k * n), rng.vec(m * n)], |d, b| {
                     let [x, y, z] = b else { unreachable!() };
-                    let to = all_mut(z, m * n);
+                    let to = ViewMut::first(z, m * n);
                     let to = if add { Write::Add(to) } else { Write::Set(to) };
-                    d.gemm(shape, all(x, m * k), all(y, k * n), to);
+                    d.gemm(shape, View::first(x, m * k), View::first(y, k * n), to);
                 });
             }
         }
@@ -109,10 +102,22 @@ fn activations() {
                     |d, b| {
                         let [pre, bias, out, grad, d_bias] = b else { unreachable!() };
                         let shape = [rows, channels, pixels];
-                        let out = (separate || activation == Activation::Gelu).then(|| all_mut(out, len));
-                        d.bias_activation(shape, activation, Some(all(bias, channels)), all_mut(pre, len), out);
-                        let sums = Some(Write::Add(all_mut(d_bias, channels)));
-                        d.bias_activation_backward(shape, activation, all(pre, len), all_mut(grad, len), sums);
+                        let out = (separate || activation == Activation::Gelu).then(|| ViewMut::first(out, len));
+                        d.bias_activation(
+                            shape,
+                            activation,
+                            Some(View::first(bias, channels)),
+                            ViewMut::first(pre, len),
+                            out,
+                        );
+                        let sums = Some(Write::Add(ViewMut::first(d_bias, channels)));
+                        d.bias_activation_backward(
+                            shape,
+                            activation,
+                            View::first(pre, len),
+                            ViewMut::first(grad, len),
+                            sums,
+                        );
                     }
                 );
             }
@@ -139,11 +144,11 @@ fn dense_layers() {
                         d.dense(
                             [rows, inputs, outputs],
                             activation,
-                            all(x, rows * inputs),
-                            all(weight, outputs * inputs),
-                            with_bias.then(|| all(bias, outputs)),
-                            with_pre.then(|| all_mut(pre, len)),
-                            all_mut(out, len),
+                            View::first(x, rows * inputs),
+                            View::first(weight, outputs * inputs),
+                            with_bias.then(|| View::first(bias, outputs)),
+                            with_pre.then(|| ViewMut::first(pre, len)),
+                            ViewMut::first(out, len),
                         );
                     }
                 );
@@ -175,10 +180,24 @@ fn convolutions() {
             |d, b| {
                 let [input, weight, out, grad, dx, dw] = b else { unreachable!() };
                 let mut scratch = d.alloc(d.conv_scratch(&conv, rows));
-                d.conv(&conv, rows, all(input, x), all(weight, w), all_mut(out, y), &mut scratch);
-                d.conv_backward_data(&conv, rows, all(weight, w), all(grad, y), all_mut(dx, x), &mut scratch);
-                let to = Write::Add(all_mut(dw, w));
-                d.conv_backward_weight(&conv, rows, all(input, x), all(grad, y), to, &mut scratch);
+                d.conv(
+                    &conv,
+                    rows,
+                    View::first(input, x),
+                    View::first(weight, w),
+                    ViewMut::first(out, y),
+                    &mut scratch,
+                );
+                d.conv_backward_data(
+                    &conv,
+                    rows,
+                    View::first(weight, w),
+                    View::first(grad, y),
+                    ViewMut::first(dx, x),
+                    &mut scratch,
+                );
+                let to = Write::Add(ViewMut::first(dw, w));
+                d.conv_backward_weight(&conv, rows, View::first(input, x), View::first(grad, y), to, &mut scratch);
             }
         );
     }
@@ -195,8 +214,8 @@ fn pooling() {
             let input: Vec<f32> = rng.vec(x).iter().map(|x| (2.0 * x).round()).collect();
             same!(format!("{p:?}"), 1e-6, vec![input, rng.vec(y), rng.vec(y), rng.vec(x)], |d, b| {
                 let [input, out, grad, dx] = b else { unreachable!() };
-                d.pool(&p, rows, all(input, x), all_mut(out, y));
-                d.pool_backward(&p, rows, all(input, x), all(grad, y), all_mut(dx, x));
+                d.pool(&p, rows, View::first(input, x), ViewMut::first(out, y));
+                d.pool_backward(&p, rows, View::first(input, x), View::first(grad, y), ViewMut::first(dx, x));
             });
         }
     }
@@ -226,19 +245,19 @@ fn layer_norms() {
                 d.layer_norm(
                     &norm,
                     rows,
-                    all(input, x),
-                    all(affine, 2 * width),
-                    all_mut(out, y),
-                    all_mut(stats, 2 * rows),
+                    View::first(input, x),
+                    View::first(affine, 2 * width),
+                    ViewMut::first(out, y),
+                    ViewMut::first(stats, 2 * rows),
                 );
-                let (dx, da) = (Write::Add(all_mut(dx, x)), Write::Add(all_mut(da, 2 * width)));
+                let (dx, da) = (Write::Add(ViewMut::first(dx, x)), Write::Add(ViewMut::first(da, 2 * width)));
                 d.layer_norm_backward(
                     &norm,
                     rows,
-                    all(input, x),
-                    all(affine, 2 * width),
-                    all(stats, 2 * rows),
-                    all(grad, y),
+                    View::first(input, x),
+                    View::first(affine, 2 * width),
+                    View::first(stats, 2 * rows),
+                    View::first(grad, y),
                     dx,
                     da,
                 );
@@ -262,16 +281,16 @@ fn attention() {
             vec![sharp, rng.vec(out), rng.vec(stat), rng.vec(out), rng.vec(qkv), rng.vec(stat)],
             |d, b| {
                 let [x, y, lse, grad, dx, delta] = b else { unreachable!() };
-                d.attention(&a, rows, all(x, qkv), all_mut(y, out), all_mut(lse, stat));
+                d.attention(&a, rows, View::first(x, qkv), ViewMut::first(y, out), ViewMut::first(lse, stat));
                 d.attention_backward(
                     &a,
                     rows,
-                    all(x, qkv),
-                    all(y, out),
-                    all(lse, stat),
-                    all(grad, out),
-                    all_mut(dx, qkv),
-                    all_mut(delta, stat),
+                    View::first(x, qkv),
+                    View::first(y, out),
+                    View::first(lse, stat),
+                    View::first(grad, out),
+                    ViewMut::first(dx, qkv),
+                    ViewMut::first(delta, stat),
                 );
             }
         );
@@ -297,14 +316,20 @@ fn optimiser() {
             // Of f32's 1 - beta2; a clipped gradient makes small denominators of it.
             same!(format!("Adam of {len}, limit {limit}, loss {loss}"), 1e-5, inputs, |d, b| {
                 let [grads, params, m, v, now, loss, held, judged] = b else { unreachable!() };
-                let scaling = scaling.is_some().then(|| all_mut(held, 2));
-                d.judge(limit, all(loss, 1), all(grads, len), scaling, ViewMut { buf: &mut *judged, at: 1..3 });
+                let scaling = scaling.is_some().then(|| ViewMut::first(held, 2));
+                d.judge(
+                    limit,
+                    View::first(loss, 1),
+                    View::first(grads, len),
+                    scaling,
+                    ViewMut { buf: &mut *judged, at: 1..3 },
+                );
                 let factor = View { buf: judged, at: 2..3 };
-                let (p, m, v) = (all_mut(params, len), all_mut(m, len), all_mut(v, len));
-                d.adam(&step, all(now, 3), factor, all(grads, len), p, m, v);
+                let (p, m, v) = (ViewMut::first(params, len), ViewMut::first(m, len), ViewMut::first(v, len));
+                d.adam(&step, View::first(now, 3), factor, View::first(grads, len), p, m, v);
                 if !loss_given.is_finite() {
                     // NaN is no number to compare.
-                    d.fill(0.0, all_mut(loss, 1));
+                    d.fill(0.0, ViewMut::first(loss, 1));
                     d.fill(0.0, ViewMut { buf: judged, at: 2..3 });
                 }
             });
@@ -317,14 +342,20 @@ fn scaling_backs_off_and_grows() {
     let device = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::F16);
     assert!(device.is_narrow());
     let [mut grads, mut scaling, mut judged, mut loss] = [3, 2, 2, 1].map(|len| device.alloc(len));
-    device.upload(&[1.5], all_mut(&mut loss, 1));
+    device.upload(&[1.5], ViewMut::first(&mut loss, 1));
     let mut judge = |x: [f32; 3], held: [f32; 2]| {
-        device.upload(&x, all_mut(&mut grads, 3));
-        device.upload(&held, all_mut(&mut scaling, 2));
-        device.judge(0.5, all(&loss, 1), all(&grads, 3), Some(all_mut(&mut scaling, 2)), all_mut(&mut judged, 2));
+        device.upload(&x, ViewMut::first(&mut grads, 3));
+        device.upload(&held, ViewMut::first(&mut scaling, 2));
+        device.judge(
+            0.5,
+            View::first(&loss, 1),
+            View::first(&grads, 3),
+            Some(ViewMut::first(&mut scaling, 2)),
+            ViewMut::first(&mut judged, 2),
+        );
         let (mut held, mut out) = ([9f32; 2], [9f32; 2]);
-        device.download(all(&scaling, 2), &mut held);
-        device.download(all(&judged, 2), &mut out);
+        device.download(View::first(&scaling, 2), &mut held);
+        device.download(View::first(&judged, 2), &mut out);
         device.finish().unwrap();
         (held, out)
     };
@@ -349,26 +380,36 @@ fn rows_are_chosen_by_number() {
         let inputs = vec![rng.vec(rows * width), index, rng.vec(chosen * width), rng.vec(rows * width), vec![0.375]];
         same!(format!("{chosen} of {rows} rows of {width}"), 1e-9, inputs, |d, b| {
             let [from, index, some, to, factor] = b else { unreachable!() };
-            d.gather(width, all(from, rows * width), all(index, chosen), all_mut(some, chosen * width));
-            d.scatter(width, all(some, chosen * width), all(index, chosen), all_mut(to, rows * width));
-            d.scale(all(factor, 1), all(to, rows * width), all_mut(from, rows * width));
-            d.clamp(-0.25, 0.125, all_mut(to, rows * width));
+            d.gather(
+                width,
+                View::first(from, rows * width),
+                View::first(index, chosen),
+                ViewMut::first(some, chosen * width),
+            );
+            d.scatter(
+                width,
+                View::first(some, chosen * width),
+                View::first(index, chosen),
+                ViewMut::first(to, rows * width),
+            );
+            d.scale(View::first(factor, 1), View::first(to, rows * width), ViewMut::first(from, rows * width));
+            d.clamp(-0.25, 0.125, ViewMut::first(to, rows * width));
         });
     }
     // A number that is no row's reads nothing and writes nothing.
     let device = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::Bf16);
     let [mut from, mut index, mut to] = [6, 2, 4].map(|len| device.alloc(len));
-    device.upload(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], all_mut(&mut from, 6));
-    device.upload(&[3.0, 2.0], all_mut(&mut index, 2));
-    device.gather(2, all(&from, 6), all(&index, 2), all_mut(&mut to, 4));
+    device.upload(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], ViewMut::first(&mut from, 6));
+    device.upload(&[3.0, 2.0], ViewMut::first(&mut index, 2));
+    device.gather(2, View::first(&from, 6), View::first(&index, 2), ViewMut::first(&mut to, 4));
     let mut got = [0.0; 4];
-    device.download(all(&to, 4), &mut got);
+    device.download(View::first(&to, 4), &mut got);
     assert!(got[0].is_nan() && got[1].is_nan() && got[2..] == [5.0, 6.0], "{got:?}");
     let before = [9.0, 8.0, 7.0, 6.0];
-    device.upload(&[0.0, 3.0], all_mut(&mut index, 2));
-    device.upload(&before, all_mut(&mut to, 4));
-    device.scatter(2, all(&from, 4), all(&index, 2), all_mut(&mut to, 4));
-    device.download(all(&to, 4), &mut got);
+    device.upload(&[0.0, 3.0], ViewMut::first(&mut index, 2));
+    device.upload(&before, ViewMut::first(&mut to, 4));
+    device.scatter(2, View::first(&from, 4), View::first(&index, 2), ViewMut::first(&mut to, 4));
+    device.download(View::first(&to, 4), &mut got);
     device.finish().unwrap();
     assert_eq!(got, [1.0, 2.0, 7.0, 6.0]);
 }
@@ -395,7 +436,7 @@ fn a_loss_at_learned_scalars_is_the_loss_at_these_scalars() {
         let mut rng = Rng(4);
         let put = |x: &[f32]| {
             let mut buf = device.alloc(x.len());
-            device.upload(x, all_mut(&mut buf, x.len()));
+            device.upload(x, ViewMut::first(&mut buf, x.len()));
             buf
         };
         let [u, v] = [0, 1].map(|_| put(&rng.vec(n * dim)));
@@ -420,20 +461,30 @@ fn a_loss_at_learned_scalars_is_the_loss_at_these_scalars() {
         };
         let wrong = Loss { objective: wrong, tau: 0.9, ..loss };
         let len = n * dim;
-        let moments = mmd.then(|| Features { u: all(&data[0], n * dims[0]), v: all(&data[1], n * dims[1]), dims });
-        let embeddings =
-            Embeddings { u: all(&u, len), v: all(&v, len), rows: n, dim, precision: Precision::Bf16, moments };
+        let moments = mmd.then(|| Features {
+            u: View::first(&data[0], n * dims[0]),
+            v: View::first(&data[1], n * dims[1]),
+            dims,
+        });
+        let embeddings = Embeddings {
+            u: View::first(&u, len),
+            v: View::first(&v, len),
+            rows: n,
+            dim,
+            precision: Precision::Bf16,
+            moments,
+        };
         let scalars = Scalars {
             logit_scale: Some(View { buf: &params, at: 0..1 }),
             bias: Some(View { buf: &params, at: 1..2 }),
-            out: all_mut(&mut out, 4),
+            out: ViewMut::first(&mut out, 4),
         };
-        let gradients = [&mut du, &mut dv].map(|d| Write::Set(all_mut(d, len)));
+        let gradients = [&mut du, &mut dv].map(|d| Write::Set(ViewMut::first(d, len)));
         device.contrast(&wrong, embeddings, gradients, scalars).unwrap();
         device.finish().unwrap();
         let read = |buf, len: usize| {
             let mut host = vec![f32::NAN; len];
-            device.download(all(buf, len), &mut host);
+            device.download(View::first(buf, len), &mut host);
             host
         };
         for (got, want) in [(&du, &want_du), (&dv, &want_dv)] {
@@ -468,16 +519,17 @@ fn a_step_is_recorded_though_other_work_comes_between() {
     let mut found = vec![];
     for step in 0..5 {
         let mut work = |device: &mut Cuda<Machine>| {
-            let all_of_x = || all(&x, rows * dim);
+            let all_of_x = || View::first(&x, rows * dim);
             let embeddings =
                 Embeddings { u: all_of_x(), v: all_of_x(), rows, dim, precision: Precision::Bf16, moments: None };
-            let scalars = Scalars { logit_scale: Some(all(&params, 1)), bias: None, out: all_mut(&mut out, 4) };
-            let gradients = [&mut du, &mut dv].map(|d| Write::Set(all_mut(d, rows * dim)));
+            let scalars =
+                Scalars { logit_scale: Some(View::first(&params, 1)), bias: None, out: ViewMut::first(&mut out, 4) };
+            let gradients = [&mut du, &mut dv].map(|d| Write::Set(ViewMut::first(d, rows * dim)));
             device.contrast(&loss, embeddings, gradients, scalars)
         };
         device.repeat(&mut recorded, &mut work).unwrap();
         let mut value = [f32::NAN; 4];
-        device.download(all(&out, 4), &mut value);
+        device.download(View::first(&out, 4), &mut value);
         found.push(value.map(f32::to_bits));
         if step == 0 {
             device.loss_on_card(&loss, &Pairs::default(), [&few, &few], dim, None, [None, None]).unwrap();

@@ -208,8 +208,8 @@ impl<F: Num> Softmax<F> {
 pub struct Lse {
     /// Largest logit so far; -inf when there is none.
     pub max: f32,
-    /// Sum of `exp(s - max)`.
-    pub sum: f32,
+    /// Sum of `exp(s - max)`: of very many, one after another.
+    pub sum: f64,
 }
 
 impl Lse {
@@ -226,7 +226,8 @@ impl Lse {
     #[inline(always)]
     pub fn merge(self, other: Lse) -> Lse {
         let max = Num::max(self.max, other.max);
-        Lse { max, sum: self.sum * decay(self.max, max) + other.sum * decay(other.max, max) }
+        let part = |lse: Lse| lse.sum * f64::from(decay(lse.max, max));
+        Lse { max, sum: part(self) + part(other) }
     }
 }
 

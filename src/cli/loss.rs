@@ -5,8 +5,8 @@ use super::{Common, Failure, as_flag, bad_flag, check_outputs, check_room, from_
 use crate::config::{parse_kernel, parse_objective, parse_tilting};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
 use crate::objective::{
-    self, Batch, DataKernel, Gradients, LossError, Matrix, Moments, Pairs, Positives, Precision, Storage, Write,
-    features::random_fourier,
+    self, Batch, DataKernel, Gradients, LossError, Matrix, Moments, Objective, Pairs, Positives, Precision, Storage,
+    Write, features::random_fourier,
 };
 use half::{bf16, f16};
 use serde_json::json;
@@ -278,7 +278,11 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let (n, m, d) = (inputs.u.rows(), inputs.v.rows(), inputs.u.dim());
     args.check_outputs()?;
     if let Some(features) = args.features {
-        check_room("--features", &[features, n.max(m)])?;
+        // Features of each row and column, residuals, targets, what the targets' sums lost, and a packed operand; moments.
+        check_room("--features", &[features, n + m, 5])?;
+        if matches!(loss.objective, Objective::JointMmd) {
+            check_room("--features", &[features, features, 4])?;
+        }
     }
     if args.pairings > 0 {
         // A logit and two indices for each pair.

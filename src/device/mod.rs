@@ -65,6 +65,13 @@ pub struct View<'a, B> {
     pub at: Range<usize>,
 }
 
+impl<'a, B> View<'a, B> {
+    /// The first `len` numbers of `buf`.
+    pub fn first(buf: &'a B, len: usize) -> Self {
+        View { buf, at: 0..len }
+    }
+}
+
 /// A part of a device buffer, written.
 #[derive(Debug)]
 pub struct ViewMut<'a, B> {
@@ -304,6 +311,29 @@ pub struct AdamStep {
 /// Scale of the gradients where training in narrow products begins; see [`Device::judge`].
 pub const SCALING_START: f32 = 65536.0;
 
+/// [`Device::dense`] as a product and what comes after it.
+#[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
+pub(crate) fn dense_by_parts<D: Device + ?Sized>(
+    device: &D,
+    [rows, inputs, outputs]: [usize; 3],
+    activation: Activation,
+    x: View<'_, D::Buf>,
+    weight: View<'_, D::Buf>,
+    bias: Option<View<'_, D::Buf>>,
+    pre: Option<ViewMut<'_, D::Buf>>,
+    out: ViewMut<'_, D::Buf>,
+) {
+    let (mut to, active) = match pre {
+        Some(pre) => (pre, Some(out)),
+        None => (out, None),
+    };
+    let product = Gemm { m: rows, n: outputs, k: inputs, transpose_a: false, transpose_b: true };
+    device.gemm(product, x, weight, Write::Set(to.again()));
+    if bias.is_some() || activation != Activation::None || active.is_some() {
+        device.bias_activation([rows, outputs, 1], activation, bias, to, active);
+    }
+}
+
 /// The verbs encoders and optimisers are made of. Shapes are row-major. An output is a [`Write`] where a caller
 /// may want to add to it; a bare [`ViewMut`] is overwritten, or updated in place where its verb says so.
 /// A verb takes memory at its first call at a shape; later ones take at most the few words in which work is passed on.
@@ -379,15 +409,7 @@ pub trait Device: Sync {
         pre: Option<ViewMut<'_, Self::Buf>>,
         out: ViewMut<'_, Self::Buf>,
     ) {
-        let (mut to, active) = match pre {
-            Some(pre) => (pre, Some(out)),
-            None => (out, None),
-        };
-        let product = Gemm { m: rows, n: outputs, k: inputs, transpose_a: false, transpose_b: true };
-        self.gemm(product, x, weight, Write::Set(to.again()));
-        if bias.is_some() || activation != Activation::None || active.is_some() {
-            self.bias_activation([rows, outputs, 1], activation, bias, to, active);
-        }
+        dense_by_parts(self, [rows, inputs, outputs], activation, x, weight, bias, pre, out);
     }
 
     /// Numbers of scratch that the three convolution verbs need for up to `rows` samples.
@@ -687,7 +709,12 @@ impl<B> View<'_, B> {
     }
 }
 
-impl<B> ViewMut<'_, B> {
+impl<'a, B> ViewMut<'a, B> {
+    /// The first `len` numbers of `buf`.
+    pub fn first(buf: &'a mut B, len: usize) -> Self {
+        ViewMut { buf, at: 0..len }
+    }
+
     /// The same part, lent out.
     pub fn again(&mut self) -> ViewMut<'_, B> {
         ViewMut { buf: &mut *self.buf, at: self.at.clone() }

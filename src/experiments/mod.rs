@@ -20,7 +20,7 @@ use crate::data::{
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
-use crate::objective::{LossError, Precision, Tilting};
+use crate::objective::{LossError, Objective, Precision, Tilting};
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
@@ -334,7 +334,10 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         let expected = format!("fewer: {} parameters are more than there is memory for", network.layout.len());
         return Err(ConfigError::value("dim", config.dim, expected).into());
     }
-    if config.loss(0)?.objective.takes_moments() && !fits_memory(&[config.features, config.batch, 2]) {
+    let objective = config.loss(0)?.objective;
+    let joint = if matches!(objective, Objective::JointMmd) { config.features } else { 0 };
+    let fits = fits_memory(&[config.features, config.batch, 10]) && fits_memory(&[config.features, joint, 4]);
+    if objective.takes_moments() && !fits {
         return Err(ConfigError::value("features", config.features, "fewer: there is no memory for them").into());
     }
     if !fits_memory(&[config.pairings as usize, config.batch, 3]) {

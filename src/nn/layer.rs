@@ -1,7 +1,6 @@
 //! The layers, each a forward and a backward made of device verbs.
 
 use super::transformer::{self, Transformer};
-use super::{part, part_mut};
 use crate::device::{Activation, ConvPool, Device, Gemm, View, ViewMut};
 use crate::objective::Write;
 use std::ops::Range;
@@ -72,8 +71,8 @@ impl Linear {
             x,
             view(&self.weight),
             self.bias.as_ref().map(view),
-            pre.map(|pre| part_mut(pre, len)),
-            part_mut(out, len),
+            pre.map(|pre| ViewMut::first(pre, len)),
+            ViewMut::first(out, len),
         );
     }
 
@@ -89,10 +88,10 @@ impl Linear {
         let len = rows * self.outputs;
         let shape = Gemm { m: rows, n: self.outputs, k: self.inputs, transpose_a: false, transpose_b: true };
         let weight = View { buf: params, at: self.weight.clone() };
-        device.gemm(shape, x, weight, Write::Add(part_mut(out, len)));
+        device.gemm(shape, x, weight, Write::Add(ViewMut::first(out, len)));
         if let Some(at) = self.bias.clone() {
             let bias = Some(View { buf: params, at });
-            device.bias_activation([rows, self.outputs, 1], Activation::None, bias, part_mut(out, len), None);
+            device.bias_activation([rows, self.outputs, 1], Activation::None, bias, ViewMut::first(out, len), None);
         }
     }
 
@@ -114,16 +113,22 @@ impl Linear {
         if self.bias.is_some() || activation != Activation::None {
             let d_bias = self.bias.clone().map(|at| Write::Add(ViewMut { buf: &mut *grads, at }));
             let shape = [rows, outputs, 1];
-            device.bias_activation_backward(shape, activation, part(saved, len), part_mut(d_out, len), d_bias);
+            device.bias_activation_backward(
+                shape,
+                activation,
+                View::first(saved, len),
+                ViewMut::first(d_out, len),
+                d_bias,
+            );
         }
-        let d_out = part(d_out, len);
+        let d_out = View::first(d_out, len);
         let d_weight = Write::Add(ViewMut { buf: grads, at: self.weight.clone() });
         let shape = Gemm { m: outputs, n: inputs, k: rows, transpose_a: true, transpose_b: false };
         device.gemm(shape, d_out.again(), x, d_weight);
         if let Some(dx) = dx {
             let shape = Gemm { m: rows, n: inputs, k: outputs, transpose_a: false, transpose_b: false };
             let weight = View { buf: params, at: self.weight.clone() };
-            device.gemm(shape, d_out, weight, Write::Set(part_mut(dx, rows * inputs)));
+            device.gemm(shape, d_out, weight, Write::Set(ViewMut::first(dx, rows * inputs)));
         }
     }
 }
@@ -178,7 +183,7 @@ impl Layer {
             (Layer::Linear(linear), Work::Linear) => linear.forward(device, params, rows, x, pre, out),
             (Layer::Conv { conv, params: at }, Work::Conv(work)) => {
                 let params = View { buf: params, at: at.clone() };
-                device.conv_pool(conv, rows, x, params, part_mut(out, len), work);
+                device.conv_pool(conv, rows, x, params, ViewMut::first(out, len), work);
             }
             (Layer::Transformer(transformer), Work::Transformer(acts)) => {
                 transformer.forward(device, params, rows, x, out, acts);
@@ -208,11 +213,11 @@ impl Layer {
             }
             (Layer::Conv { conv, params: at }, Work::Conv(work)) => {
                 let params = View { buf: params, at: at.clone() };
-                let (dx, d_params) = (dx.map(|dx| part_mut(dx, input)), ViewMut { buf: grads, at: at.clone() });
-                device.conv_pool_backward(conv, rows, x, params, part(d_out, len), dx, d_params, work);
+                let (dx, d_params) = (dx.map(|dx| ViewMut::first(dx, input)), ViewMut { buf: grads, at: at.clone() });
+                device.conv_pool_backward(conv, rows, x, params, View::first(d_out, len), dx, d_params, work);
             }
             (Layer::Transformer(transformer), Work::Transformer(acts)) => {
-                transformer.backward(device, params, rows, x, part(d_out, len), grads, acts);
+                transformer.backward(device, params, rows, x, View::first(d_out, len), grads, acts);
             }
             _ => unreachable!("work of another layer"),
         }

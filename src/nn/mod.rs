@@ -337,11 +337,11 @@ impl Encoder {
     ) {
         assert_eq!(x.at.len(), rows * self.input, "x is not {rows} samples of {} numbers", self.input);
         if self.layers.is_empty() {
-            device.copy(x, part_mut(&mut acts.output, rows * self.output));
+            device.copy(x, ViewMut::first(&mut acts.output, rows * self.output));
         } else {
             for (i, layer) in self.layers.iter().enumerate() {
                 let (before, after) = acts.hidden.split_at_mut(i);
-                let x = before.last().map_or(x.again(), |before| part(&before.out, rows * layer.input_len()));
+                let x = before.last().map_or(x.again(), |before| View::first(&before.out, rows * layer.input_len()));
                 let (pre, out) = match after.first_mut() {
                     Some(hidden) => (hidden.pre.as_mut(), &mut hidden.out),
                     None => (None, &mut acts.output),
@@ -364,7 +364,7 @@ impl Encoder {
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let (before, after) = acts.hidden.split_at_mut(i);
             let (x, dx) = match before.last_mut() {
-                Some(before) => (part(&before.out, rows * layer.input_len()), Some(&mut before.d_out)),
+                Some(before) => (View::first(&before.out, rows * layer.input_len()), Some(&mut before.d_out)),
                 None => (x.again(), None),
             };
             let (saved, d_out) = match after.first_mut() {
@@ -462,16 +462,6 @@ impl Builder<'_> {
         self.width = channels * height * width;
         Ok(())
     }
-}
-
-/// The first `len` numbers of a buffer.
-fn part<B>(buf: &B, len: usize) -> View<'_, B> {
-    View { buf, at: 0..len }
-}
-
-/// [`part`], to be written.
-fn part_mut<B>(buf: &mut B, len: usize) -> ViewMut<'_, B> {
-    ViewMut { buf, at: 0..len }
 }
 
 #[cfg(test)]

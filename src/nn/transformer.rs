@@ -14,7 +14,7 @@
 //! makes them again, in buffers that all blocks share.
 
 use super::layer::Linear;
-use super::{Builder, Law, part, part_mut};
+use super::{Builder, Law};
 use crate::device::{Activation, Attention, Device, Norm, View, ViewMut};
 use crate::objective::Write;
 use std::ops::Range;
@@ -194,15 +194,15 @@ impl Transformer {
         let stream = tokens * width;
         let view = |at: &Range<usize>| View { buf: params, at: at.clone() };
         let norm = |x: &D::Buf, affine: &Range<usize>, out: &mut D::Buf, stats: &mut D::Buf| {
-            let (out, stats) = (part_mut(out, stream), part_mut(stats, 2 * tokens));
-            device.layer_norm(&self.all(), tokens, part(x, stream), view(affine), out, stats);
+            let (out, stats) = (ViewMut::first(out, stream), ViewMut::first(stats, 2 * tokens));
+            device.layer_norm(&self.all(), tokens, View::first(x, stream), view(affine), out, stats);
         };
 
         let first = acts.blocks.first_mut().map_or(&mut acts.last, |block| &mut block.input);
         self.input.forward(device, params, tokens, x, None, first);
         let shape = [rows, time * width, 1];
         let position = Some(view(&self.position));
-        device.bias_activation(shape, Activation::None, position, part_mut(first, stream), None);
+        device.bias_activation(shape, Activation::None, position, ViewMut::first(first, stream), None);
         for (b, block) in self.blocks.iter().enumerate() {
             let (before, after) = acts.blocks.split_at_mut(b + 1);
             let kept = &mut before[b];
@@ -210,22 +210,22 @@ impl Transformer {
             let [stats_1, stats_2] = &mut kept.stats;
 
             norm(&kept.input, &block.norm_1, &mut acts.normed, stats_1);
-            block.qkv.forward(device, params, tokens, part(&acts.normed, stream), None, &mut kept.qkv);
+            block.qkv.forward(device, params, tokens, View::first(&acts.normed, stream), None, &mut kept.qkv);
             let (mixed, lse) =
-                (part_mut(&mut kept.mixed, stream), part_mut(&mut kept.lse, tokens * self.attention.heads));
-            device.attention(&self.attention, rows, part(&kept.qkv, 3 * stream), mixed, lse);
-            device.copy(part(&kept.input, stream), part_mut(&mut kept.middle, stream));
-            block.mix.forward_add(device, params, tokens, part(&kept.mixed, stream), &mut kept.middle);
+                (ViewMut::first(&mut kept.mixed, stream), ViewMut::first(&mut kept.lse, tokens * self.attention.heads));
+            device.attention(&self.attention, rows, View::first(&kept.qkv, 3 * stream), mixed, lse);
+            device.copy(View::first(&kept.input, stream), ViewMut::first(&mut kept.middle, stream));
+            block.mix.forward_add(device, params, tokens, View::first(&kept.mixed, stream), &mut kept.middle);
 
             norm(&kept.middle, &block.norm_2, &mut acts.normed, stats_2);
-            let normed = part(&acts.normed, stream);
+            let normed = View::first(&acts.normed, stream);
             block.up.forward(device, params, tokens, normed, Some(&mut kept.pre), &mut acts.active);
-            device.copy(part(&kept.middle, stream), part_mut(next, stream));
-            block.down.forward_add(device, params, tokens, part(&acts.active, UP * stream), next);
+            device.copy(View::first(&kept.middle, stream), ViewMut::first(next, stream));
+            block.down.forward_add(device, params, tokens, View::first(&acts.active, UP * stream), next);
         }
         let (last, at) = self.last(rows);
         let x = View { buf: &acts.last, at };
-        let (out, stats) = (part_mut(out, rows * width), part_mut(&mut acts.stats, 2 * rows));
+        let (out, stats) = (ViewMut::first(out, rows * width), ViewMut::first(&mut acts.stats, 2 * rows));
         device.layer_norm(&last, rows, x, view(&self.norm), out, stats);
     }
 
@@ -248,10 +248,10 @@ impl Transformer {
         let Acts { blocks, last, stats, normed, active, d_stream, d_branch, d_wide, delta } = acts;
 
         let (norm, at) = self.last(rows);
-        device.fill(0.0, part_mut(d_stream, stream));
+        device.fill(0.0, ViewMut::first(d_stream, stream));
         let d_last = Write::Set(ViewMut { buf: d_stream, at: at.clone() });
         let d_norm = Write::Add(ViewMut { buf: &mut *grads, at: self.norm.clone() });
-        let (last_token, stats) = (View { buf: last, at }, part(stats, 2 * rows));
+        let (last_token, stats) = (View { buf: last, at }, View::first(stats, 2 * rows));
         device.layer_norm_backward(&norm, rows, last_token, view(&self.norm), stats, d_out, d_last, d_norm);
 
         let norm = self.all();
@@ -259,8 +259,8 @@ impl Transformer {
         for (block, kept) in self.blocks.iter().zip(blocks).rev() {
             let [stats_1, stats_2] = &mut kept.stats;
             let again = |x: &D::Buf, affine: &Range<usize>, out: &mut D::Buf, stats: &mut D::Buf| {
-                let (out, stats) = (part_mut(out, stream), part_mut(stats, 2 * tokens));
-                device.layer_norm(&norm, tokens, part(x, stream), view(affine), out, stats);
+                let (out, stats) = (ViewMut::first(out, stream), ViewMut::first(stats, 2 * tokens));
+                device.layer_norm(&norm, tokens, View::first(x, stream), view(affine), out, stats);
             };
             let norm_backward = |x: &D::Buf,
                                  affine: &Range<usize>,
@@ -268,44 +268,44 @@ impl Transformer {
                                  d: &D::Buf,
                                  d_stream: &mut D::Buf,
                                  grads: &mut D::Buf| {
-                let (x, stats, d) = (part(x, stream), part(stats, 2 * tokens), part(d, stream));
-                let d_stream = Write::Add(part_mut(d_stream, stream));
+                let (x, stats, d) = (View::first(x, stream), View::first(stats, 2 * tokens), View::first(d, stream));
+                let d_stream = Write::Add(ViewMut::first(d_stream, stream));
                 let d_affine = Write::Add(ViewMut { buf: grads, at: affine.clone() });
                 device.layer_norm_backward(&norm, tokens, x, view(affine), stats, d, d_stream, d_affine);
             };
 
             let shape = [tokens, UP * width, 1];
-            let pre = part_mut(&mut kept.pre, UP * stream);
-            device.bias_activation(shape, Activation::Gelu, None, pre, Some(part_mut(active, UP * stream)));
-            let x = part(active, UP * stream);
+            let pre = ViewMut::first(&mut kept.pre, UP * stream);
+            device.bias_activation(shape, Activation::Gelu, None, pre, Some(ViewMut::first(active, UP * stream)));
+            let x = View::first(active, UP * stream);
             block.down.backward(device, params, tokens, x, next, d_stream, Some(&mut *d_wide), grads);
             again(&kept.middle, &block.norm_2, normed, stats_2);
-            let x = part(normed, stream);
+            let x = View::first(normed, stream);
             block.up.backward(device, params, tokens, x, &kept.pre, d_wide, Some(&mut *d_branch), grads);
             norm_backward(&kept.middle, &block.norm_2, stats_2, d_branch, d_stream, grads);
 
-            let x = part(&kept.mixed, stream);
+            let x = View::first(&kept.mixed, stream);
             block.mix.backward(device, params, tokens, x, &kept.middle, d_stream, Some(&mut *d_branch), grads);
             device.attention_backward(
                 &self.attention,
                 rows,
-                part(&kept.qkv, 3 * stream),
-                part(&kept.mixed, stream),
-                part(&kept.lse, logits),
-                part(d_branch, stream),
-                part_mut(d_wide, 3 * stream),
-                part_mut(delta, logits),
+                View::first(&kept.qkv, 3 * stream),
+                View::first(&kept.mixed, stream),
+                View::first(&kept.lse, logits),
+                View::first(d_branch, stream),
+                ViewMut::first(d_wide, 3 * stream),
+                ViewMut::first(delta, logits),
             );
             again(&kept.input, &block.norm_1, normed, stats_1);
-            let x = part(normed, stream);
+            let x = View::first(normed, stream);
             block.qkv.backward(device, params, tokens, x, &kept.qkv, d_wide, Some(&mut *d_branch), grads);
             norm_backward(&kept.input, &block.norm_1, stats_1, d_branch, d_stream, grads);
             next = &kept.input;
         }
         let shape = [rows, time * width, 1];
         let d_position = Write::Add(ViewMut { buf: &mut *grads, at: self.position.clone() });
-        let d = part_mut(d_stream, stream);
-        device.bias_activation_backward(shape, Activation::None, part(next, stream), d, Some(d_position));
+        let d = ViewMut::first(d_stream, stream);
+        device.bias_activation_backward(shape, Activation::None, View::first(next, stream), d, Some(d_position));
         self.input.backward(device, params, tokens, x, next, d_stream, None, grads);
     }
 }

@@ -12,7 +12,8 @@ pub mod reference;
 mod validate;
 
 #[cfg(feature = "cli")]
-pub(crate) use validate::{check_tau, fits_f32, shape};
+pub(crate) use validate::fits_f32;
+pub(crate) use validate::{check_tau, shape};
 
 pub use kernels::law::Tilting;
 

@@ -88,11 +88,29 @@ impl Pairing {
     }
 
     /// Mean of the positives' features `[rows, dim]` for each row (`of_rows`: `from` are of columns) or each column (of
-    /// rows); zeros where there is no positive.
-    pub fn target_means(&self, batch: &Batch<'_>, of_rows: bool, from: &[f32], dim: usize, out: &mut [f32]) {
+    /// rows); zeros where there is no positive. `lost` is scratch: what long sums lose goes there, and comes back at their end.
+    pub fn target_means(
+        &self,
+        batch: &Batch<'_>,
+        of_rows: bool,
+        from: &[f32],
+        dim: usize,
+        out: &mut [f32],
+        lost: &mut Vec<f32>,
+    ) {
         out.fill(0.0);
-        let add = |out: &mut [f32], x: &[f32], share: f32| out.iter_mut().zip(x).for_each(|(o, x)| *o += share * x);
+        lost.clear();
+        lost.resize(out.len(), 0.0);
         let row = |i: usize| i * dim..(i + 1) * dim;
+        let mut add = |out: &mut [f32], i: usize, x: &[f32]| {
+            for ((out, lost), &x) in out[row(i)].iter_mut().zip(&mut lost[row(i)]).zip(x) {
+                let sum = *out + x;
+                // Exactly what the sum rounded off.
+                let took = sum - *out;
+                *lost += (*out - (sum - took)) + (x - took);
+                *out = sum;
+            }
+        };
         match batch.pairs.positives {
             Positives::Diagonal => {
                 let both = batch.u.rows.min(batch.v.rows) * dim;
@@ -101,12 +119,13 @@ impl Pairing {
             Positives::Index(index) => {
                 for (i, &j) in index.iter().enumerate() {
                     if of_rows {
-                        add(&mut out[row(i)], &from[row(j as usize)], 1.0);
+                        add(out, i, &from[row(j as usize)]);
                     } else {
-                        let share = 1.0 / self.col_positives[j as usize] as f32;
-                        add(&mut out[row(j as usize)], &from[row(i)], share);
+                        add(out, j as usize, &from[row(i)]);
                     }
                 }
+                out.iter_mut().zip(&*lost).for_each(|(out, lost)| *out += lost);
+                divide(out, if of_rows { &self.row_positives } else { &self.col_positives }, dim);
             }
             Positives::Groups { u, v } => {
                 let (to_ids, from_ids, counts) =
@@ -120,18 +139,16 @@ impl Pairing {
                 };
                 for (id, x) in from_ids.iter().zip(from.chunks_exact(dim)) {
                     if let Some(first) = first(id) {
-                        add(&mut out[row(first)], x, 1.0);
+                        add(out, first, x);
                     }
                 }
+                out.iter_mut().zip(&*lost).for_each(|(out, lost)| *out += lost);
                 for (i, id) in to_ids.iter().enumerate() {
                     if let Some(first) = first(id).filter(|&first| first != i) {
                         out.copy_within(row(first), i * dim);
                     }
                 }
-                for (out, &count) in out.chunks_exact_mut(dim).zip(counts) {
-                    let share = 1.0 / count.max(1) as f32;
-                    out.iter_mut().for_each(|x| *x *= share);
-                }
+                divide(out, counts, dim);
             }
         }
     }
@@ -143,6 +160,14 @@ impl Pairing {
             + self.row_share.capacity()
             + self.col_share.capacity())
             + self.groups.capacity() * (size_of::<(i64, Group)>() + 1)
+    }
+}
+
+/// Makes means of sums `[counts, dim]`.
+fn divide(sums: &mut [f32], counts: &[u32], dim: usize) {
+    for (sums, &count) in sums.chunks_exact_mut(dim).zip(counts) {
+        let share = 1.0 / count.max(1) as f32;
+        sums.iter_mut().for_each(|x| *x *= share);
     }
 }
 

@@ -109,28 +109,27 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Resu
     shape("queries, each of which has an item", queries.count(), items.count())?;
     let scorer = Scorer::new(tilting, queries, items)?;
     let mut owns = vec![Own::default(); queries.count()];
-    let slack = scorer.scan_as::<f32, _>(Isa::best(), Pairs::Diagonal, &mut owns, |scores, own| {
-        if let Some(&score) = scores.query.checked_sub(scores.first).and_then(|at| scores.scores.get(at)) {
-            own.near = [score; 2];
-        }
-    })?;
     let dim = items.dim();
     owns.par_iter_mut().enumerate().for_each_init(
         || vec![0f32; dim],
         |query, (i, own)| {
             scorer.read_queries(i..i + 1, query);
-            // Both scores may be off.
-            let off = 2.0 * slack.of(inner(query, query).sqrt(), 0.0);
-            let [low, high] = own.near.map(f64::from);
-            own.near = if off.is_finite() {
-                [((low - off) as f32).next_down(), ((high + off) as f32).next_up()]
-            } else {
-                [f32::NEG_INFINITY, f32::INFINITY]
-            };
+            own.norm = inner(query, query).sqrt();
         },
     );
-    scorer.scan(Pairs::All, &mut owns, |Scores { query, first, scores, most }, own| {
-        let [low, high] = own.near;
+    scorer.scan_as::<f32, _>(Isa::best(), Pairs::Diagonal, &mut owns, |scores, own| {
+        if let Some(&score) = scores.query.checked_sub(scores.first).and_then(|at| scores.scores.get(at)) {
+            (own.score, own.off) = (f64::from(score), scores.slack.of(own.norm, 0.0));
+        }
+    })?;
+    scorer.scan(Pairs::All, &mut owns, |Scores { query, first, scores, most, slack }, own| {
+        // Both scores may be off.
+        let off = own.off + slack.of(own.norm, 0.0);
+        let [low, high] = if off.is_finite() {
+            [((own.score - off) as f32).next_down(), ((own.score + off) as f32).next_up()]
+        } else {
+            [f32::NEG_INFINITY, f32::INFINITY]
+        };
         if most < low {
             return;
         }
@@ -149,8 +148,11 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Resu
 /// What is known of a query's own item.
 #[derive(Clone, Default)]
 struct Own {
-    /// Between these a score may be its.
-    near: [f32; 2],
+    /// Its score, and how far it may be off.
+    score: f64,
+    off: f64,
+    /// Norm of the query.
+    norm: f64,
     /// How many items come before it.
     rank: u32,
     exact: Exact,
@@ -192,7 +194,7 @@ const WIDE: usize = 48;
 
 /// The `k` items of largest s(query, item) for each query, in the order of their scores in f64: found among the best by
 /// scores in bf16 where there are units for it, by scores in f32, or, where rounding could have left one of them out, among
-/// all, of equal rows the first. Memory is O(queries k), and 16 bytes an item where it comes to that.
+/// all that it could have. Memory is O(queries k); where it comes to that, 16 bytes an item and 256 MiB.
 ///
 /// # Errors
 /// [`LossError::Parameter`] unless `k` is between 1 and the number of items, [`LossError::Shape`] when dimensions differ or
@@ -207,7 +209,7 @@ fn top_k_under(isa: Isa, tilting: Tilting, queries: &dyn Rows, items: &dyn Rows,
         search.narrow::<Pair>(isa)?;
     }
     search.narrow::<f32>(isa)?;
-    search.look_at_all(isa)?;
+    search.finish(isa)?;
     Ok(search.best)
 }
 
@@ -236,7 +238,7 @@ pub fn top_k_on(
         Ok(())
     })?;
     search.settle(&candidates, |query| slack.of(inner(query, query).sqrt(), 0.0));
-    search.look_at_all(Isa::best())?;
+    search.finish(Isa::best())?;
     Ok(search.best)
 }
 
@@ -247,6 +249,8 @@ struct Settling<'a> {
     best: Best,
     /// Queries of which it is not certain yet.
     open: Vec<usize>,
+    /// What scores of the `k` best are at least, of each of them.
+    least: Vec<f64>,
 }
 
 impl<'a> Settling<'a> {
@@ -257,7 +261,7 @@ impl<'a> Settling<'a> {
             return Err(LossError::Parameter { what: "k", found: k.to_string(), expected });
         }
         let best = Best { indices: vec![0; n * k], scores: vec![0.0; n * k] };
-        Ok(Settling { scorer, k, best, open: (0..n).collect() })
+        Ok(Settling { scorer, k, best, open: (0..n).collect(), least: vec![f64::NEG_INFINITY; n] })
     }
 
     /// Settles what scores of operands `O` can tell.
@@ -287,34 +291,39 @@ impl<'a> Settling<'a> {
         let Settling { scorer, k, open, .. } = &*self;
         let k = *k;
         let (count, dim) = (scorer.items.count(), scorer.items.dim());
-        let found: Vec<Option<Vec<(f64, usize)>>> = open
+        let found: Vec<Result<Vec<(f64, usize)>, f64>> = open
             .par_iter()
             .zip(candidates)
             .map(|(&i, candidates)| {
                 let mut query = vec![0f32; dim];
                 scorer.read_queries(i..i + 1, &mut query);
-                let close = candidates.close(k, count, slack(&query))?;
-                Some(scorer.exactly(i, close, k))
+                if let Some(close) = candidates.close(k, count, slack(&query)) {
+                    return Ok(scorer.exactly(i, close, k));
+                }
+                let mut least = scorer.at_least(&query, candidates.kept.iter().map(|kept| kept.1 as usize));
+                Err(*least.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1)
             })
             .collect();
-        let open = std::mem::take(&mut self.open);
-        for (i, found) in open.into_iter().zip(found) {
+        self.least.clear();
+        for (i, found) in std::mem::take(&mut self.open).into_iter().zip(found) {
             match found {
-                Some(found) => self.put(i, found),
-                None => self.open.push(i),
+                Ok(found) => self.put(i, found),
+                Err(least) => {
+                    self.open.push(i);
+                    self.least.push(least);
+                }
             }
         }
     }
 
-    /// Settles the open queries by the scores of all items: where some are equal, in f32 once more, of one of each.
-    fn look_at_all(&mut self, isa: Isa) -> Result<(), LossError> {
+    /// Settles the open queries: where items are equal, by one of each.
+    fn finish(&mut self, isa: Isa) -> Result<(), LossError> {
         if self.open.is_empty() {
             return Ok(());
         }
         let alike = Alike::new(self.scorer.items);
         if alike.groups.len() == self.scorer.items.count() {
-            self.by_exact_scores();
-            return Ok(());
+            return self.reach(isa);
         }
         let first: Vec<usize> = (0..alike.groups.len()).map(|group| alike.members(group)[0] as usize).collect();
         let queries = Chosen { rows: self.scorer.queries, which: &self.open };
@@ -322,7 +331,7 @@ impl<'a> Settling<'a> {
         let k = self.k.min(first.len());
         let mut among = Settling::new(self.scorer.of(&queries, &items), k)?;
         among.narrow::<f32>(isa)?;
-        among.by_exact_scores();
+        among.reach(isa)?;
         // The best k are among the first k of each of the best k groups: before any other there are as many.
         let Best { indices, scores } = &among.best;
         let found: Vec<_> = indices.chunks_exact(k).zip(scores.chunks_exact(k)).collect();
@@ -336,18 +345,56 @@ impl<'a> Settling<'a> {
         Ok(())
     }
 
-    fn by_exact_scores(&mut self) {
-        let (scorer, k) = (&self.scorer, self.k);
-        let all = |i: usize| scorer.exactly(i, 0..scorer.items.count(), k);
-        let found: Vec<_> = self.open.par_iter().map(|&i| all(i)).collect();
-        for (i, found) in std::mem::take(&mut self.open).into_iter().zip(found) {
-            self.put(i, found);
+    /// Settles the open queries by the exact scores of all items that may be among the best.
+    fn reach(&mut self, isa: Isa) -> Result<(), LossError> {
+        /// Items of all queries that are held at a time.
+        const HELD: usize = 1 << 26;
+        let (items, k) = (self.scorer.items, self.k);
+        let (open, least) = (std::mem::take(&mut self.open), std::mem::take(&mut self.least));
+        let group = (HELD / items.count()).max(1);
+        for (open, least) in open.chunks(group).zip(least.chunks(group)) {
+            let chosen = Chosen { rows: self.scorer.queries, which: open };
+            let scorer = self.scorer.of(&chosen, items);
+            let mut query = vec![0f32; items.dim()];
+            let mut reached: Vec<Reached> = (0..open.len())
+                .map(|i| {
+                    scorer.read_queries(i..i + 1, &mut query);
+                    Reached { least: least[i], norm: inner(&query, &query).sqrt(), items: Vec::new() }
+                })
+                .collect();
+            scorer.scan_as::<f32, _>(isa, Pairs::All, &mut reached, |scores, reached| reached.take(&scores))?;
+            let found = reached
+                .par_iter()
+                .enumerate()
+                .map(|(i, reached)| scorer.exactly(i, reached.items.iter().map(|&item| item as usize), k));
+            let found: Vec<_> = found.collect();
+            open.iter().zip(found).for_each(|(&i, found)| self.put(i, found));
         }
+        Ok(())
     }
 
     fn put(&mut self, i: usize, found: Vec<(f64, usize)>) {
         for (at, (score, item)) in (i * self.k..).zip(found) {
             (self.best.indices[at], self.best.scores[at]) = (item, score);
+        }
+    }
+}
+
+/// The items that may be among the best of a query.
+struct Reached {
+    /// What scores of the best are at least.
+    least: f64,
+    /// Norm of the query.
+    norm: f64,
+    items: Vec<u32>,
+}
+
+impl Reached {
+    fn take(&mut self, &Scores { first, scores, most, slack, .. }: &Scores<'_>) {
+        let low = self.least - slack.of(self.norm, 0.0);
+        if f64::from(most) >= low {
+            let close = (first as u32..).zip(scores).filter(|&(_, &score)| f64::from(score) >= low);
+            self.items.extend(close.map(|(item, _)| item));
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::data::Rows;
 use crate::device::Search;
-use crate::device::cpu::Isa;
 pub use crate::device::cpu::search::exact;
 use crate::device::cpu::search::{self, Operand};
+use crate::device::cpu::{Isa, inner};
 use crate::objective::{LossError, Tilting, shape};
 use kernels::law::Product;
 use rayon::prelude::*;
@@ -18,6 +18,8 @@ pub struct Scores<'a> {
     pub scores: &'a [f32],
     /// The largest of them.
     pub most: f32,
+    /// What rounding can have done to them.
+    pub slack: &'a Slack,
 }
 
 /// Which pairs of queries and items are looked at.
@@ -33,11 +35,13 @@ pub const ITEMS: usize = 4096;
 /// Queries of a task, about: a whole number of micro-kernels, and tasks enough that nobody waits long for the last.
 pub const QUERIES: usize = 48;
 
-/// What rounding can have done to the scores of a pass over all items.
+/// What rounding can have done to the scores of some items.
 #[derive(Clone, Copy)]
 pub struct Slack {
     /// Roundings of a score.
     terms: usize,
+    /// Whether scores stand for squared distances, which f64 rounds too.
+    squares: bool,
     /// Norm of the longest item, and the least offset.
     longest: f64,
     lowest: f32,
@@ -46,8 +50,24 @@ pub struct Slack {
 }
 
 impl Slack {
-    fn new(terms: usize) -> Self {
-        Slack { terms, longest: 0.0, lowest: 0.0, rounded: 0.0 }
+    fn new(terms: usize, tilting: Tilting) -> Self {
+        let squares = tilting.product() == Product::SquaredDistance;
+        Slack { terms, squares, longest: 0.0, lowest: 0.0, rounded: 0.0 }
+    }
+
+    /// With an item of norm `size`, what is `added` to its scores, and an operand so far from it.
+    fn with(self, size: f64, added: f32, rounded: f64) -> Self {
+        Slack {
+            longest: self.longest.max(size),
+            lowest: self.lowest.min(added),
+            rounded: self.rounded.max(rounded),
+            ..self
+        }
+    }
+
+    /// Of the items of both.
+    fn and(self, other: &Slack) -> Self {
+        self.with(other.longest, other.lowest, other.rounded)
     }
 
     /// How far a query's scores may be from what they stand for: `distance` is how far its operand is from it. Infinite
@@ -60,7 +80,9 @@ impl Slack {
         let loss = self.terms as f64 * f64::from(f32::EPSILON) * (product - f64::from(self.lowest));
         // Products that are too small for a normal number may count as nothing.
         let lost = self.terms as f64 * f64::from(f32::MIN_POSITIVE);
-        loss + lost + distance * self.longest + (query_norm + distance) * self.rounded
+        let far = query_norm + self.longest;
+        let square = if self.squares { self.terms as f64 * f64::EPSILON * far * far } else { 0.0 };
+        loss + square + lost + distance * self.longest + (query_norm + distance) * self.rounded
     }
 }
 
@@ -110,6 +132,27 @@ impl<'a> Scorer<'a> {
         best(found, k)
     }
 
+    /// What scores of `query`, as [`Self::read_queries`] has it, and of the items `among` are at least, by f64.
+    pub fn at_least(&self, query: &[f32], among: impl Iterator<Item = usize>) -> Vec<f64> {
+        let (mut item, none) = (vec![0f32; self.items.dim()], Slack::new(self.terms(), self.tilting));
+        let norm = inner(query, query).sqrt();
+        let one = |j: usize| {
+            self.items.read(j, &mut item);
+            self.shift(&mut item);
+            let square = inner(&item, &item);
+            let (added, size) = ready(self.tilting, square);
+            let along = inner(query, &item) * if size > 0.0 { size / square.sqrt() } else { 1.0 };
+            let least = along + f64::from(added) - none.with(size, added, 0.0).of(norm, 0.0);
+            if least.is_nan() { f64::NEG_INFINITY } else { least }
+        };
+        among.map(one).collect()
+    }
+
+    /// Twice what a sum of so many products, each of rounded numbers, can lose.
+    fn terms(&self) -> usize {
+        self.items.dim() + 8
+    }
+
     fn shift(&self, row: &mut [f32]) {
         row.iter_mut().zip(&self.origin).for_each(|(x, c)| *x -= c);
     }
@@ -124,7 +167,7 @@ impl<'a> Scorer<'a> {
     pub fn hold(&self, device: &mut dyn Search) -> Result<Slack, LossError> {
         check_finite("items", self.items)?;
         let (count, dim) = (self.items.count(), self.items.dim());
-        let (mut slack, isa) = (Slack::new(device.terms(dim)), Isa::best());
+        let (mut slack, isa) = (Slack::new(device.terms(dim), self.tilting), Isa::best());
         device
             .hold(count, dim, &mut |first, rows, offsets| {
                 self.items.read(first, rows);
@@ -137,7 +180,7 @@ impl<'a> Scorer<'a> {
                     (size, added)
                 });
                 let (size, added) = sizes.reduce(|| (0.0, 0.0), |a, b| (f64::max(a.0, b.0), f32::min(a.1, b.1)));
-                (slack.longest, slack.lowest) = (slack.longest.max(size), slack.lowest.min(added));
+                slack = slack.with(size, added, 0.0);
             })
             .map_err(LossError::Device)?;
         Ok(slack)
@@ -169,8 +212,8 @@ impl<'a> Scorer<'a> {
         f: impl Fn(Scores<'_>, &mut T) + Sync,
     ) -> Result<Slack, LossError> {
         let (n, m, dim) = (self.queries.count(), self.items.count(), self.items.dim());
-        // Twice what a sum of so many products, each of rounded numbers, can lose.
-        let mut slack = Slack::new(dim + 8);
+        let none = Slack::new(self.terms(), self.tilting);
+        let mut slack = none;
         let mut packed = vec![O::default(); search::packed_len::<O>(ITEMS.min(m), dim)];
         let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![(0f64, 0f64); ITEMS]);
         for first_item in (0..m).step_by(ITEMS) {
@@ -180,6 +223,7 @@ impl<'a> Scorer<'a> {
                 break;
             }
             let (offset, sizes) = (&mut offset[..cols], &mut sizes[..cols]);
+            let mut slacks = vec![none; cols.div_ceil(search::COLS)];
             let parts = packed.par_chunks_mut(search::COLS * O::count(dim)).zip(offset.par_chunks_mut(search::COLS));
             parts.zip(sizes.par_chunks_mut(search::COLS)).enumerate().for_each_init(
                 <(Vec<f32>, Vec<O>, Vec<f64>)>::default,
@@ -197,7 +241,6 @@ impl<'a> Scorer<'a> {
                     sizes.iter_mut().zip(distances).for_each(|((_, rounded), distance)| *rounded = *distance);
                 },
             );
-            let offset = &*offset;
             for (item, &(size, rounded)) in (first_item..).zip(&*sizes) {
                 if !size.is_finite() {
                     // Or it is too far from the origin.
@@ -205,9 +248,11 @@ impl<'a> Scorer<'a> {
                     self.items.read(item, &mut row);
                     finite("items", item, &row)?;
                 }
-                (slack.longest, slack.rounded) = (slack.longest.max(size), slack.rounded.max(rounded));
+                let (part, added) = ((item - first_item) / search::COLS, offset[item - first_item]);
+                slacks[part] = slacks[part].with(size, added, rounded);
             }
-            slack.lowest = offset.iter().fold(slack.lowest, |least, &offset| least.min(offset));
+            let (offset, slacks) = (&*offset, &slacks[..]);
+            slack = slacks.iter().fold(slack, Slack::and);
             // As many tasks as keep a few cores busy to the end.
             let tasks = queries.len().div_ceil(QUERIES).next_multiple_of(4);
             let rows = queries.len().div_ceil(tasks).next_multiple_of(12);
@@ -221,7 +266,8 @@ impl<'a> Scorer<'a> {
                     self.read_queries(start..start + states.len(), own);
                     let own = O::of(isa, own, dim, operands, distances);
                     search::each_row(isa, own, dim, &packed, offset, tile, |i, first, scores, most| {
-                        f(Scores { query: start + i, first: first_item + first, scores, most }, &mut states[i]);
+                        let (slack, query) = (&slacks[first / search::COLS], start + i);
+                        f(Scores { query, first: first_item + first, scores, most, slack }, &mut states[i]);
                     });
                 },
             );

@@ -82,12 +82,12 @@ impl<'a, D: Contrast> State<'a, D> {
         let mut adam = Adam::new(device, config.adam, layout);
         let mut params = device.alloc(layout.len());
         for (buf, from) in [&mut params, &mut adam.m, &mut adam.v].into_iter().zip(&start.arenas) {
-            device.upload(from, all_mut(buf, layout.len()));
+            device.upload(from, ViewMut::first(buf, layout.len()));
         }
         let batch_of = |width: usize| device.alloc(config.batch * width);
         let scaling = device.is_narrow().then(|| {
             let mut scaling = device.alloc(2);
-            device.upload(&start.scaling, all_mut(&mut scaling, 2));
+            device.upload(&start.scaling, ViewMut::first(&mut scaling, 2));
             scaling
         });
         let x = [0, 1].map(|side| batch_of(encoders[side].input));
@@ -145,15 +145,15 @@ impl<'a, D: Contrast> State<'a, D> {
                 host.extend(order.iter().map(|&i| i as f32));
             }
         }
-        device.upload(&host, all_mut(&mut self.plan, host.len()));
-        device.upload(&[0.0], all_mut(&mut self.cursor, 1));
+        device.upload(&host, ViewMut::first(&mut self.plan, host.len()));
+        device.upload(&[0.0], ViewMut::first(&mut self.cursor, 1));
     }
 
     /// A batch from the host.
     pub(super) fn feed(&mut self, device: &D, data: &PairBatch) {
         self.moments.update(device, self.config, &data.u, &data.v);
         for (x, host) in self.x.iter_mut().zip([&data.u, &data.v]) {
-            device.upload(host, all_mut(x, host.len()));
+            device.upload(host, ViewMut::first(x, host.len()));
         }
     }
 
@@ -174,12 +174,22 @@ impl<'a, D: Contrast> State<'a, D> {
     fn passes(&mut self, device: &mut D, loss: &Loss) -> Result<(), LossError> {
         let row = device.len(&self.now);
         let rows = device.len(&self.plan);
-        device.gather(row, all(&self.plan, rows), all(&self.cursor, 1), all_mut(&mut self.now, row));
-        device.copy(View { buf: &self.now, at: 1..2 }, all_mut(&mut self.cursor, 1));
+        device.gather(
+            row,
+            View::first(&self.plan, rows),
+            View::first(&self.cursor, 1),
+            ViewMut::first(&mut self.now, row),
+        );
+        device.copy(View { buf: &self.now, at: 1..2 }, ViewMut::first(&mut self.cursor, 1));
         if let Some(data) = &self.data {
             for ((x, data), encoder) in self.x.iter_mut().zip(data).zip(&self.network.encoders) {
                 let (width, index) = (encoder.input, View { buf: &self.now, at: PLAN..row });
-                device.gather(width, all(data, self.samples * width), index, all_mut(x, self.config.batch * width));
+                device.gather(
+                    width,
+                    View::first(data, self.samples * width),
+                    index,
+                    ViewMut::first(x, self.config.batch * width),
+                );
             }
         }
         self.embed(device);
@@ -189,7 +199,7 @@ impl<'a, D: Contrast> State<'a, D> {
         let index = View { buf: &self.now, at: 0..1 };
         for ((log, from), width) in self.log.iter_mut().zip([&self.scalars, &self.judged]).zip([4, 2]) {
             let len = D::AHEAD as usize * width;
-            device.scatter(width, all(from, width), index.again(), all_mut(log, len));
+            device.scatter(width, View::first(from, width), index.again(), ViewMut::first(log, len));
         }
         Ok(())
     }
@@ -201,7 +211,7 @@ impl<'a, D: Contrast> State<'a, D> {
                 self.forward(device, side, first);
                 let len = self.micro * self.config.dim;
                 let to = ViewMut { buf: &mut self.embeddings[side], at: rows(first, self.micro, self.config.dim) };
-                device.copy(all(&self.acts[side].output, len), to);
+                device.copy(View::first(&self.acts[side].output, len), to);
             }
         }
     }
@@ -209,15 +219,15 @@ impl<'a, D: Contrast> State<'a, D> {
     /// Evaluates `loss`, at the temperature and bias learned so far, leaving its gradients beside the embeddings.
     fn contrast(&mut self, device: &mut D, loss: &Loss) -> Result<(), LossError> {
         let (batch, dim) = (self.config.batch, self.config.dim);
-        let [u, v] = self.embeddings.each_ref().map(|e| all(e, batch * dim));
-        let gradients = self.d_embeddings.each_mut().map(|d| Write::Set(all_mut(d, batch * dim)));
+        let [u, v] = self.embeddings.each_ref().map(|e| View::first(e, batch * dim));
+        let gradients = self.d_embeddings.each_mut().map(|d| Write::Set(ViewMut::first(d, batch * dim)));
         let embeddings =
             Embeddings { u, v, rows: batch, dim, precision: self.precision, moments: self.moments.views() };
         let param = |at: &Range<usize>| View { buf: &self.params, at: at.clone() };
         let scalars = Scalars {
             logit_scale: self.config.train_tau.then(|| param(&self.network.logit_scale)),
             bias: loss.objective.is_of_each_pair().then(|| param(&self.network.bias)),
-            out: all_mut(&mut self.scalars, 4),
+            out: ViewMut::first(&mut self.scalars, 4),
         };
         device.contrast(loss, embeddings, gradients, scalars)
     }
@@ -225,7 +235,7 @@ impl<'a, D: Contrast> State<'a, D> {
     /// Gradients of the whole arena, from those of the embeddings and of the loss's scalars.
     fn backward(&mut self, device: &D) {
         let (batch, dim, micro) = (self.config.batch, self.config.dim, self.micro);
-        device.fill(0.0, all_mut(&mut self.grads, self.network.layout.len()));
+        device.fill(0.0, ViewMut::first(&mut self.grads, self.network.layout.len()));
         for side in [0, 1] {
             for first in (0..batch).step_by(micro) {
                 if micro < batch {
@@ -233,7 +243,7 @@ impl<'a, D: Contrast> State<'a, D> {
                 }
                 let (encoder, acts) = (&self.network.encoders[side], &mut self.acts[side]);
                 let d = View { buf: &self.d_embeddings[side], at: rows(first, micro, dim) };
-                scaled(device, &self.scaling, d, all_mut(&mut acts.d_output, micro * dim));
+                scaled(device, &self.scaling, d, ViewMut::first(&mut acts.d_output, micro * dim));
                 let x = View { buf: &self.x[side], at: rows(first, micro, encoder.input) };
                 encoder.backward(device, &self.params, x, micro, acts, &mut self.grads);
             }
@@ -246,9 +256,10 @@ impl<'a, D: Contrast> State<'a, D> {
 
     /// One optimiser step; a trained temperature stays within CLIP's bounds.
     fn update(&mut self, device: &D) {
-        let (loss, grads) = (View { buf: &self.scalars, at: 0..1 }, all(&self.grads, self.network.layout.len()));
-        let scaling = self.scaling.as_mut().map(|s| all_mut(s, 2));
-        device.judge(self.config.grad_clip, loss, grads, scaling, all_mut(&mut self.judged, 2));
+        let (loss, grads) =
+            (View { buf: &self.scalars, at: 0..1 }, View::first(&self.grads, self.network.layout.len()));
+        let scaling = self.scaling.as_mut().map(|s| ViewMut::first(s, 2));
+        device.judge(self.config.grad_clip, loss, grads, scaling, ViewMut::first(&mut self.judged, 2));
         let (now, factor) = (View { buf: &self.now, at: 2..PLAN }, View { buf: &self.judged, at: 1..2 });
         self.adam.update(device, now, factor, &mut self.params, &self.grads);
         if self.config.train_tau {
@@ -261,7 +272,7 @@ impl<'a, D: Contrast> State<'a, D> {
     pub(super) fn results(&self, device: &D, count: usize) -> impl Iterator<Item = Results> + use<D> {
         let [scalars, judged] = [0, 1].map(|which| {
             let mut host = vec![0.0; count * [4, 2][which]];
-            device.download(all(&self.log[which], host.len()), &mut host);
+            device.download(View::first(&self.log[which], host.len()), &mut host);
             host
         });
         let narrow = self.scaling.is_some();
@@ -291,7 +302,7 @@ impl<'a, D: Contrast> State<'a, D> {
     /// What is laid out as the arena.
     fn arena(&self, device: &D, buf: &D::Buf) -> Vec<f32> {
         let mut host = vec![0.0; self.network.layout.len()];
-        device.download(all(buf, host.len()), &mut host);
+        device.download(View::first(buf, host.len()), &mut host);
         host
     }
 
@@ -299,7 +310,7 @@ impl<'a, D: Contrast> State<'a, D> {
     pub(super) fn checkpoint(&self, device: &D, step: u64, loss_sum: f64, seconds: f64) -> Checkpoint {
         let mut scaling = [SCALING_START, 0.0];
         if let Some(buf) = &self.scaling {
-            device.download(all(buf, 2), &mut scaling);
+            device.download(View::first(buf, 2), &mut scaling);
         }
         let arenas = [&self.params, &self.adam.m, &self.adam.v].map(|buf| self.arena(device, buf));
         let (config, origin) = (self.config.clone(), self.origin.clone());
@@ -346,12 +357,4 @@ fn scaled<D: Device>(device: &D, scaling: &Option<D::Buf>, from: View<'_, D::Buf
 /// Where `count` rows of `width` numbers lie, from row `first` on.
 fn rows(first: usize, count: usize, width: usize) -> Range<usize> {
     first * width..(first + count) * width
-}
-
-fn all<B>(buf: &B, len: usize) -> View<'_, B> {
-    View { buf, at: 0..len }
-}
-
-fn all_mut<B>(buf: &mut B, len: usize) -> ViewMut<'_, B> {
-    ViewMut { buf, at: 0..len }
 }

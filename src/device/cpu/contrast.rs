@@ -299,9 +299,18 @@ enum Form {
 
 /// What a softmax is over: each row and each column, or the whole matrix.
 #[derive(Clone, Copy)]
-enum Over {
+pub(super) enum Over {
     Each { lambda_u: f64, lambda_v: f64 },
     All,
+}
+
+impl Over {
+    pub(super) fn want(self) -> Want {
+        match self {
+            Over::Each { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
+            Over::All => Want { rows: true, cols: false },
+        }
+    }
 }
 
 impl Form {
@@ -353,10 +362,7 @@ fn softmax<T: Element>(
     if matches!(over, Over::All) || several(&pairing.row_positives) || several(&pairing.col_positives) {
         logits.grid = None;
     }
-    let want = match over {
-        Over::Each { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
-        Over::All => Want { rows: true, cols: false },
-    };
+    let want = over.want();
     // The sum of G S is that of <u, G v>, where S is linear in u and G not rounded before it meets v.
     logits.exponentials = logits.anchor.is_some()
         && (want.rows && want.cols && smoothing == 0.0)
@@ -364,8 +370,7 @@ fn softmax<T: Element>(
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
 
-    let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
-    let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
+    let [row_side, col_side] = Counted::both(pairing, [rows, cols]);
     let value;
     let law;
     match over {
@@ -566,16 +571,27 @@ pub(super) struct Counted<'a> {
     pub(super) opposite: usize,
 }
 
-impl Counted<'_> {
+impl<'a> Counted<'a> {
+    /// Of rows and of columns.
+    pub(super) fn both(pairing: &'a Pairing, [rows, cols]: [&'a Tallies; 2]) -> [Self; 2] {
+        let Pairing { row_positives, col_positives, row_share, col_share, .. } = pairing;
+        [
+            Counted { tallies: rows, positives: row_positives, share: row_share, opposite: col_positives.len() },
+            Counted { tallies: cols, positives: col_positives, share: col_share, opposite: row_positives.len() },
+        ]
+    }
+
     /// (max, sum over negatives, sum over positives) of row i.
     fn parts(&self, i: usize) -> (f32, f32, f32) {
         let positives = self.tallies.rest[i].positives;
         if let Some(anchor) = self.tallies.anchor {
-            return (anchor, self.tallies.sum[i], positives.sum * decay(positives.max, anchor));
+            let decay = f64::from(decay(positives.max, anchor));
+            return (anchor, self.tallies.sum[i], (positives.sum * decay) as f32);
         }
         let max = Num::max(self.tallies.max[i], positives.max);
         let negative = self.tallies.sum[i] * decay(self.tallies.max[i], max);
-        (if max < f32::MIN { 0.0 } else { max }, negative, positives.sum * decay(positives.max, max))
+        let positive = (positives.sum * f64::from(decay(positives.max, max))) as f32;
+        (if max < f32::MIN { 0.0 } else { max }, negative, positive)
     }
 
     /// `r_i - <T_i, S_i>`, accurate also where it is tiny, of what [`Counted::parts`] says.
@@ -587,7 +603,7 @@ impl Counted<'_> {
             // A plain logarithm is the faster one.
             (if odds < 0.5 { odds.ln_1p() } else { (1.0 + odds).ln() })
                 + (f64::from(tally.positives.max) - mean)
-                + f64::from(tally.positives.sum).ln()
+                + tally.positives.sum.ln()
         } else {
             f64::from(max) + f64::from(negative).ln() - mean
         };
@@ -645,7 +661,7 @@ impl Counted<'_> {
                 Target::Among {
                     share: (weight / count) as f32,
                     max: positives.max,
-                    mean: (f64::from(positives.sum) / count).ln() as f32,
+                    mean: (positives.sum / count).ln() as f32,
                     others: others as f32,
                     slack: smoothing as f32,
                 }

@@ -20,7 +20,7 @@
 
 use super::operand::{Element, ElementOp, Operands};
 use super::simd::{
-    Inner, LONG, Left, Own, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
+    Inner, Isa, LONG, Left, Op, Own, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
 };
 use super::sweep::{Cut, sweep};
 use super::together;
@@ -430,7 +430,7 @@ pub struct Tally {
     pub positives: Lse,
     /// Sum of the positives' logits.
     pub positive_logits: f64,
-    /// Sum of all logits not ignored; only with label smoothing.
+    /// Sum of all logits not ignored; of positives alone without label smoothing.
     pub logits: f64,
     /// Pairs ignored.
     pub ignored: u32,
@@ -448,11 +448,9 @@ impl Tally {
             Special::Positive => {
                 self.positives = self.positives.merge(Lse::of(s));
                 self.positive_logits += f64::from(s);
+                self.logits += f64::from(s);
             }
-            Special::Ignored => {
-                self.ignored += 1;
-                self.logits -= f64::from(s);
-            }
+            Special::Ignored => self.ignored += 1,
         }
     }
 }
@@ -653,14 +651,6 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                 let stride = stride(&cols);
                 let s = ws.tile.sized(rows.len() * stride);
                 T::tile(logits, u, s, &rows, &cols);
-                if logit_sums {
-                    for (i, s) in rows.clone().zip(s.chunks_exact(stride)) {
-                        for (j, &s) in cols.clone().zip(s) {
-                            row.rest[i - row.first].logits += f64::from(s);
-                            col.rest[j - col.first].logits += f64::from(s);
-                        }
-                    }
-                }
                 ws.specials.clear();
                 logits.visit(&rows, &cols, |i, j, special| {
                     let s = &mut s[(i - rows.start) * stride + j - cols.start];
@@ -669,6 +659,14 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
                     ws.specials.push((i, j, *s, 0.0));
                     *s = f32::NEG_INFINITY;
                 });
+                if logit_sums {
+                    for (i, s) in rows.clone().zip(s.chunks_exact(stride)) {
+                        for (j, &s) in cols.clone().zip(s).filter(|(_, s)| **s > f32::NEG_INFINITY) {
+                            row.rest[i - row.first].logits += f64::from(s);
+                            col.rest[j - col.first].logits += f64::from(s);
+                        }
+                    }
+                }
                 let wide = wide::<S>(&cols);
                 for row in s.chunks_exact_mut(stride) {
                     row[cols.len()..wide].fill(f32::NEG_INFINITY);
@@ -1080,10 +1078,7 @@ fn take_specials<T: Element>(
     logits.visit(rows, cols, |i, j, special| {
         let s = s[(i - rows.start) * stride(cols) + j - cols.start];
         let gradient = match special {
-            Special::Ignored => {
-                law.drop_ignored(i, s, &mut sums[i - rows.start]);
-                0.0
-            }
+            Special::Ignored => return specials.push((i, j, law.logit_of_no_part(), 0.0)),
             Special::Positive if law.positives_are_plain() => return,
             Special::Positive => law.at_positive(i, j, s, &mut sums[i - rows.start]),
         };
@@ -1122,12 +1117,11 @@ impl Law<'_> {
         }
     }
 
-    /// Takes an ignored pair out of what [`Law::apply`] sums over whole rows.
-    fn drop_ignored(&self, i: usize, s: f32, sums: &mut RowSums) {
-        if let Law::Sigmoid { bias, smoothing, share } = self
-            && *smoothing > 0.0
-        {
-            sums.value += 0.5 * f64::from(*smoothing) * f64::from(share[i]) * f64::from(s + bias);
+    /// The logit that adds nothing to what [`Law::apply`] sums over whole rows.
+    fn logit_of_no_part(&self) -> f32 {
+        match self {
+            Law::Softmax { .. } => 0.0,
+            Law::Sigmoid { bias, .. } => -bias,
         }
     }
 
@@ -1396,6 +1390,11 @@ fn sigmoid_row<S: Simd>(bias: f32, smoothing: f32, share: f32, row: &mut [f32]) 
 }
 
 impl Factor<'_> {
+    /// The entry of `Q` of two rows, as a tile has it.
+    pub fn entry(isa: Isa, left: &[f32], right: &[f32]) -> f32 {
+        isa.run(Entry { left, right })
+    }
+
     #[inline(always)]
     fn tile<S: Simd>(&self, rows: &Range<usize>, cols: &Range<usize>, q: &mut [f32]) {
         let left = Left {
@@ -1406,6 +1405,27 @@ impl Factor<'_> {
             depth: self.dim,
         };
         product::<S, f32, Inner, LONG>(left, &self.right[cols.start * self.dim..], cols.len(), q, COLS, false);
+    }
+}
+
+struct Entry<'a> {
+    left: &'a [f32],
+    right: &'a [f32],
+}
+
+impl Op for Entry<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self) -> f32 {
+        let mut total = S::F32::splat(0.0);
+        for (left, right) in self.left.chunks(LONG).zip(self.right.chunks(LONG)) {
+            let mut sum = S::F32::splat(0.0);
+            for (&x, &y) in left.iter().zip(right) {
+                sum = S::F32::splat(x).mul_add(S::F32::splat(y), sum);
+            }
+            total = total.add(sum);
+        }
+        fold::<S>(total, |first, _| first)
     }
 }
 

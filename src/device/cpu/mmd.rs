@@ -12,8 +12,8 @@
 //! place of features, [`PANEL`] columns (or rows) at a time: O(N^2 M) work, O((N + M) PANEL) memory. K
 //! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
 
-use super::contrast::{Accumulated, Counted, Sums, Tilted, conclude, pull_gradients};
-use super::fused::{Buffer, Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, Want, grow, pack_columns};
+use super::contrast::{Accumulated, Counted, Over, Sums, Tilted, conclude, pull_gradients};
+use super::fused::{Buffer, Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, grow, pack_columns};
 use super::gemm::gemm;
 use super::simd::Isa;
 use crate::device::Gemm;
@@ -38,8 +38,10 @@ pub struct Scratch {
     residual_v: Vec<f32>,
     /// Mean features of the positives.
     targets: Vec<f32>,
-    /// Moments of the joint law, `[f_u, f_v]`: of the gap, twice it, of the targets.
-    moments: [Vec<f32>; 3],
+    /// Moments `[f_u, f_v]` of the joint law, of the targets, of the gap between them, and twice that.
+    moments: [Vec<f32>; 4],
+    /// What sums of targets lost.
+    lost: Vec<f32>,
     /// What a factor subtracts.
     mean_u: Vec<f32>,
     mean_v: Vec<f32>,
@@ -63,6 +65,7 @@ struct Gram {
     x: Vec<f32>,
     y: Vec<f32>,
     mean: Vec<f32>,
+    lost: Vec<f32>,
     sums: Vec<f64>,
     packed: Buffer,
     all_u: Vec<f32>,
@@ -97,6 +100,7 @@ impl Scratch {
             &g.x,
             &g.y,
             &g.mean,
+            &g.lost,
             &g.part.u,
             &g.part.v,
             &g.part.cols,
@@ -108,6 +112,7 @@ impl Scratch {
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + packed.map(Buffer::bytes).iter().sum::<usize>()
             + 4 * self.moments.iter().map(Vec::capacity).sum::<usize>()
+            + 4 * self.lost.capacity()
             + 8 * g.sums.capacity()
             + g.ones.bytes()
             + size_of::<RowSums>() * g.part.sums.capacity()
@@ -122,7 +127,7 @@ pub fn evaluate(
     batch: &Batch<'_>,
     gradients: Gradients<'_>,
 ) -> Value {
-    let (n, m) = (batch.u.rows, batch.v.rows);
+    let n = batch.u.rows;
     let super::contrast::Scratch {
         pairing,
         packed,
@@ -146,19 +151,14 @@ pub fn evaluate(
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     pack_columns::<f32>(isa, &tilted.v, packed, threads);
     let mut logits = tilted.logits::<f32>(isa, batch, packed, threads);
-    let weights = match loss.objective {
-        Objective::Mmd { lambda_u, lambda_v } => Weights::Conditional { lambda_u, lambda_v },
-        _ => Weights::Joint,
+    let over = match loss.objective {
+        Objective::Mmd { lambda_u, lambda_v } => Over::Each { lambda_u, lambda_v },
+        _ => Over::All,
     };
-    let want = match weights {
-        Weights::Conditional { lambda_u, lambda_v } => Want { rows: lambda_v > 0.0, cols: lambda_u > 0.0 },
-        Weights::Joint => Want { rows: true, cols: false },
-    };
-    logits.tally([rows, cols], want, false, kept, *budget);
+    logits.tally([rows, cols], over.want(), false, kept, *budget);
     logits.kept = Some(kept);
-    let row_side = Counted { tallies: rows, positives: &pairing.row_positives, share: &pairing.row_share, opposite: m };
-    let col_side = Counted { tallies: cols, positives: &pairing.col_positives, share: &pairing.col_share, opposite: n };
-    if let Weights::Joint = weights {
+    let [row_side, col_side] = Counted::both(pairing, [rows, cols]);
+    if let Over::All = over {
         let (max, sum) = row_side.total();
         row_norms.resize(n);
         (0..n).for_each(|i| row_norms.set_plain(i, max, (1.0 / sum) as f32));
@@ -171,34 +171,26 @@ pub fn evaluate(
     let (value, sums) = match moments {
         Moments::Features { u, v } | Moments::Gram { kernel: DataKernel::Linear, u, v } => {
             let mut features = Features::new(own, u, v);
-            let (value, law) = match weights {
-                Weights::Conditional { lambda_u, lambda_v } => {
-                    features.conditional(&context, lambda_u, lambda_v, row_sums)
-                }
-                Weights::Joint => features.joint(&context, row_sums),
+            let (value, law) = match over {
+                Over::Each { lambda_u, lambda_v } => features.conditional(&context, lambda_u, lambda_v, row_sums),
+                Over::All => features.joint(&context, row_sums),
             };
             (value, pull_gradients(&tilted, &logits, &law, gradients, row_sums, col_sums, grad_u, grad_v))
         }
         Moments::Gram { kernel: DataKernel::Gaussian { width }, u, v } => {
             let gram = &mut own.gram;
             let mut total = Total::new(&context, gradients, [grad_u, grad_v], row_sums, col_sums);
-            let value = match weights {
-                Weights::Conditional { lambda_u, lambda_v } => {
+            let value = match over {
+                Over::Each { lambda_u, lambda_v } => {
                     gram.conditional(&context, width, u, Axis::Cols, lambda_u, &mut total)
                         + gram.conditional(&context, width, v, Axis::Rows, lambda_v, &mut total)
                 }
-                Weights::Joint => gram.joint(&context, width, u, v, &mut total),
+                Over::All => gram.joint(&context, width, u, v, &mut total),
             };
             (value, total.conclude(&context))
         }
     };
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
-}
-
-#[derive(Clone, Copy)]
-enum Weights {
-    Conditional { lambda_u: f64, lambda_v: f64 },
-    Joint,
 }
 
 struct Context<'a> {
@@ -231,7 +223,8 @@ struct Features<'a> {
     residual_u: &'a mut Vec<f32>,
     residual_v: &'a mut Vec<f32>,
     targets: &'a mut Vec<f32>,
-    moments: &'a mut [Vec<f32>; 3],
+    moments: &'a mut [Vec<f32>; 4],
+    lost: &'a mut Vec<f32>,
     mean_u: &'a mut Vec<f32>,
     mean_v: &'a mut Vec<f32>,
     packed_u: &'a mut Buffer,
@@ -249,6 +242,7 @@ impl<'a> Features<'a> {
             residual_v: &mut own.residual_v,
             targets: &mut own.targets,
             moments: &mut own.moments,
+            lost: &mut own.lost,
             mean_u: &mut own.mean_u,
             mean_v: &mut own.mean_v,
             packed_u: &mut own.packed_u,
@@ -290,8 +284,8 @@ impl<'a> Features<'a> {
             };
             logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
             let means = &mut self.residual_u[..m * f_u];
-            pairing.target_means(batch, false, self.u, f_u, targets);
-            value += residuals(means, targets, f_u, &pairing.col_share, lambda_u, self.mean_u);
+            pairing.target_means(batch, false, self.u, f_u, targets, self.lost);
+            value += residuals(isa, means, targets, f_u, &pairing.col_share, lambda_u, self.lost, self.mean_u);
             pack_columns::<f32>(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
             law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
         }
@@ -311,8 +305,8 @@ impl<'a> Features<'a> {
             };
             logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
             let means = &mut self.residual_v[..n * f_v];
-            pairing.target_means(batch, true, self.v, f_v, targets);
-            value += residuals(means, targets, f_v, &pairing.row_share, lambda_v, self.mean_v);
+            pairing.target_means(batch, true, self.v, f_v, targets, self.lost);
+            value += residuals(isa, means, targets, f_v, &pairing.row_share, lambda_v, self.lost, self.mean_v);
             pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
             law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
         }
@@ -326,29 +320,31 @@ impl<'a> Features<'a> {
         let [carry_u, carry_v] = self.sides();
         let [f_u, f_v] = self.dims;
         let part = context.row_norms.part(0..n);
-        // H = W F_v, less T F_v: small when the law is learned, so subtract before summing over rows.
+        // H = W F_v, and less T F_v: small when the law is learned, so subtract before summing over rows.
         grow(self.residual_v, n * f_v);
         grow(self.targets, n * f_v);
         let (h, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
         let means_only =
             Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None, apart: false };
         logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
-        pairing.target_means(batch, true, self.v, f_v, targets);
-        for ((h, t), &w) in h.chunks_exact_mut(f_v).zip(targets.chunks_exact_mut(f_v)).zip(&pairing.row_share) {
-            for (h, t) in h.iter_mut().zip(t) {
-                *t *= w;
-                *h -= *t;
-            }
+        pairing.target_means(batch, true, self.v, f_v, targets, self.lost);
+        for (t, &w) in targets.chunks_exact_mut(f_v).zip(&pairing.row_share) {
+            t.iter_mut().for_each(|t| *t *= w);
         }
-        let [gap, d, target] = self.moments;
-        for (out, right) in [(&mut *gap, &*h), (&mut *target, &*targets)] {
+        let [law, target, gap, d] = self.moments;
+        let mut moment = |out: &mut Vec<f32>, right: &[f32]| {
             out.resize(f_u * f_v, 0.0);
             let shape = Gemm { m: f_u, n: f_v, k: n, transpose_a: true, transpose_b: false };
             gemm(isa, shape, self.u, right, Write::Set(out), self.packed);
-        }
+        };
+        moment(law, h);
+        moment(target, targets);
+        h.iter_mut().zip(&*targets).for_each(|(h, t)| *h -= t);
+        moment(gap, h);
+        // Of the law's own moments: they may be far smaller than the targets', and then so is the value.
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let value = dot(gap, gap) - dot(target, target);
-        let mean = 2.0 * (dot(gap, gap) + dot(target, gap));
+        let value = dot(law, law) - 2.0 * dot(law, target);
+        let mean = 2.0 * dot(law, gap);
         d.clear();
         d.extend(gap.iter().map(|&x| 2.0 * x));
         let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
@@ -363,19 +359,30 @@ impl<'a> Features<'a> {
 
 /// Turns means into residuals `lambda x_j (m_j - t_j)`, writes `<m_j, residual_j>`, and returns
 /// `lambda sum_j x_j (|m_j|^2/2 - <m_j, t_j>)`.
-fn residuals(means: &mut [f32], targets: &[f32], dim: usize, share: &[f32], lambda: f64, dots: &mut Vec<f32>) -> f64 {
+#[allow(clippy::too_many_arguments, reason = "operands, outputs and scratch")]
+fn residuals(
+    isa: Isa,
+    means: &mut [f32],
+    targets: &[f32],
+    dim: usize,
+    share: &[f32],
+    lambda: f64,
+    own: &mut Vec<f32>,
+    dots: &mut Vec<f32>,
+) -> f64 {
     dots.clear();
     let mut value = 0.0;
     for ((means, targets), &share) in means.chunks_exact_mut(dim).zip(targets.chunks_exact(dim)).zip(share) {
         let weight = lambda * f64::from(share);
-        let mut dot = 0.0;
+        own.clear();
+        own.extend_from_slice(means);
         for (m, &t) in means.iter_mut().zip(targets) {
             let (mean, target) = (f64::from(*m), f64::from(t));
             value += weight * mean * (0.5 * mean - target);
-            dot += mean * (mean - target);
             *m = (weight * (mean - target)) as f32;
         }
-        dots.push((weight * dot) as f32);
+        // As factors are multiplied out: where a softmax is one pair's, its mean is that pair's factor, to the last bit.
+        dots.push(Factor::entry(isa, own, means));
     }
     value
 }
@@ -667,7 +674,7 @@ impl Gram {
                 apart: false,
             };
             logits.pull(&law, pull);
-            pairing.target_means(batch, true, kernel, b, tk);
+            pairing.target_means(batch, true, kernel, b, tk, &mut self.lost);
             let (x, y) = (&mut self.x[..2 * n * b], &mut self.y[..2 * n * b]);
             for (i, x) in x.chunks_exact_mut(2 * b).enumerate() {
                 for k in 0..b {

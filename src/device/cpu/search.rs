@@ -191,9 +191,9 @@ fn exact_of(tilting: Tilting, query: &[f32], square: f64, item: &[f32]) -> f64 {
         Product::SquaredDistance => -0.5 * in_eight(query, item, |q, x| (q - x) * (q - x)),
         Product::Inner if tilting.unit_rows() => {
             let (along, own) = (inner(query, item), inner(item, item));
-            // A quotient of exact numbers is the same for items of one direction: they tie. And no -0,
-            // which would rank behind 0.
-            let part = along * along / own / square;
+            // Where products are exact this is one rounding of a number that items of one direction share: they tie. And
+            // no -0, which would rank behind 0.
+            let part = along * along / (own * square);
             if square > 0.0 && own > 0.0 { part.sqrt().copysign(along) + 0.0 } else { 0.0 }
         }
         Product::Inner => inner(query, item),

@@ -9,7 +9,7 @@ use super::contrast::{Cuda, Rows};
 use super::search::Searcher;
 use crate::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling,
-    Scalars, Search, View, ViewMut,
+    Scalars, Search, View, ViewMut, dense_by_parts,
 };
 use crate::objective::{Loss, LossError, Precision, Write};
 use kernels::abi::{self, Kernel};
@@ -273,15 +273,7 @@ impl<C: Card> Device for Cuda<C> {
                 self.run(kernel, [tiles(outputs) as u32, tiles(rows) as u32, 1], &args)
             });
         }
-        let shape = Gemm { m: rows, n: outputs, k: inputs, transpose_a: false, transpose_b: true };
-        let (mut to, active) = match pre {
-            Some(pre) => (pre, Some(out)),
-            None => (out, None),
-        };
-        self.gemm(shape, x, weight, Write::Set(to.again()));
-        if bias.is_some() || activation != Activation::None || active.is_some() {
-            self.bias_activation([rows, outputs, 1], activation, bias, to, active);
-        }
+        dense_by_parts(self, [rows, inputs, outputs], activation, x, weight, bias, pre, out);
     }
 
     fn bias_activation(

@@ -146,7 +146,7 @@ impl<C: Card> Cuda<C> {
         let counts = [batch.v.rows, batch.u.rows];
         for (which, (matrix, to)) in features(moments)?.into_iter().zip(&mut targets).enumerate() {
             let mut means = vec![0f32; counts[which] * matrix.dim];
-            self.pairing.target_means(batch, which == 1, &singles(matrix), matrix.dim, &mut means);
+            self.pairing.target_means(batch, which == 1, &singles(matrix), matrix.dim, &mut means, &mut Vec::new());
             *to = self.put(SLOTS[which].host_target, &means)?;
         }
         Ok(targets)
@@ -174,7 +174,7 @@ impl<C: Card> Cuda<C> {
                 .for_each(|(x, shift)| *x = call.kernels.precision.round((*x - shift) * f.unit as f32));
         }
         let mut means = vec![0f32; [batch.v.rows, batch.u.rows][which] * matrix.dim];
-        self.pairing.target_means(batch, which == 1, &rows, matrix.dim, &mut means);
+        self.pairing.target_means(batch, which == 1, &rows, matrix.dim, &mut means, &mut Vec::new());
         Ok(self.put(SLOTS[which].host_rounded, &means)?)
     }
 
