@@ -73,12 +73,22 @@ pub enum TrainError {
         /// The loss's reason.
         source: LossError,
     },
+    /// An embedding is not finite.
+    #[error(
+        "step {step}: found embeddings of {what} that are not finite, expected finite numbers: smaller data, a smaller lr or another precision may help"
+    )]
+    NotFinite {
+        /// From 0.
+        step: u64,
+        /// u, v or either.
+        what: &'static str,
+    },
     /// The device could not do its work.
     #[error(transparent)]
     Device(DeviceError),
     /// The loss or its gradient is not finite any more; the parameters still are.
     #[error(
-        "step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers; a smaller lr may help"
+        "step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers; a smaller lr may help, in another folder if there is a checkpoint by now"
     )]
     Diverged {
         /// From 0.
@@ -123,7 +133,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let mut metrics = dir.map(|dir| Metrics::open(dir, step)).transpose()?;
     let mut logged = (Instant::now(), step);
     let mut due = Due::new();
-    let seconds = || start.seconds + begun.elapsed().as_secs_f64();
+    // A run that has made its last step takes no more time.
+    let finished = step == steps;
+    let seconds = || start.seconds + if finished { 0.0 } else { begun.elapsed().as_secs_f64() };
     std::thread::scope(|scope| {
         let at = (step / epoch_steps, step % epoch_steps);
         let resident = state.is_resident();
@@ -137,7 +149,10 @@ pub fn train<D: Contrast + Device<Real = f32>>(
                 if let Some(batches) = &mut batches {
                     state.feed(device, batches.next_batch());
                 }
-                state.step(device, step).map_err(|source| TrainError::Loss { step, source })?;
+                state.step(device, step).map_err(|source| match source {
+                    LossError::NotFinite { what, .. } => TrainError::NotFinite { step, what },
+                    source => TrainError::Loss { step, source },
+                })?;
             }
             device.finish().map_err(TrainError::Device)?;
             for (Results { loss, tau, grad_norm, skipped, diverged }, lr) in
@@ -178,7 +193,9 @@ pub fn train<D: Contrast + Device<Real = f32>>(
     let last = state.checkpoint(device, step, loss_sum, seconds());
     if let (Some(dir), Some(metrics)) = (dir, &mut metrics) {
         metrics.sync()?;
-        last.write(dir)?;
+        if !finished {
+            last.write(dir)?;
+        }
     }
     Ok(Trained {
         loss: loss_sum / (step.saturating_sub(1) % epoch_steps + 1) as f64,

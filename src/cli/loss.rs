@@ -378,10 +378,9 @@ fn refused(args: &Loss, e: LossError) -> Failure {
     match (file, what) {
         (Some(path), _) => shape_of(path, found, expected),
         (None, "groups") => bad_flag("--groups-u, --groups-v", found, expected),
-        (None, "tau" | "bias" | "smoothing" | "pairings" | "lambda_u" | "lambda_v") => {
+        (None, "tau" | "bias" | "smoothing" | "pairings" | "lambda_u" | "lambda_v" | "lambda_u and lambda_v") => {
             bad_flag(&as_flag(what), found, expected)
         }
-        (None, "lambda_u and lambda_v") => bad_flag("--lambda-u, --lambda-v", found, expected),
         (None, "kernel width") => bad_flag("--kernel", format!("gaussian:{found}"), expected),
         (None, "shuffled joint loss") => bad_flag("--pairings", found, expected),
         _ => bad_flag(what, found, expected),

@@ -176,7 +176,10 @@ fn from_file(file: &Path, e: ConfigError) -> Failure {
 
 /// `lambda_u` as `--lambda-u`; experiments have no flag.
 fn as_flag(key: &str) -> String {
-    if key == "experiment" { key.into() } else { format!("--{}", key.replace('_', "-")) }
+    if key == "experiment" {
+        return key.into();
+    }
+    key.split(" and ").map(|key| format!("--{}", key.replace('_', "-"))).collect::<Vec<_>>().join(", ")
 }
 
 /// Runs the command line of this process.
@@ -228,6 +231,7 @@ fn usage(e: &clap::Error) -> String {
         let expected = match &reason[..] {
             "invalid float literal" => "a number".into(),
             "invalid digit found in string" => "a whole number, 0 or more".into(),
+            "number too large to fit in target type" => "a smaller one".into(),
             other => other.to_owned(),
         };
         return format!("{}: found {found}, expected {expected}", flag.split_whitespace().next().unwrap_or(flag));

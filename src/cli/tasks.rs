@@ -14,6 +14,7 @@ use crate::tasks::classification::{self, Head};
 use crate::tasks::{retrieval, sampling};
 use rayon::prelude::*;
 use serde_json::json;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -297,7 +298,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
             let expected = "nothing with --fine-tune, whose classes are those of --labels";
             return Err(bad_flag("--classes", path.display(), expected));
         }
-        let trained = n - (n as f64 * args.held_out) as usize;
+        let trained = (n - (n as f64 * args.held_out).round() as usize).max(1);
         let classes = labels.iter().max().map_or(1, |&most| most as usize + 1);
         check_room("--fine-tune", &[classes, n, 3])?;
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;
@@ -306,6 +307,16 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         let head = classification::fine_tune(tau, &learned, &labels[..trained], classes, common.seed())?;
         if trained < n {
             judged = trained..n;
+            let known: HashSet<_> = labels[..trained].iter().collect();
+            if let Some(unknown) = labels[judged.clone()].iter().find(|label| !known.contains(label)) {
+                super::log(format_args!(
+                    "label {unknown} is among the last {} rows, which are held out, and not among those learned from: \
+                     rows in random order are judged fairly",
+                    n - trained
+                ));
+            }
+        } else {
+            super::log(format_args!("no row is held out: the accuracy is that of the rows learned from"));
         }
         let Head { weight, bias } = &head;
         let weight = Table { data: weight, dim };

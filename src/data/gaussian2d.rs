@@ -89,7 +89,7 @@ impl Gaussian {
 }
 
 /// Replaces the lower triangle of `c` `[n, n]` by its Cholesky factor.
-pub(super) fn cholesky(c: &mut [f64], n: usize) -> Result<(), DataError> {
+pub(crate) fn cholesky(c: &mut [f64], n: usize) -> Result<(), DataError> {
     for i in 0..n {
         for j in 0..=i {
             let dot: f64 = (0..j).map(|k| c[i * n + k] * c[j * n + k]).sum();

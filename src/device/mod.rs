@@ -568,8 +568,7 @@ pub trait Device: Sync {
         lse: ViewMut<'_, Self::Buf>,
     );
     /// Backward of [`Self::attention`]: `d_qkv`, laid out as `qkv`, from `d_out`, laid out as `out`; the probabilities
-    /// are computed again from `lse`. `delta` `[rows, heads, time]` is scratch: the products `<d_out, out>` of every
-    /// query.
+    /// are computed again from `lse`. `delta` `[rows, heads, time]` is scratch.
     #[expect(clippy::too_many_arguments, reason = "buffers of several owners, named")]
     fn attention_backward(
         &self,

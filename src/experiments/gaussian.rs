@@ -103,6 +103,7 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
         (Tilting::Dot, "conditional") => Some(theory.conditional_optimum(dim)),
         (Tilting::Dot, "joint") => Some(theory.joint_optimum(dim)),
         (Tilting::L2, "conditional") if config.lambda_v == 0.0 => Some(theory.l2_optimum(dim)),
+        (Tilting::L2, "conditional") if config.lambda_u == 0.0 => Some(theory.l2_optimum_of_v(dim)),
         _ => None,
     };
     let nothing = theory.conditional_optimum(0);

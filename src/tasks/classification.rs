@@ -2,9 +2,10 @@
 //! largest `G' g_u(u)/tau + F` (34), (35).
 
 use super::scores::{check_finite, exact};
+use crate::data::gaussian2d::cholesky;
 use crate::data::{Rows, permute};
 use crate::device::cpu::Cpu;
-use crate::device::{Device, Engine, View, ViewMut};
+use crate::device::{Device, Engine, Gemm, View, ViewMut};
 use crate::nn::Layout;
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Objective, Pairs, Positives, Tilting, Write, check_tau, shape,
@@ -81,7 +82,8 @@ pub fn accuracy<L: Copy + Into<u64>>(found: &[usize], truth: &[L]) -> f64 {
     right as f64 / truth.len() as f64
 }
 
-/// Steps of fine-tuning, their batch and peak learning rate; the problem is convex and small.
+/// Steps of fine-tuning, their batch and peak learning rate; the problem is convex and small, and rows are made alike in all
+/// directions first.
 const STEPS: u64 = 2000;
 const BATCH: usize = 512;
 const LR: f64 = 0.02;
@@ -114,9 +116,11 @@ pub fn fine_tune(
     let loss = Loss {
         tilting: Tilting::Dot,
         objective: Objective::Conditional { lambda_u: 0.0, lambda_v: 2.0 },
-        tau,
+        tau: 1.0,
         smoothing: 0.0,
     };
+    let spread = Spread::of(embeddings);
+    let even = spread.even(embeddings);
     let batch = BATCH.min(n);
     let (mut g, mut host) = (vec![0f32; layout.len()], vec![0f32; layout.len()]);
     let (mut rows, mut positives) = (vec![0f32; batch * dim], vec![0u32; batch]);
@@ -125,7 +129,7 @@ pub fn fine_tune(
         for (i, (row, positive)) in rows.chunks_exact_mut(dim).zip(&mut positives).enumerate() {
             let at = (step % per_epoch) as usize * batch + i;
             let pick = permute(seed, step / per_epoch, n, at);
-            embeddings.read(pick, row);
+            row.copy_from_slice(&even[pick * dim..][..dim]);
             *positive = labels[pick];
         }
         let batch = Batch {
@@ -144,7 +148,92 @@ pub fn fine_tune(
         adam.step(&device, step, lr, 1.0, &mut params, &grads);
         device.download(View { buf: &params, at: 0..host.len() }, &mut host);
     }
-    Ok(Head { weight: host[weight].to_vec(), bias: host[bias].to_vec() })
+    Ok(spread.head(tau, &host[weight], &host[bias]))
+}
+
+/// How rows are spread: what makes them alike in all directions, `y = T (x - mean)`, of covariance 1.
+struct Spread {
+    mean: Vec<f64>,
+    /// `[dim, dim]`, lower triangular.
+    t: Vec<f64>,
+}
+
+impl Spread {
+    /// Of the spread of rows in all directions together, so much is added to that in each: directions without any stay small.
+    const LEAST: f64 = 1e-10;
+
+    fn of(rows: &dyn Rows) -> Self {
+        let (n, dim, device) = (rows.count(), rows.dim(), Cpu::<f64>::new());
+        let mut mean = vec![0f64; dim];
+        blocks(rows, &vec![0.0; dim], |x| {
+            x.chunks_exact(dim).for_each(|row| mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += x / n as f64));
+        });
+        let mut factor = vec![0f64; dim * dim];
+        blocks(rows, &mean, |x| {
+            let shape = Gemm { m: dim, n: dim, k: x.len() / dim, transpose_a: true, transpose_b: false };
+            let [left, right] = [(); 2].map(|()| View::first(x, x.len()));
+            device.gemm(shape, left, right, Write::Add(ViewMut::first(&mut factor, dim * dim)));
+        });
+        let total: f64 = factor.iter().step_by(dim + 1).sum::<f64>() / n as f64;
+        factor.iter_mut().for_each(|c| *c /= n as f64);
+        factor.iter_mut().step_by(dim + 1).for_each(|c| *c += Self::LEAST * total);
+        let mut t = vec![0f64; dim * dim];
+        t.iter_mut().step_by(dim + 1).for_each(|t| *t = 1.0);
+        // Rows of which none differs from another, or whose squares f64 does not hold, stay as they are.
+        if total > 0.0 && cholesky(&mut factor, dim).is_ok() {
+            for i in 0..dim {
+                let (above, row) = t.split_at_mut(i * dim);
+                let row = &mut row[..=i];
+                for (above, &l) in above.chunks_exact(dim).zip(&factor[i * dim..]) {
+                    row.iter_mut().zip(above).for_each(|(t, above)| *t -= l * above);
+                }
+                row.iter_mut().for_each(|t| *t /= factor[i * dim + i]);
+            }
+        }
+        Spread { mean, t }
+    }
+
+    /// All rows, made alike.
+    fn even(&self, rows: &dyn Rows) -> Vec<f32> {
+        let (dim, device) = (rows.dim(), Cpu::<f64>::new());
+        let (mut even, mut y) = (Vec::with_capacity(rows.count() * dim), Vec::new());
+        blocks(rows, &self.mean, |x| {
+            y.resize(x.len(), 0.0);
+            let shape = Gemm { m: x.len() / dim, n: dim, k: dim, transpose_a: false, transpose_b: true };
+            let to = Write::Set(ViewMut::first(&mut y, x.len()));
+            device.gemm(shape, View::first(x, x.len()), View::first(&self.t, dim * dim), to);
+            even.extend(y.iter().map(|&y| y as f32));
+        });
+        even
+    }
+
+    /// The classifier of rows as they are whose logits are those of `weight` and `bias` on rows made alike.
+    fn head(&self, tau: f64, weight: &[f32], bias: &[f32]) -> Head {
+        let dim = self.mean.len();
+        let mut head = Head { weight: Vec::with_capacity(weight.len()), bias: bias.to_vec() };
+        let mut own = vec![0f64; dim];
+        for (weight, bias) in weight.chunks_exact(dim).zip(&mut head.bias) {
+            own.fill(0.0);
+            for (&w, t) in weight.iter().zip(self.t.chunks_exact(dim)) {
+                own.iter_mut().zip(t).for_each(|(own, t)| *own += f64::from(w) * t);
+            }
+            head.weight.extend(own.iter().map(|own| (tau * own) as f32));
+            *bias -= own.iter().zip(&self.mean).map(|(own, mean)| own * mean).sum::<f64>() as f32;
+        }
+        head
+    }
+}
+
+/// Calls `f` with all rows, some at a time, less `mean`.
+fn blocks(rows: &dyn Rows, mean: &[f64], mut f: impl FnMut(&Vec<f64>)) {
+    let (n, dim) = (rows.count(), rows.dim());
+    let mut read = vec![0f32; BATCH.min(n) * dim];
+    for first in (0..n).step_by(BATCH) {
+        let read = &mut read[..BATCH.min(n - first) * dim];
+        rows.read(first, read);
+        let less = |row: &[f32]| row.iter().zip(mean).map(|(&x, mean)| f64::from(x) - mean).collect::<Vec<_>>();
+        f(&read.chunks_exact(dim).flat_map(less).collect());
+    }
 }
 
 #[cfg(test)]
@@ -187,11 +276,23 @@ mod tests {
         let head = fine_tune(tau, &x, &labels, classes, 1).unwrap();
         let weight = Table { data: &head.weight, dim };
         let got = classify(Tilting::Dot, tau, &x, &weight, Some(&head.bias)).unwrap();
+        // And where they are small, far from the origin and spread unevenly: the same classifier.
+        let uneven: Vec<f32> = x
+            .data
+            .chunks(dim)
+            .flat_map(|x| [x[0], 10.0 * x[0] + x[1], 0.1 * x[2] - x[1]].map(|x| 0.01 * x + 2.0))
+            .collect();
+        let uneven = Table { data: &uneven, dim };
+        let head = fine_tune(tau, &uneven, &labels, classes, 1).unwrap();
+        let weight = Table { data: &head.weight, dim };
+        let same = classify(Tilting::Dot, tau, &uneven, &weight, Some(&head.bias)).unwrap();
         let bayes: Vec<f32> = means.chunks(dim).map(|m| -0.5 * m.iter().map(|x| x * x).sum::<f32>()).collect();
         let best = classify(Tilting::Dot, 1.0, &x, &Table { data: &means, dim }, Some(&bayes)).unwrap();
         let [right, most] = [&got, &best].map(|found| accuracy(&found.labels, &labels));
         assert!((right - most).abs() < 0.005, "{right} {most}");
-        let off: f64 = got.probabilities.iter().zip(&best.probabilities).map(|(a, b)| (a - b).abs()).sum::<f64>();
-        assert!(off < 0.02 * (n * classes) as f64, "{off}");
+        for got in [got, same] {
+            let off: f64 = got.probabilities.iter().zip(&best.probabilities).map(|(a, b)| (a - b).abs()).sum::<f64>();
+            assert!(off < 0.02 * (n * classes) as f64, "{off}");
+        }
     }
 }

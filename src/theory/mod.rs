@@ -189,6 +189,13 @@ impl Theory {
             [s / rest, s * s / rest, 1.0 / rest]
         })
     }
+    /// That of the one-sided (0, 2) loss: the mirror image.
+    pub fn l2_optimum_of_v(&self, rank: usize) -> Model<'_> {
+        self.optimum(rank, |s| {
+            let rest = (1.0 - s) * (1.0 + s);
+            [s / rest, 1.0 / rest, s * s / rest]
+        })
+    }
     /// The minimiser of the joint loss under `dot` among A of rank at most `rank` (Theorem 5.6).
     pub fn joint_optimum(&self, rank: usize) -> Model<'_> {
         // h(s) = (sqrt(1 + 4 s^2) - 1)/(2 s), without its cancellation at small s.

@@ -297,6 +297,18 @@ fn full_rank_forms_are_the_printed_ones() {
         let information: f64 = theory.correlations().iter().map(|s| -0.5 * (1.0 - s * s).ln()).sum();
         assert!((l2.conditional_loss(2.0, 0.0) + information).abs() < ROUNDING);
 
+        // And with the sides changed.
+        let of_v = theory.l2_optimum_of_v(usize::MAX);
+        assert_same(&of_v.v_given_u(), &theory.v_given_u());
+        assert!((of_v.conditional_loss(0.0, 2.0) + information).abs() < ROUNDING);
+        let swapped = Gaussian::new(nv, nu, law.c_vv.clone(), flat(c_uv.transpose()), law.c_uu.clone()).unwrap();
+        let mirror = Theory::new(&swapped);
+        for rank in 1..=nu.min(nv) {
+            let (of_v, mirror) = (theory.l2_optimum_of_v(rank), mirror.l2_optimum(rank));
+            assert_same(&of_v.v_given_u(), &mirror.u_given_v());
+            assert_same(&of_v.u_given_v(), &mirror.v_given_u());
+        }
+
         // Theorem 5.6, with X = C_uu A C_vv: stationarity, M (I - M'M)^-1 = R, is C_uv (C_vv^-1 - A' C_uu A) = X C_vv^-1.
         let a = matrix(&theory.joint_optimum(usize::MAX).a(), nu, nv);
         assert_near(&(&c_uv - &c_uv * a.transpose() * &c_uu * &a * &c_vv), &(&c_uu * &a * &c_vv));

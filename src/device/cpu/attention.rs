@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! forward   S = Q K' / sqrt(head),  P = exp(S - lse) with lse the rows' log-sum-exp,  O = P V
-//! backward  dV = P' dO,  dP = dO V',  delta_i = <dO_i, O_i>,  dS = P (dP - delta) / sqrt(head),
+//! backward  dV = P' dO,  dP = dO V',  delta_i = sum_j P_ij dP_ij,  dS = P (dP - delta) / sqrt(head),
 //!           dQ = dS K,   dK = dS' Q
 //! ```
 //!
-//! `delta` is the softmax's own sum over keys, `sum_j P_ij dP_ij`, already summed: `dP` is linear in the values.
+//! `delta` is `<dO_i, O_i>` too, but summed as it is here rounding leaves nothing where one key has all the weight.
 //! Only the rows of S under a block of queries exist at a time, `[QUERIES, time]`, in cache; backward multiplies
 //! them out again. Keys and values are packed once a head, in blocks of [`KEYS`], so that under a causal mask
 //! blocks no query of the block sees are left out. One task makes all gradients of a head, so nothing is summed
@@ -24,12 +24,11 @@ const QUERIES: usize = 48;
 /// Keys packed together: a multiple of the widest panel.
 const KEYS: usize = 4 * WIDEST;
 
-/// What backward reads: `qkv` `[rows, time, 3, heads, head]`, `out` and `d_out` `[rows, time, heads, head]`, `lse`
+/// What backward reads: `qkv` `[rows, time, 3, heads, head]`, `d_out` `[rows, time, heads, head]`, `lse`
 /// `[rows, heads, time]`.
 #[derive(Clone, Copy)]
 pub(super) struct Saved<'a, T> {
     pub qkv: &'a [T],
-    pub out: &'a [T],
     pub lse: &'a [T],
     pub d_out: &'a [T],
 }
@@ -260,30 +259,28 @@ pub(super) fn attention_backward<T: Lane>(
     rows: usize,
     saved: Saved<'_, T>,
     d_qkv: &mut [T],
-    delta: &mut [T],
     scratch: &mut Vec<T>,
 ) {
     let (sample, logits) = (attention.time * attention.width(), attention.heads * attention.time);
-    let Saved { qkv, out, lse, d_out } = saved;
+    let Saved { qkv, lse, d_out } = saved;
     assert!(
         qkv.len() == 3 * rows * sample && d_qkv.len() == qkv.len() && lse.len() == rows * logits,
         "operands of the attention do not fit its shape"
     );
     assert!(
-        out.len() == rows * sample && d_out.len() == out.len() && delta.len() == lse.len(),
+        d_out.len() == rows * sample,
         "operands of the attention do not fit its shape"
     );
     let (plan, shard) = (Plan::new(attention), shard(rows));
     let size = plan.backward().iter().sum();
     d_qkv
         .par_chunks_mut(3 * shard * sample)
-        .zip(delta.par_chunks_mut(shard * logits))
         .zip(qkv.par_chunks(3 * shard * sample))
-        .zip(out.par_chunks(shard * sample).zip(d_out.par_chunks(shard * sample)))
+        .zip(d_out.par_chunks(shard * sample))
         .zip(lse.par_chunks(shard * logits))
         .zip(room(scratch, rows, size).par_chunks_mut(size))
-        .for_each(|(((((d_qkv, delta), qkv), (out, d_out)), lse), scratch)| {
-            isa.run(Backward { plan, saved: Saved { qkv, out, lse, d_out }, d_qkv, delta, scratch });
+        .for_each(|((((d_qkv, qkv), d_out), lse), scratch)| {
+            isa.run(Backward { plan, saved: Saved { qkv, lse, d_out }, d_qkv, scratch });
         });
 }
 
@@ -292,7 +289,6 @@ struct Backward<'a, T> {
     plan: Plan,
     saved: Saved<'a, T>,
     d_qkv: &'a mut [T],
-    delta: &'a mut [T],
     scratch: &'a mut [T],
 }
 
@@ -300,19 +296,16 @@ impl<T: Lane> Op for Backward<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Backward { plan, saved: Saved { qkv, out, lse, d_out }, d_qkv, delta, scratch } = self;
+        let Backward { plan, saved: Saved { qkv, lse, d_out }, d_qkv, scratch } = self;
         let Plan { time, heads, head, width, stride, padded, .. } = plan;
         let (ld, scale) = (3 * width, scale(head));
         let [keys_t, keys, values_t, p, ds, dq, queries, pulls, dk, dv] = cut(scratch, plan.backward());
-        let samples = qkv.chunks(time * ld).zip(out.chunks(time * width)).zip(d_out.chunks(time * width));
-        let results = d_qkv.chunks_mut(time * ld).zip(delta.chunks_mut(heads * time)).zip(lse.chunks(heads * time));
-        for (((d_qkv, delta), lse), ((qkv, out), d_out)) in results.zip(samples) {
+        let samples = qkv.chunks(time * ld).zip(d_out.chunks(time * width));
+        let results = d_qkv.chunks_mut(time * ld).zip(lse.chunks(heads * time));
+        for ((d_qkv, lse), (qkv, d_out)) in results.zip(samples) {
             for h in 0..heads {
-                let (q, out, d_out) = (&qkv[h * head..], &out[h * head..], &d_out[h * head..]);
-                let (lse, delta) = (&lse[h * time..][..time], &mut delta[h * time..][..time]);
-                for (at, delta) in delta.iter_mut().enumerate() {
-                    *delta = T::from_f64(inner(&d_out[at * width..][..head], &out[at * width..][..head]));
-                }
+                let (q, d_out) = (&qkv[h * head..], &d_out[h * head..]);
+                let lse = &lse[h * time..][..time];
                 plan.pack::<S, T>(&q[width..], ld, Some(keys), Some(keys_t));
                 plan.pack::<S, T>(&q[2 * width..], ld, None, Some(values_t));
                 dk.fill(T::ZERO);
@@ -324,9 +317,12 @@ impl<T: Lane> Op for Backward<'_, T> {
                     plan.against::<S, T>(Left { data: d_out, row: width, col: 1, rows, depth: head }, values_t, n, ds);
                     for ((p, ds), at) in p.chunks_mut(stride).zip(ds.chunks_mut(stride)).zip(block.clone()) {
                         let seen = plan.seen(at);
-                        for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                            *p = exponential(*p * scale - lse[at]);
-                            *ds = *p * (*ds - delta[at]) * scale;
+                        let (seen_p, seen_ds) = (&mut p[..seen], &mut ds[..seen]);
+                        seen_p.iter_mut().for_each(|p| *p = exponential(*p * scale - lse[at]));
+                        // Of these very numbers, so that nothing is left where one key has all the weight.
+                        let delta = T::from_f64(inner(seen_p, seen_ds));
+                        for (p, ds) in seen_p.iter().zip(seen_ds) {
+                            *ds = *p * (*ds - delta) * scale;
                         }
                         p[seen..n].fill(T::ZERO);
                         ds[seen..n].fill(T::ZERO);
@@ -409,12 +405,11 @@ mod tests {
                 let want = naive(&shape, rows, &qkv, &d_out);
                 for isa in Isa::available() {
                     let [mut out, mut lse, mut d_qkv] = want.clone().map(|w| vec![f64::NAN; w.len()]);
-                    let mut delta = lse.clone();
                     let mut scratch = vec![f64::NAN; 7];
                     attention(isa, &shape, rows, &qkv, &mut out, &mut lse, &mut scratch);
                     scratch.fill(f64::NAN);
-                    let saved = Saved { qkv: &qkv, out: &out, lse: &lse, d_out: &d_out };
-                    attention_backward(isa, &shape, rows, saved, &mut d_qkv, &mut delta, &mut scratch);
+                    let saved = Saved { qkv: &qkv, lse: &lse, d_out: &d_out };
+                    attention_backward(isa, &shape, rows, saved, &mut d_qkv, &mut scratch);
                     let off = |got: &[f64], want: &[f64]| {
                         let offs = got.iter().zip(want).map(|(g, w)| (g - w).abs());
                         offs.fold(0.0, |most: f64, off| if off.is_nan() { f64::INFINITY } else { most.max(off) })

@@ -339,17 +339,22 @@ impl<'a> Features<'a> {
         };
         moment(law, h);
         moment(target, targets);
+        let means = &mut *self.lost;
+        means.clear();
+        means.extend_from_slice(h);
         h.iter_mut().zip(&*targets).for_each(|(h, t)| *h -= t);
         moment(gap, h);
         // Of the law's own moments: they may be far smaller than the targets', and then so is the value.
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
         let value = dot(law, law) - 2.0 * dot(law, target);
-        let mean = 2.0 * dot(law, gap);
         d.clear();
         d.extend(gap.iter().map(|&x| 2.0 * x));
         let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
         gemm(isa, shape, self.u, d, Write::Set(h), self.packed);
         pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
+        // As factors are multiplied out: where all weight is one pair's, its mean is that pair's factor, to the last bit.
+        let rows = h.chunks_exact(f_v).zip(means.chunks_exact(f_v));
+        let mean: f64 = rows.map(|(h, mean)| f64::from(Factor::entry(isa, h, mean))).sum();
         self.mean_v.clear();
         self.mean_v.resize(n, mean as f32);
         let factor = Factor { left: &self.residual_v[..n * f_v], right: self.packed_v, dim: f_v, mean: self.mean_v };

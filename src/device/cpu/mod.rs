@@ -321,15 +321,15 @@ impl<T: Lane> Device for Cpu<T> {
         attention: &Attention,
         rows: usize,
         qkv: View<'_, Vec<T>>,
-        out: View<'_, Vec<T>>,
+        _: View<'_, Vec<T>>,
         lse: View<'_, Vec<T>>,
         d_out: View<'_, Vec<T>>,
         d_qkv: ViewMut<'_, Vec<T>>,
-        delta: ViewMut<'_, Vec<T>>,
+        _: ViewMut<'_, Vec<T>>,
     ) {
         let mut packed = self.take_packed();
-        let saved = attention::Saved { qkv: read(&qkv), out: read(&out), lse: read(&lse), d_out: read(&d_out) };
-        attention::attention_backward(self.isa, attention, rows, saved, write(d_qkv), write(delta), &mut packed);
+        let saved = attention::Saved { qkv: read(&qkv), lse: read(&lse), d_out: read(&d_out) };
+        attention::attention_backward(self.isa, attention, rows, saved, write(d_qkv), &mut packed);
         self.give_packed(packed);
     }
     fn adam(

@@ -245,7 +245,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     Ok(vec![Figure {
         name: "objectives".into(),
         title: "Which objective and tilting for which task".into(),
-        see: "For the law of u given v, l2 with that side's loss: it alone holds the truth. For marginals, a joint objective. \
+        see: "For the law of u given v, l2 with that side's loss: it alone holds the truth. For marginals under dot, a joint objective. \
               To search, l2 or cosine; for labels, cosine. Dot has the right means and nothing else."
             .into(),
         panels: vec![
