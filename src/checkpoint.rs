@@ -4,7 +4,7 @@
 use crate::config::Config;
 use crate::data::{DataError, Side, Source, tensors, write_atomic};
 use crate::device::{Device, SCALING_START};
-use crate::nn::{EncoderSpec, Layout, Network};
+use crate::nn::{EncoderSpec, Layout, Network, Span};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -93,6 +93,19 @@ impl Checkpoint {
         dir.join(CHECKPOINT)
     }
 
+    /// Whether a run in `dir` has one.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] where that cannot be known.
+    pub fn is_there(dir: &Path) -> Result<bool, DataError> {
+        let path = Checkpoint::path(dir);
+        match std::fs::symlink_metadata(&path) {
+            Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(DataError::Io { path, source }),
+            Ok(_) => Ok(true),
+        }
+    }
+
     /// Writes it, atomically.
     ///
     /// # Errors
@@ -117,10 +130,10 @@ impl Checkpoint {
     /// # Errors
     /// [`DataError`] when it cannot be read or is not one.
     pub fn read(dir: &Path) -> Result<Option<Checkpoint>, DataError> {
-        let path = Checkpoint::path(dir);
-        if !path.exists() {
+        if !Checkpoint::is_there(dir)? {
             return Ok(None);
         }
+        let path = Checkpoint::path(dir);
         let (found, metadata) = tensors::read(&path)?;
         let broken = |what: &str| DataError::Format {
             path: path.clone(),
@@ -142,6 +155,9 @@ impl Checkpoint {
         if let Some(at) = arenas.iter().position(|x| x.len() != arenas[0].len()) {
             return Err(broken(ARENAS[at]));
         }
+        if let Some(at) = arenas.iter().position(|x| !x.iter().all(|x| x.is_finite())) {
+            return Err(broken(ARENAS[at]));
+        }
         let origin = Origin { device: text("device")?.clone(), data: text("data")?.clone() };
         Ok(Some(Checkpoint { config, origin, step, loss_sum: f64::from_bits(bits), seconds, scaling, arenas }))
     }
@@ -160,20 +176,32 @@ pub fn write_model(dir: &Path, config: &Config, layout: &Layout, params: &[f32])
 /// Reads a model back into its layout.
 ///
 /// # Errors
-/// [`DataError`] when the file is absent, broken or of another layout.
-pub fn read_model(dir: &Path, layout: &Layout) -> Result<Vec<f32>, DataError> {
+/// [`DataError`] when the file is absent, broken, of another layout or made with other settings of what a model is.
+pub fn read_model(dir: &Path, config: &Config, layout: &Layout) -> Result<Vec<f32>, DataError> {
     let path = dir.join(MODEL);
-    let (found, _) = tensors::read(&path)?;
-    let mut params = vec![0.0; layout.len()];
-    for span in &layout.spans {
+    let (found, metadata) = tensors::read(&path)?;
+    let other = |found: String| DataError::Format {
+        path: path.clone(),
+        found,
+        expected: "the model that the folder's config.toml describes".into(),
+    };
+    if let Some(made) = metadata.get("config").and_then(|made| toml::from_str::<Config>(made).ok())
+        && (&made.tilting, &made.experiment, made.dim, &made.encoder_u, &made.encoder_v)
+            != (&config.tilting, &config.experiment, config.dim, &config.encoder_u, &config.encoder_v)
+    {
+        return Err(other(format!(
+            "a model of {}, {}, dim {} or other encoders",
+            made.experiment, made.tilting, made.dim
+        )));
+    }
+    let tensor = |span: &Span| {
         let tensor = found.iter().find(|t| t.name == span.name && t.shape == span.shape);
-        let Some(tensor) = tensor else {
-            return Err(DataError::Format {
-                path,
-                found: format!("no tensor {} of shape {:?}", span.name, span.shape),
-                expected: "the model that the folder's config.toml describes".into(),
-            });
-        };
+        tensor.ok_or_else(|| other(format!("no tensor {} of shape {:?}", span.name, span.shape)))
+    };
+    // All of them are there before there is room for all.
+    let tensors = layout.spans.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
+    let mut params = vec![0.0; layout.len()];
+    for (span, tensor) in layout.spans.iter().zip(tensors) {
         params[span.at.clone()].copy_from_slice(&tensor.data);
     }
     Ok(params)

@@ -765,14 +765,98 @@ fn ctrl_c_leaves_no_half_of_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let names = || std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let mut child = start(dir.path(), &["data", "ocean", "--out", ".", "--samples", "1000000"]);
-    // v.npy is hours of work, and a temporary file until it is done.
-    while !(names().any(|name| name == "u.npy") && names().any(|name| name.starts_with(".contrastive-"))) {
+    // v.npy is hours of work, and a temporary file until it is done, in a folder of its own with what is done.
+    let started = || {
+        names().filter(|name| name.starts_with(".contrastive-")).any(|new| dir.path().join(new).join("u.npy").exists())
+    };
+    while !started() {
         std::thread::sleep(Duration::from_millis(5));
     }
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    let left: std::collections::BTreeSet<_> = names().collect();
-    assert_eq!(left, ["frequencies.npy", "u.npy"].map(String::from).into());
+    assert_eq!(names().collect::<Vec<_>>(), Vec::<String>::new());
+}
+
+// A set takes another's place whole, or not at all.
+#[test]
+fn a_data_set_that_cannot_be_written_leaves_the_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = || {
+        let all = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        all.collect::<std::collections::BTreeSet<_>>()
+    };
+    assert!(run(dir.path(), &["data", "digits", "--out", ".", "--samples", "20"]).status.success());
+    let before = std::fs::read(dir.path().join("labels.npy")).unwrap();
+    assert_eq!(names(), ["labels.npy", "u.npy", "v.npy"].map(String::from).into());
+    std::fs::remove_file(dir.path().join("v.npy")).unwrap();
+    std::fs::create_dir(dir.path().join("v.npy")).unwrap();
+    let output = run(dir.path(), &["data", "gp", "--out", ".", "--samples", "10"]);
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("v.npy"));
+    assert_eq!(names(), ["labels.npy", "u.npy", "v.npy"].map(String::from).into());
+    assert!(std::fs::read(dir.path().join("labels.npy")).unwrap() == before);
+    std::fs::remove_dir(dir.path().join("v.npy")).unwrap();
+    assert!(run(dir.path(), &["data", "gp", "--out", ".", "--samples", "10"]).status.success());
+    assert_eq!(names(), ["u.npy", "v.npy"].map(String::from).into());
+}
+
+// What a run would write over is not what it reads, and a model is not taken away by --resume.
+#[test]
+fn a_run_leaves_what_it_reads_and_models_it_cannot_resume() {
+    let dir = tempfile::tempdir().unwrap();
+    let ends = |args: &[&str], with: &str| {
+        let output = run(dir.path(), args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(2) && said.lines().count() == 1 && said.contains(with),
+            "{args:?}: {said}"
+        );
+    };
+    assert!(run(dir.path(), &["data", "gp", "--out", ".", "--samples", "64"]).status.success());
+    std::fs::create_dir(dir.path().join("run")).unwrap();
+    std::fs::copy(dir.path().join("u.npy"), dir.path().join("run/model.safetensors")).unwrap();
+    let pairs = ["train", "pairs", "--v", "v.npy", "--batch", "16", "--epochs", "1", "--out", "run"];
+    ends(&[&pairs[..], &["--u", "run/model.safetensors"]].concat(), "--u: found run/model.safetensors");
+    assert!(dir.path().join("run/model.safetensors").exists());
+    let pairs = [&pairs[..], &["--u", "u.npy"]].concat();
+    assert!(run(dir.path(), &pairs).status.success());
+    let model = std::fs::read(dir.path().join("run/model.safetensors")).unwrap();
+    std::fs::remove_file(dir.path().join("run/checkpoint.safetensors")).unwrap();
+    let resume = [&pairs[..], &["--resume"]].concat();
+    ends(&resume, "no checkpoint.safetensors");
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("nowhere", dir.path().join("run/checkpoint.safetensors")).unwrap();
+        ends(&resume, "checkpoint.safetensors");
+        std::fs::remove_file(dir.path().join("run/checkpoint.safetensors")).unwrap();
+    }
+    assert!(std::fs::read(dir.path().join("run/model.safetensors")).unwrap() == model);
+    // A model of other settings is not this folder's.
+    let config = std::fs::read_to_string(dir.path().join("run/config.toml")).unwrap();
+    std::fs::write(dir.path().join("run/config.toml"), config.replace("tilting = \"cosine\"", "tilting = \"dot\""))
+        .unwrap();
+    ends(&["embed", "--model", "run", "--side", "u", "--input", "u.npy", "--output", "e.npy"], "model.safetensors");
+    // Its own settings are what a run may be told by.
+    std::fs::write(dir.path().join("run/config.toml"), config).unwrap();
+    assert!(run(dir.path(), &["train", "--config", "run/config.toml", "--out", "run"]).status.success());
+}
+
+// Paths that are no text are told as well as can be.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_path_that_is_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let name = std::ffi::OsStr::from_bytes(b"out\xff");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_contrastive"));
+    let output = command
+        .current_dir(dir.path())
+        .args(["data", "gp", "--samples", "3", "--json", "--out"])
+        .arg(name)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(json["out"].as_str().unwrap().starts_with("out") && dir.path().join(name).join("u.npy").exists());
 }
 
 #[test]

@@ -317,6 +317,66 @@ fn several_positives_that_are_all_there_is() {
 }
 
 /// Nor do clusters far from each other: gradients are of differences within them.
+// Sums of as many positives as a class has members, one after another, lose nothing that grows with their number.
+#[test]
+fn very_many_positives_of_one_column() {
+    let (n, m, d) = (60_000, 2, 3);
+    let case = Case::new(Tilting::Cosine, Objective::Conditional { lambda_u: 1.0, lambda_v: 1.0 }, n, m, d);
+    let case = Case { positive: Positive::Groups, ..case };
+    let mut data = case.data();
+    data.group_u = (0..n as i64).map(|i| i * i % 7 % 2).collect();
+    data.group_v = vec![0, 1];
+    for objective in [case.objective, Objective::Joint, Objective::Mmd { lambda_u: 1.0, lambda_v: 1.0 }] {
+        let moment = if objective.takes_moments() { Moment::Features } else { Moment::None };
+        let case = Case { objective, moment, ..case };
+        let batch = data.batch(&case);
+        let want = reference::loss(&case.loss(), &batch).unwrap();
+        let got = evaluate(&mut Cpu::<f32>::new(), &case.loss(), &batch);
+        let off = error(&got, &want, &case, &data);
+        assert!(off < 3e-6, "{objective:?}: {off:e}");
+    }
+}
+
+// Where a softmax is one pair's, MMD has no gradient: its factor less its mean is nothing, and not their rounding over tau.
+#[test]
+fn mmd_of_a_softmax_of_one_pair_has_no_gradient() {
+    let (n, d, f) = (5, 2, 300);
+    // Column j's winner is row 0, whose positive is column 0.
+    let u: Vec<f32> = (0..n).flat_map(|i| [if i == 0 { 30.0 } else { 0.1 * i as f32 }, 0.3]).collect();
+    let v: Vec<f32> = (0..n).flat_map(|j| [20.0 + j as f32, 0.7]).collect();
+    let features: Vec<f32> = (0..n * f).map(|k| ((k * 37 % 101) as f32 * 0.37).sin() * 3.0).collect();
+    let features = Matrix::f32(&features, f);
+    for isa in Isa::available() {
+        for objective in [Objective::Mmd { lambda_u: 1.0, lambda_v: 0.0 }, Objective::JointMmd] {
+            let loss = Loss { tilting: Tilting::Dot, objective, tau: 0.02, smoothing: 0.0 };
+            let batch = Batch {
+                moments: Some(Moments::Features { u: features, v: features }),
+                ..Batch::new(Matrix::f32(&u, d), Matrix::f32(&v, d))
+            };
+            let (mut du, mut dv) = (vec![f32::NAN; n * d], vec![f32::NAN; n * d]);
+            let gradients = Gradients { u: Some(Write::Set(&mut du)), v: Some(Write::Set(&mut dv)), offset_v: None };
+            let value = Cpu::<f32>::with_isa(isa).loss(&loss, &batch, gradients).unwrap();
+            assert!(value.loss.is_finite() && value.grad_tau == 0.0, "{isa:?} {objective:?}: {}", value.grad_tau);
+            assert!(du.iter().chain(&dv).all(|&x| x == 0.0), "{isa:?} {objective:?}: {du:?} {dv:?}");
+        }
+    }
+}
+
+// What is not learned yet has moments far below those of the targets: the value is theirs, and not what cancelling left.
+#[test]
+fn joint_mmd_of_a_model_that_knows_nothing() {
+    for seed in 0..4 {
+        let case = Case::new(Tilting::Cosine, Objective::JointMmd, 600, 600, 8);
+        let case = Case { tau: 1.0, moment: Moment::Linear, seed, ..case };
+        let data = case.data();
+        let batch = data.batch(&case);
+        let want = reference::loss(&case.loss(), &batch).unwrap();
+        let got = Cpu::<f32>::new().loss(&case.loss(), &batch, Gradients::default()).unwrap();
+        let off = (got.loss - want.loss).abs() / want.loss.abs();
+        assert!(off < 1e-5, "{off:e} of {}", want.loss);
+    }
+}
+
 #[test]
 fn distances_do_not_pay_for_clusters_far_apart() {
     let n = 150;
@@ -614,7 +674,8 @@ fn refuses_bad_input<E: Engine>(make: impl Fn() -> E) {
     let shuffled = with(Objective::JointShuffled { pairings: 2, seed: 0 });
     refused("pairings", with(Objective::JointShuffled { pairings: 0, seed: 0 }), batch);
     refused("rows of v", shuffled, Batch { v: Matrix::f32(&data.v[..9], d), ..batch });
-    refused("shuffled joint loss", Loss { smoothing: 0.1, ..shuffled }, batch);
+    refused("smoothing", Loss { smoothing: 0.1, ..shuffled }, batch);
+    refused("pairings", with(Objective::JointShuffled { pairings: u32::MAX, seed: 0 }), batch);
     refused("shuffled joint loss", shuffled, Batch { offset_v: Some(&[1.0; 4]), ..batch });
     refused("shuffled joint loss", shuffled, positives(Positives::Index(&[0, 1, 2, 3])));
     refused("shuffled joint loss", shuffled, pairs(Pairs { ignore: Some((&[1; 4], &[1; 4])), ..Pairs::default() }));

@@ -11,7 +11,7 @@ use contrastive::experiments::{self, Error, Model, Outcome};
 use contrastive::nn::{EncoderSpec, Network};
 use contrastive::objective::{Batch, Loss, Matrix, Objective, Precision, reference};
 use contrastive::optim::{AdamConfig, Schedule};
-use contrastive::train::{Progress, TrainError, train};
+use contrastive::train::{Progress, TrainError, Training};
 use rand::{RngExt, SeedableRng};
 use std::collections::BTreeSet;
 use std::f64::consts::PI;
@@ -247,7 +247,9 @@ fn learn(config: &Config, source: &dyn Source) -> (Network, Vec<f32>, Vec<f32>, 
     let mut losses = Vec::new();
     let stop = AtomicBool::new(false);
     let observe = &mut |progress: Progress| losses.push(progress.loss);
-    let trained = train(&mut Cpu::new(), config, &network, source, None, None, &stop, observe, None).unwrap();
+    let mut cpu = Cpu::new();
+    let training = Training::new(&cpu, config, &network, source, None);
+    let trained = training.run(&mut cpu, None, &stop, observe, None).unwrap();
     (network, start, trained.params, losses)
 }
 

@@ -30,13 +30,13 @@ pub struct Bench {
     #[arg(value_name = "WHAT")]
     what: String,
     /// Rows; queries to search for
-    #[arg(long, default_value_t = 4096, value_name = "N")]
+    #[arg(long, default_value_t = 4096, value_name = "N", allow_negative_numbers = true)]
     n: usize,
     /// Columns; items to search [default: as many as rows]
-    #[arg(long, value_name = "M")]
+    #[arg(long, value_name = "M", allow_negative_numbers = true)]
     m: Option<usize>,
     /// Embedding dimension
-    #[arg(long, default_value_t = 128, value_name = "D")]
+    #[arg(long, default_value_t = 128, value_name = "D", allow_negative_numbers = true)]
     d: usize,
     /// cosine, dot or l2
     #[arg(long, default_value = "cosine", value_name = "TILTING")]

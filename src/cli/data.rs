@@ -1,11 +1,11 @@
 //! `contrastive data`.
 
-use super::{Common, Failure, bad_flag, check_room, on_terminal};
+use super::{Common, Failure, bad_flag, check_room, on_terminal, shown};
 use crate::data::download::{Content, fetch, is_http};
 use crate::data::images::PIXELS;
 use crate::data::npy::{write_npy_f32, write_npy_i64};
 use crate::data::ocean::{COEFFICIENTS, MODES, Ocean, Recording};
-use crate::data::{DataError, Side, Source, clear_set, digits, gaussian2d, gp};
+use crate::data::{DataError, Side, Source, digits, gaussian2d, gp, write_set};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ pub struct Data {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Samples to generate [default: 10000]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     samples: Option<usize>,
     /// ocean: the shorter trajectories that `train ocean --quick` reads [default: off]
     #[arg(long)]
@@ -102,30 +102,27 @@ fn generate(args: &Data, seed: u64) -> Result<Answer, Failure> {
     };
     let pairs = ["u.npy", "v.npy"].iter().zip(dims);
     lines.splice(0..0, pairs.map(|(name, dim)| format!("{}: [{n}, {dim}] f32", out.join(name).display())));
-    let json = json!({"set": args.set, "samples": n, "dim_u": dims[0], "dim_v": dims[1], "out": out});
+    let json = json!({"set": args.set, "samples": n, "dim_u": dims[0], "dim_v": dims[1], "out": shown(out)});
     Ok((json, lines))
 }
 
 /// Writes a set that is in memory, and tells how wide its sides are and what it has beside them.
 fn write(out: &Path, source: &dyn Source) -> Result<([usize; 2], Vec<String>), DataError> {
     make_folder(out)?;
-    clear_set(out)?;
     let n = source.len();
     let index: Vec<usize> = (0..n).collect();
-    for (side, name) in [(Side::U, "u.npy"), (Side::V, "v.npy")] {
-        let dim = source.dim(side);
-        let mut x = vec![0f32; n * dim];
-        source.gather(side, &index, &mut x);
-        write_npy_f32(out.join(name), &[n, dim], &x)?;
-    }
-    let mut lines = Vec::new();
-    if let Some(labels) = source.labels() {
-        let labels: Vec<i64> = labels.iter().map(|&l| i64::from(l)).collect();
-        let path = out.join("labels.npy");
-        write_npy_i64(&path, &[n], &labels)?;
-        lines.push(format!("{}: [{n}] i64", path.display()));
-    }
-    Ok(([source.dim(Side::U), source.dim(Side::V)], lines))
+    let labels = source.labels().map(|labels| labels.iter().map(|&l| i64::from(l)).collect::<Vec<_>>());
+    write_set(out, |folder| {
+        for (side, name) in [(Side::U, "u.npy"), (Side::V, "v.npy")] {
+            let dim = source.dim(side);
+            let mut x = vec![0f32; n * dim];
+            source.gather(side, &index, &mut x);
+            write_npy_f32(folder.join(name), &[n, dim], &x)?;
+        }
+        labels.as_ref().map_or(Ok(()), |labels| write_npy_i64(folder.join("labels.npy"), &[n], labels))
+    })?;
+    let lines = labels.map(|_| format!("{}: [{n}] i64", out.join("labels.npy").display()));
+    Ok(([source.dim(Side::U), source.dim(Side::V)], lines.into_iter().collect()))
 }
 
 fn mnist(args: &Data) -> Result<Answer, Failure> {
@@ -164,7 +161,7 @@ fn download(files: &[(&str, Content<'_>)], mirrors: &[&str], out: &Path) -> Resu
     let seconds = start.elapsed().as_secs_f64();
     lines.push(format!("{taken} bytes downloaded in {seconds:.1} s"));
     let names: Vec<_> = files.iter().map(|(name, _)| name).collect();
-    Ok((json!({"files": names, "bytes": taken, "seconds": seconds, "out": out}), lines))
+    Ok((json!({"files": names, "bytes": taken, "seconds": seconds, "out": shown(out)}), lines))
 }
 
 fn bar(bytes: u64) -> ProgressBar {

@@ -44,7 +44,7 @@ pub struct Loss {
     #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
     smoothing: f64,
     /// joint: random pairings that stand for all pairs; 0 takes all pairs
-    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[arg(long, default_value_t = 0, value_name = "K", allow_negative_numbers = true)]
     pairings: u32,
     /// Write dL/du, [N, D] f32 .npy [default: not written]
     #[arg(long, value_name = "DU.npy")]
@@ -62,7 +62,7 @@ pub struct Loss {
     #[arg(long, default_value = "gaussian:1", value_name = "KERNEL")]
     kernel: String,
     /// mmd, joint-mmd: random Fourier features of the Gaussian kernel, even [default: the exact Gram matrix]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     features: Option<usize>,
     /// Row i's positive column, [N] integer .npy [default: column i]
     #[arg(long, value_name = "P.npy", conflicts_with_all = ["groups_u", "groups_v"])]
@@ -86,7 +86,7 @@ pub struct Loss {
     #[arg(long, value_name = "WV.npy")]
     weights_v: Option<PathBuf>,
     /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
-    #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES")]
+    #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES", allow_negative_numbers = true)]
     workspace: usize,
 }
 
@@ -284,6 +284,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
             check_room("--features", &[features, features, 4])?;
         }
     }
+    check_room("--workspace", &[(args.workspace / 4).min(n.saturating_mul(m))])?;
     if args.pairings > 0 {
         // A logit and two indices for each pair.
         check_room("--pairings", &[args.pairings as usize + 1, n, 3])?;

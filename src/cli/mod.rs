@@ -230,7 +230,10 @@ fn usage(e: &clap::Error) -> String {
         let reason = e.source().map(ToString::to_string).unwrap_or_default();
         let expected = match &reason[..] {
             "invalid float literal" => "a number".into(),
-            "invalid digit found in string" => "a whole number, 0 or more".into(),
+            "invalid digit found in string" | "cannot parse integer from empty string" => {
+                "a whole number, 0 or more".into()
+            }
+            "cannot parse float from empty string" => "a number".into(),
             "number too large to fit in target type" => "a smaller one".into(),
             other => other.to_owned(),
         };
@@ -266,7 +269,7 @@ fn check_device(name: &str) -> Result<(), ConfigError> {
 /// context switches a parallel loop, which is half the time of a small training step.
 fn threads(common: &Common) -> Result<(), Failure> {
     check_threads(common.threads).map_err(from_flag)?;
-    let threads = common.threads.unwrap_or(0);
+    let threads = common.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build_global().map_err(|e| Failure::Other(format!("--threads {threads}: {e}")))
 }
@@ -339,6 +342,18 @@ fn check_room(flag: &str, sizes: &[usize]) -> Result<(), Failure> {
     Err(bad_flag(flag, sizes[0], format!("fewer: {product} f32 are more than there is memory for")))
 }
 
+/// Where a path leads, whatever it is called; what is not there yet has its folder's name.
+fn place(path: &Path) -> PathBuf {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let own = || Some(folder.canonicalize().ok()?.join(path.file_name()?));
+    path.canonicalize().ok().or_else(own).unwrap_or_else(|| path.to_owned())
+}
+
+/// A path in JSON, which has no bytes that are not text.
+fn shown(path: impl AsRef<Path>) -> String {
+    path.as_ref().display().to_string()
+}
+
 /// Fails unless `outputs`, each under its flag, can be written and are files of their own, none of them one of `inputs` or
 /// of the run in the folder `model`.
 fn check_outputs(
@@ -346,12 +361,6 @@ fn check_outputs(
     inputs: &[Option<&PathBuf>],
     model: Option<&PathBuf>,
 ) -> Result<(), Failure> {
-    // Where a path leads, whatever it is called; what is not there yet has its folder's name.
-    let place = |path: &Path| {
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let own = || Some(folder.canonicalize().ok()?.join(path.file_name()?));
-        path.canonicalize().ok().or_else(own).unwrap_or_else(|| path.to_owned())
-    };
     let given = || outputs.iter().filter_map(|&(flag, path)| Some((flag, path?)));
     for (k, (flag, path)) in given().enumerate() {
         check_output(path)?;

@@ -1,7 +1,7 @@
 //! `contrastive reproduce`.
 
 use super::data::make_folder;
-use super::{Common, Failure, bad_flag};
+use super::{Common, Failure, bad_flag, shown};
 use crate::experiments::reproduce::{ALL, Part, Request, reproduce};
 use serde_json::json;
 use std::path::PathBuf;
@@ -61,7 +61,7 @@ pub fn run(args: &Reproduce, common: &Common) -> Result<(), Failure> {
         failed.iter().map(|(f, c)| json!({"figure": f.name, "claim": c.claim, "found": c.found})).collect();
     let names: Vec<_> = figures.iter().map(|f| &f.name).collect();
     common.print(
-        &json!({"figures": names, "passed": passed, "failed": failed, "seconds": seconds, "out": args.out}),
+        &json!({"figures": names, "passed": passed, "failed": failed, "seconds": seconds, "out": shown(&args.out)}),
         &lines,
     )
 }

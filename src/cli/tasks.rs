@@ -1,7 +1,7 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_outputs, check_room, from_flag};
+use super::{Common, Failure, bad_flag, check_outputs, check_room, from_flag, shown};
 use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table};
@@ -184,7 +184,7 @@ pub fn embed(args: &Embed, common: &Common) -> Result<(), Failure> {
         }
     }?;
     choice.announce();
-    let json = json!({"rows": x.rows(), "dim": model.config.dim, "output": args.output});
+    let json = json!({"rows": x.rows(), "dim": model.config.dim, "output": shown(&args.output)});
     common.print(
         &json,
         &[format!("{}: {} embeddings of dimension {}", args.output.display(), x.rows(), model.config.dim)],
@@ -234,7 +234,6 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     let wide = if pairs { args.k.max(5).min(items.count()) } else { args.k };
     // An index and a score for each, and what of them is written.
     check_room("--k", &[wide, queries.count(), 6])?;
-    choice.announce();
     let start = Instant::now();
     let best = match choice.search() {
         Some(mut device) => retrieval::top_k_on(&mut *device, tilting, &queries, &items, wide),
@@ -244,6 +243,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     if args.scores.is_some() && best.scores.iter().any(|&score| !(score as f32).is_finite()) {
         return Err(bad_flag("--scores", "scores beyond f32", "smaller embeddings, or no --scores"));
     }
+    choice.announce();
     let narrow = |i: usize| i * wide..i * wide + args.k;
     let n = queries.count();
     if let Some(path) = &args.output {
@@ -256,7 +256,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
     }
     let mut json = json!({
         "items": items.count(), "queries": n, "dim": items.dim(), "k": args.k, "tilting": args.tilting, "seconds": seconds,
-        "output": args.output, "scores": args.scores,
+        "output": args.output.as_ref().map(shown), "scores": args.scores.as_ref().map(shown),
     });
     let mut lines = vec![format!("{} best of {} items for {n} queries in {seconds:.2} s", args.k, items.count())];
     if pairs {
@@ -355,8 +355,8 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         write_npy_f32(path, &[n, classes], &p)?;
     }
     let mut json = json!({
-        "rows": n, "classes": classes, "fine_tuned": args.fine_tune, "output": args.output,
-        "probabilities": args.probabilities,
+        "rows": n, "classes": classes, "fine_tuned": args.fine_tune,
+        "output": args.output.as_ref().map(shown), "probabilities": args.probabilities.as_ref().map(shown),
     });
     let mut lines = vec![format!("{n} rows, {classes} classes")];
     if args.output.is_none() {
@@ -411,10 +411,10 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
             embedded(&model, &choice, side, &SideOf(&**source, side), &args.model)?
         }
     };
-    choice.announce();
     let dim = model.config.dim;
     let [queries, items] = [&queries, &items].map(|data| Table { data, dim });
     let draws = sampling::sample(model.tilting(), model.tau(), &queries, &items, args.count, common.seed())?;
+    choice.announce();
     let indices: Vec<i64> = draws.indices.iter().map(|&i| i as i64).collect();
     if let Some(path) = &args.output {
         write_npy_i64(path, &[queries.count(), args.count], &indices)?;
@@ -426,7 +426,7 @@ pub fn sample(args: &Sample, common: &Common) -> Result<(), Failure> {
         .collect();
     let json = json!({
         "given": queries.count(), "items": items.count(), "count": args.count, "side": args.side,
-        "indices": indices, "weights": weights, "ess": draws.ess, "output": args.output,
+        "indices": indices, "weights": weights, "ess": draws.ess, "output": args.output.as_ref().map(shown),
     });
     common.print(&json, &lines)
 }

@@ -219,6 +219,14 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         }
     }
     let dir = folder(&args.out, &config.experiment);
+    let read = [("--u", &config.u), ("--v", &config.v)].into_iter().chain(file.iter().map(|file| ("--config", file)));
+    for (flag, path) in read.filter(|(_, path)| path.exists()) {
+        // A run may be told by what it leaves: its own settings.
+        let taken = experiments::files().map(|name| dir.join(name)).find(|own| super::place(own) == super::place(path));
+        if taken.is_some_and(|own| flag != "--config" || !own.ends_with(crate::checkpoint::CONFIG)) {
+            return Err(super::bad_flag(flag, path.display(), format!("another file than those of {}", dir.display())));
+        }
+    }
     let full = common.precision.is_none() && precision.as_deref() == Some("f32");
     let choice = common.choose(full.then(|| "the settings say f32, and f32 products are the CPU's".to_owned()))?;
     if precision.is_none() {
@@ -229,7 +237,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
     let bar = on_terminal().then(bar);
     // With the first step, when everything has been checked; a run that was finished before has no step.
     let resume = args.resume;
-    let anew = resume && !Checkpoint::path(&dir).exists();
+    let anew = resume && !Checkpoint::is_there(&dir)?;
     let said = Once::new();
     let announce = || {
         said.call_once(|| {

@@ -23,6 +23,7 @@ pub use permute::{permute, permute_range};
 pub use prefetch::{PairBatch, Prefetch};
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{self, BufWriter, Write},
     ops::Range,
@@ -350,7 +351,8 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is there and not a regular file"));
         }
         let mut builder = tempfile::Builder::new();
-        builder.prefix(TEMPORARY);
+        let prefix = temporary(path);
+        builder.prefix(&prefix);
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -369,11 +371,23 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
 /// What the names of temporary files begin with.
 const TEMPORARY: &str = ".contrastive-";
 
-/// Takes away the temporary files that a program left in `folder` when it was killed; nobody writes there now.
+/// What the name of a temporary file for `path` begins with: whose it is, unless that is so long that the name would not be one.
+fn temporary(path: &Path) -> OsString {
+    let mut prefix = OsString::from(TEMPORARY);
+    if let Some(name) = path.file_name().filter(|name| name.len() < 100) {
+        prefix.push(name);
+        prefix.push("-");
+    }
+    prefix
+}
+
+/// Takes away the temporary files for `names` that a program left in `folder` when it was killed; nobody writes these now.
 #[cfg(feature = "cli")]
-pub(crate) fn remove_temporary(folder: &Path) {
+pub(crate) fn remove_temporary(folder: &Path, names: impl Iterator<Item = &'static str>) {
+    let theirs: Vec<_> = names.map(|name| temporary(Path::new(name))).collect();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+        let name = entry.file_name();
+        if theirs.iter().any(|theirs| name.as_encoded_bytes().starts_with(theirs.as_encoded_bytes())) {
             // They are in nobody's way.
             let _ = std::fs::remove_file(entry.path());
         }
@@ -404,7 +418,7 @@ impl Drop for Unfinished {
 pub fn abandon_writes() {
     for path in &*UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) {
         // Nobody is left to tell.
-        let _ = std::fs::remove_file(path);
+        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
     }
 }
 
@@ -414,13 +428,33 @@ pub fn fits_memory(sizes: &[usize]) -> bool {
     bytes.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok())
 }
 
-/// Takes away what a data set in `folder` is made of, before another one is written there: files of two of them would
-/// look like one.
+/// Has `fill` write the files of a data set to a folder that it is given, and puts them into `folder` in the place of those
+/// that a set there is made of, once all are whole: files of two of them would look like one.
 ///
 /// # Errors
-/// [`DataError::Write`] naming the file.
-pub fn clear_set(folder: &Path) -> Result<(), DataError> {
-    remove_files(folder, &["u.npy", "v.npy", "labels.npy", "frequencies.npy"])
+/// `fill`'s; [`DataError::Write`] naming the file. The old set stays then.
+pub fn write_set(folder: &Path, fill: impl FnOnce(&Path) -> Result<(), DataError>) -> Result<(), DataError> {
+    const NAMES: [&str; 4] = ["u.npy", "v.npy", "labels.npy", "frequencies.npy"];
+    let write = |path: &Path, source| DataError::Write { path: path.to_owned(), source };
+    if let Some(path) = NAMES.map(|name| folder.join(name)).iter().find(|path| path.exists() && !path.is_file()) {
+        return Err(write(path, io::Error::new(io::ErrorKind::InvalidInput, "it is there and not a regular file")));
+    }
+    let new = tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(folder).map_err(|e| write(folder, e))?;
+    let _unfinished = Unfinished::new(new.path());
+    fill(new.path()).map_err(|e| match e {
+        // By the name that it was to have.
+        DataError::Write { path, source } => write(&folder.join(path.file_name().unwrap_or_default()), source),
+        e => e,
+    })?;
+    for name in NAMES {
+        let (from, to) = (new.path().join(name), folder.join(name));
+        if from.exists() {
+            std::fs::rename(&from, &to).map_err(|e| write(&to, e))?;
+        } else {
+            remove_files(folder, &[name])?;
+        }
+    }
+    sync_folder(&folder.join(NAMES[0])).map_err(|e| write(folder, e))
 }
 
 /// Takes away those of `folder`'s files `names` that are there, in their order.

@@ -15,7 +15,7 @@
 //! A trajectory is that of the coefficients and frequencies as stored, in f32, integrated by RK4 in f64.
 
 use super::npy::{write_npy_f32, write_npy_f32_parts};
-use super::{DataError, Memory, clear_set};
+use super::{DataError, Memory, write_set};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -125,7 +125,7 @@ impl Ocean {
     /// [`DataError::Write`] naming the file.
     pub fn write(&self, folder: &Path, samples: usize) -> Result<(), DataError> {
         const PART: usize = 1024;
-        let file = |name: &str, dim: usize, draw: &dyn Fn(usize, &mut [f32])| {
+        let file = |folder: &Path, name: &str, dim: usize, draw: &dyn Fn(usize, &mut [f32])| {
             write_npy_f32_parts(folder.join(name), &[samples, dim], |push| {
                 let mut part = vec![0.0; PART * dim];
                 (0..samples).step_by(PART).try_for_each(|first| {
@@ -135,10 +135,11 @@ impl Ocean {
                 })
             })
         };
-        clear_set(folder)?;
-        write_npy_f32(folder.join("frequencies.npy"), &[MODES], &self.frequencies)?;
-        file("u.npy", COEFFICIENTS, &|first, u| self.draw_u(first, u))?;
-        file("v.npy", self.recording.dim(), &|first, v| self.draw_v(first, v))
+        write_set(folder, |folder| {
+            write_npy_f32(folder.join("frequencies.npy"), &[MODES], &self.frequencies)?;
+            file(folder, "u.npy", COEFFICIENTS, &|first, u| self.draw_u(first, u))?;
+            file(folder, "v.npy", self.recording.dim(), &|first, v| self.draw_v(first, v))
+        })
     }
     /// u of the samples from `first` on that `u` `[.., 98]` has room for.
     fn draw_u(&self, first: usize, u: &mut [f32]) {

@@ -2,8 +2,9 @@
 
 use super::{Side, Source, permute_range};
 use std::{
+    io,
     sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
-    thread::Scope,
+    thread::{self, Scope},
 };
 
 /// One batch of pairs.
@@ -46,6 +47,9 @@ impl Prefetch {
     /// Starts gathering at `(epoch, step)`, on a thread of `scope` that ends when this value is dropped.
     /// A `step` at or beyond the epoch's end carries over into the next.
     ///
+    /// # Errors
+    /// The system's, where it makes no thread.
+    ///
     /// # Panics
     /// When `batch` is 0 or larger than the source.
     pub fn spawn<'scope, S: Source + ?Sized>(
@@ -55,7 +59,7 @@ impl Prefetch {
         batch: usize,
         epoch: u64,
         step: u64,
-    ) -> Self {
+    ) -> io::Result<Self> {
         assert!(0 < batch && batch <= source.len(), "batch of {batch} from {} samples", source.len());
         let (filled, ready) = sync_channel(1);
         let (spare, empty) = channel();
@@ -64,8 +68,9 @@ impl Prefetch {
         spare.send(vec![PairBatch::default(); group]).expect("the receiver is alive");
         let steps = Self::steps_per_epoch(source.len(), batch);
         let (epoch, step) = (epoch + step / steps, step % steps);
-        scope.spawn(move || gather_all(source, seed, batch, epoch, step, &empty, &filled));
-        Prefetch { ready, spare, current: vec![PairBatch::default(); group], read: group }
+        let gather = move || gather_all(source, seed, batch, epoch, step, &empty, &filled);
+        thread::Builder::new().name("batches".into()).spawn_scoped(scope, gather)?;
+        Ok(Prefetch { ready, spare, current: vec![PairBatch::default(); group], read: group })
     }
     /// The next batch. Waits for it when compute was faster than the gathering.
     pub fn next_batch(&mut self) -> &PairBatch {
@@ -141,7 +146,7 @@ mod tests {
             for (epoch, step) in [(0, 0), (2, steps - 1), (0, 2 * steps + steps / 2)] {
                 for pause in [0, 300] {
                     thread::scope(|scope| {
-                        let mut prefetch = Prefetch::spawn(scope, &source, 11, batch, epoch, step);
+                        let mut prefetch = Prefetch::spawn(scope, &source, 11, batch, epoch, step).unwrap();
                         for k in 0..25 {
                             let at = epoch * steps + step + k;
                             let want = expected(&source, 11, batch, at / steps, at % steps);
@@ -162,7 +167,7 @@ mod tests {
         let source = source(100);
         for reads in 0..3 {
             thread::scope(|scope| {
-                let mut prefetch = Prefetch::spawn(scope, &source, 0, 10, 0, 0);
+                let mut prefetch = Prefetch::spawn(scope, &source, 0, 10, 0, 0).unwrap();
                 for _ in 0..reads {
                     prefetch.next_batch();
                 }

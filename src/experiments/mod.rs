@@ -24,7 +24,7 @@ use crate::objective::{LossError, Objective, Precision, Tilting};
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
-use crate::train::{Evaluate, Evaluation, Progress, TrainError, train};
+use crate::train::{Evaluate, Evaluation, Progress, TrainError, Training};
 use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -295,7 +295,16 @@ pub fn run<D: Contrast + Device<Real = f32>>(
 ) -> Result<Outcome, Error> {
     config.validate()?;
     let experiment = find(&config.experiment)?;
+    // Before anything is said of what is there.
+    let lock = if dir.exists() { Some(lock(dir)?) } else { None };
     let start = if resume { Checkpoint::read(dir)? } else { None };
+    if resume && start.is_none() && dir.join(MODEL).exists() {
+        return Err(Error::Folder {
+            path: dir.into(),
+            found: format!("{MODEL} and no {CHECKPOINT} to go on from"),
+            expected: "none of them, or a run without --resume, which takes the model's place".into(),
+        });
+    }
     if let Some(start) = &start
         && let Some((key, now, then)) = config.difference(&start.config)
     {
@@ -305,7 +314,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{key} = {now}, as in the settings to resume with"),
         });
     }
-    if !resume && Checkpoint::path(dir).exists() && !dir.join(SUMMARY).exists() {
+    if !resume && Checkpoint::is_there(dir)? && !dir.join(SUMMARY).exists() {
         return Err(Error::Folder {
             path: dir.into(),
             found: "an unfinished run".into(),
@@ -352,7 +361,10 @@ pub fn run<D: Contrast + Device<Real = f32>>(
             expected: format!("{}, as these encoders have on this data", network.layout.len()),
         });
     }
-    let _own = open_folder(dir, config, start.is_some())?;
+    // All memory first: a run that there is none for leaves the folder as it is.
+    let goes_on = start.is_some();
+    let training = Training::new(device, config, &network, &*split.train, start);
+    let _lock = open_folder(dir, config, lock, goes_on)?;
 
     let tilting = parse_tilting(&config.tilting)?;
     let mut evaluate = experiment.evaluate.map(|evaluate| {
@@ -362,7 +374,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         }
     });
     let evaluate = evaluate.as_mut().map(|f| f as &mut Evaluate<'_, D>);
-    let trained = train(device, config, &network, &*split.train, Some(dir), start, stop, observe, evaluate)?;
+    let trained = training.run(device, Some(dir), stop, observe, evaluate)?;
     let mut report = Report::default();
     report.insert("experiment", experiment.name);
     report.insert("device", device.kind());
@@ -420,23 +432,44 @@ pub fn files() -> impl Iterator<Item = &'static str> {
     RESULTS.into_iter().chain([CONFIG])
 }
 
-/// Makes the folder and its `config.toml`; a run that does not go on from a checkpoint takes away what an old one left.
-/// Nobody else writes there while the answer lives.
-fn open_folder(dir: &Path, config: &Config, goes_on: bool) -> Result<Option<File>, Error> {
-    std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
-    // Where a folder cannot be locked, its owner has to know what runs.
+/// Nobody else runs in the folder while the answer lives; `None` where a folder cannot be locked: there its owner has to know
+/// what runs.
+fn lock(dir: &Path) -> Result<Option<File>, Error> {
     let own = File::open(dir).ok();
     if let Some(Err(TryLockError::WouldBlock)) = own.as_ref().map(File::try_lock) {
         let (found, expected) = ("a run that goes on".into(), "another --out, or to wait for its end".into());
         return Err(Error::Folder { path: dir.into(), found, expected });
     }
-    remove_temporary(dir);
+    Ok(own)
+}
+
+/// Makes the folder and its `config.toml`; a run that does not go on from a checkpoint takes away what an old one left.
+/// `locked`: the lock of a folder that was there before.
+fn open_folder(
+    dir: &Path,
+    config: &Config,
+    locked: Option<Option<File>>,
+    goes_on: bool,
+) -> Result<Option<File>, Error> {
+    let locked = match locked {
+        Some(locked) => locked,
+        None => {
+            std::fs::create_dir_all(dir).map_err(|source| DataError::Io { path: dir.into(), source })?;
+            let locked = lock(dir)?;
+            if files().any(|name| dir.join(name).exists()) {
+                let (found, expected) = ("a run that began meanwhile".into(), "another --out, or to wait".into());
+                return Err(Error::Folder { path: dir.into(), found, expected });
+            }
+            locked
+        }
+    };
+    remove_temporary(dir, files());
     // Before the new settings: old results never stand beside them.
     if !goes_on {
         remove_files(dir, &RESULTS)?;
     }
     write_text(&dir.join(CONFIG), &config.to_toml())?;
-    Ok(own)
+    Ok(locked)
 }
 
 fn write_text(path: &Path, text: &str) -> Result<(), DataError> {
@@ -464,7 +497,7 @@ impl Model {
         // The tensors' shapes tell what the data was like.
         let inputs = checkpoint::inputs(dir, &config)?;
         let network = Network::build([&config.encoder_u, &config.encoder_v], inputs, config.dim)?;
-        let params = checkpoint::read_model(dir, &network.layout)?;
+        let params = checkpoint::read_model(dir, &config, &network.layout)?;
         Ok(Model { config, network, params })
     }
 
@@ -507,7 +540,8 @@ impl Model {
         config.validate()?;
         let network = network(&config, source)?;
         let (device, stop) = (&mut Cpu::new(), AtomicBool::new(false));
-        let trained = train(device, &config, &network, source, None, None, &stop, &mut |_| (), None)?;
+        let trained =
+            Training::new(device, &config, &network, source, None).run(device, None, &stop, &mut |_| (), None)?;
         Ok(Model { config, network, params: trained.params })
     }
 

@@ -145,6 +145,8 @@ pub struct ConvSpec {
 
 /// Most numbers of an image between layers.
 const MOST_PIXELS: usize = 1 << 31;
+/// Blocks of a transformer: each is named before its memory is asked for.
+const MOST_BLOCKS: usize = 1 << 12;
 
 /// Why an encoder could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -416,6 +418,9 @@ impl Builder<'_> {
         if width == 0 || heads == 0 || !width.is_multiple_of(heads) {
             let found = format!("a width of {width} with {heads} heads");
             return shape(found, "at least 1 of each, and a width that the heads divide".to_owned());
+        }
+        if depth > MOST_BLOCKS {
+            return shape(format!("a depth of {depth}"), format!("at most {MOST_BLOCKS}"));
         }
         let attention = Attention { time, heads, head: width / heads, causal };
         let transformer = Transformer::build(self, channels, attention, depth);

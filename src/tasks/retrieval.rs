@@ -560,6 +560,44 @@ mod tests {
         assert_eq!(found.indices, [2999, 2998, 0, 1]);
     }
 
+    // Clusters closer than f32 tells apart, more in each than there are candidates, and one item so long that what f32 may lose of
+    // it is more than all scores.
+    #[test]
+    fn what_is_left_open_is_settled_by_what_may_matter() {
+        let (n, m, dim) = (20, 3000, 50);
+        let mut rng = rng();
+        let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| rng.random_range(-1f32..1.0)).collect() };
+        let (queries, centres, jitter) = (draw(n * dim), draw(30 * dim), draw(m * dim));
+        let mut items: Vec<f32> = (0..m * dim).map(|at| centres[at % (30 * dim)] + 1e-7 * jitter[at]).collect();
+        items[7 * dim..8 * dim].iter_mut().for_each(|x| *x *= 1e6);
+        let [queries, items] = [&queries, &items].map(|data| Table { data, dim });
+        for &tilting in Tilting::ALL {
+            let scorer = Scorer::new(tilting, &queries, &items).unwrap();
+            for k in [1, 5, 150] {
+                let want: Vec<(f64, usize)> = (0..n).flat_map(|i| scorer.exactly(i, 0..m, k)).collect();
+                let found = top_k(tilting, &queries, &items, k).unwrap();
+                let found: Vec<_> = found.scores.into_iter().zip(found.indices).collect();
+                assert!(found == want, "{tilting:?} {k}");
+            }
+            let [some, others] = [queries.data, &items.data[..n * dim]].map(|data| Table { data, dim });
+            let ranks = own_ranks(tilting, &some, &others).unwrap();
+            let scorer = Scorer::new(tilting, &some, &others).unwrap();
+            for (i, &rank) in ranks.iter().enumerate() {
+                let order = scorer.exactly(i, 0..n, n);
+                assert_eq!(order[rank as usize].1, i, "{tilting:?}");
+            }
+        }
+    }
+
+    // Numbers of one sign are one direction, however long.
+    #[test]
+    fn items_of_one_direction_tie() {
+        let items: Vec<f32> = (0..500).map(|i| 0.1 + (i * 37 % 101) as f32 * 0.731).collect();
+        let items = Table { data: &items, dim: 1 };
+        let found = top_k(Tilting::Cosine, &Table { data: &[0.7], dim: 1 }, &items, 20).unwrap();
+        assert!(found.indices.into_iter().eq(0..20));
+    }
+
     // Copies fill every list of candidates; rows that differ where queries are 0 tie with them, and are other rows.
     #[test]
     fn of_equal_items_the_first_come_first() {

@@ -1,7 +1,7 @@
 //! `contrastive bench retrieve` and `bench train`.
 
 use super::super::device::Device;
-use super::super::{Common, Failure, bad_flag, from_flag};
+use super::super::{Common, Failure, bad_flag, check_room, from_flag};
 use super::{Bench, CEILING, SETS, drawn, median, product, time};
 use crate::config::{ConfigError, Partial, parse_tilting};
 use crate::data::{Rows, Table};
@@ -24,6 +24,7 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
         return Err(bad_flag("--k", k, format!("1 to the number of items, {m}")));
     }
     let tilting = parse_tilting(&args.tilting).map_err(from_flag)?;
+    check_room("--k", &[k, n, 6])?;
     let choice = common.choose(None)?;
     choice.announce();
     let mut device = choice.search();
