@@ -15,90 +15,24 @@
 //! activations is that of a micro-batch, and the result that of the batch, to rounding.
 
 mod moments;
+mod outcome;
 mod state;
 
 pub use crate::checkpoint::Evaluation;
 use crate::checkpoint::{Checkpoint, Due, Metrics, Origin, Record};
 use crate::config::Config;
-use crate::data::{DataError, Prefetch, Source};
-use crate::device::{Contrast, Device, DeviceError};
+use crate::data::{Prefetch, Source};
+use crate::device::{Contrast, Device};
 use crate::nn::Network;
 use crate::objective::LossError;
+pub use outcome::{Progress, TrainError, Trained};
 use state::{Results, State};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// Where training stands, told after every step.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// Steps done and steps in all.
-    pub steps: [u64; 2],
-    /// Of the last batch.
-    pub loss: f64,
-}
-
 /// Measures a model: its parameters and temperature.
 pub type Evaluate<'a, D> = dyn FnMut(&D, &[f32], f64) -> Evaluation + 'a;
-
-/// How training ended.
-#[derive(Clone, Debug)]
-pub struct Trained {
-    /// The arena.
-    pub params: Vec<f32>,
-    /// Mean loss of the last epoch begun.
-    pub loss: f64,
-    /// Temperature at the end.
-    pub tau: f64,
-    /// Steps done, those before a resumption included.
-    pub steps: u64,
-    /// What they took.
-    pub seconds: f64,
-    /// Ended before its last step because it was told to.
-    pub stopped: bool,
-}
-
-/// Why training failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrainError {
-    /// A file.
-    #[error(transparent)]
-    Data(#[from] DataError),
-    /// The loss refused its inputs, embeddings that are not finite among them.
-    #[error("step {step}: {source}")]
-    Loss {
-        /// From 0.
-        step: u64,
-        /// The loss's reason.
-        source: LossError,
-    },
-    /// An embedding is not finite.
-    #[error(
-        "step {step}: found embeddings of {what} that are not finite, expected finite numbers: smaller data, a smaller lr or another precision may help"
-    )]
-    NotFinite {
-        /// From 0.
-        step: u64,
-        /// u, v or either.
-        what: &'static str,
-    },
-    /// The device could not do its work.
-    #[error(transparent)]
-    Device(DeviceError),
-    /// The loss or its gradient is not finite any more; the parameters still are.
-    #[error(
-        "step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite numbers; a smaller lr may help, in another folder if there is a checkpoint by now"
-    )]
-    Diverged {
-        /// From 0.
-        step: u64,
-        /// Of this step.
-        loss: f64,
-        /// Of this step.
-        grad_norm: f64,
-    },
-}
 
 /// Steps that scaled gradients may overflow in, one after another: by then the scale has gone from its largest to its least.
 const MOST_SKIPS: u32 = 48;

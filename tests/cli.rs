@@ -799,9 +799,9 @@ fn a_data_set_that_cannot_be_written_leaves_the_old_one() {
     assert_eq!(names(), ["u.npy", "v.npy"].map(String::from).into());
 }
 
-// What a run would write over is not what it reads, and a model is not taken away by --resume.
+// What a run would write over is not what it reads, and a checkpoint out of reach is not none.
 #[test]
-fn a_run_leaves_what_it_reads_and_models_it_cannot_resume() {
+fn a_run_leaves_what_it_reads_and_what_it_cannot_resume() {
     let dir = tempfile::tempdir().unwrap();
     let ends = |args: &[&str], with: &str| {
         let output = run(dir.path(), args);
@@ -815,21 +815,21 @@ fn a_run_leaves_what_it_reads_and_models_it_cannot_resume() {
     std::fs::create_dir(dir.path().join("run")).unwrap();
     std::fs::copy(dir.path().join("u.npy"), dir.path().join("run/model.safetensors")).unwrap();
     let pairs = ["train", "pairs", "--v", "v.npy", "--batch", "16", "--epochs", "1", "--out", "run"];
-    ends(&[&pairs[..], &["--u", "run/model.safetensors"]].concat(), "--u: found run/model.safetensors");
+    ends(&[&pairs[..], &["--u", "run/model.safetensors"]].concat(), "another file than those of run");
     assert!(dir.path().join("run/model.safetensors").exists());
     let pairs = [&pairs[..], &["--u", "u.npy"]].concat();
     assert!(run(dir.path(), &pairs).status.success());
-    let model = std::fs::read(dir.path().join("run/model.safetensors")).unwrap();
-    std::fs::remove_file(dir.path().join("run/checkpoint.safetensors")).unwrap();
-    let resume = [&pairs[..], &["--resume"]].concat();
-    ends(&resume, "no checkpoint.safetensors");
     #[cfg(unix)]
     {
-        std::os::unix::fs::symlink("nowhere", dir.path().join("run/checkpoint.safetensors")).unwrap();
-        ends(&resume, "checkpoint.safetensors");
-        std::fs::remove_file(dir.path().join("run/checkpoint.safetensors")).unwrap();
+        // On a disk that is not there now, say.
+        let (checkpoint, away) = (dir.path().join("run/checkpoint.safetensors"), dir.path().join("away"));
+        let model = std::fs::read(dir.path().join("run/model.safetensors")).unwrap();
+        std::fs::rename(&checkpoint, &away).unwrap();
+        std::os::unix::fs::symlink("nowhere", &checkpoint).unwrap();
+        ends(&[&pairs[..], &["--resume"]].concat(), "checkpoint.safetensors");
+        assert!(std::fs::read(dir.path().join("run/model.safetensors")).unwrap() == model);
+        std::fs::rename(&away, &checkpoint).unwrap();
     }
-    assert!(std::fs::read(dir.path().join("run/model.safetensors")).unwrap() == model);
     // A model of other settings is not this folder's.
     let config = std::fs::read_to_string(dir.path().join("run/config.toml")).unwrap();
     std::fs::write(dir.path().join("run/config.toml"), config.replace("tilting = \"cosine\"", "tilting = \"dot\""))

@@ -153,9 +153,9 @@ fn metrics_beyond_the_checkpoint_are_written_again() {
     let seconds = |dir: &Path| summary(dir)["seconds"].as_f64().unwrap();
     let (first, speed) = (seconds(killed.path()), summary(killed.path())["samples_per_s"].as_f64().unwrap());
     run(&config, killed.path(), true, None).unwrap();
-    // Time spent before counts; what reporting again adds is little.
-    assert!(first > 0.0 && seconds(killed.path()) > first && speed > 0.0);
-    assert!(summary(killed.path())["samples_per_s"].as_f64().unwrap() > 0.01 * speed);
+    // No step, no time.
+    assert!(first > 0.0 && seconds(killed.path()) == first && speed > 0.0);
+    assert!(summary(killed.path())["samples_per_s"].as_f64().unwrap() == speed);
     assert!(before == (model(killed.path()), metrics(killed.path()), summary(killed.path())["loss"].clone()));
 }
 

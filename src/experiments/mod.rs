@@ -298,13 +298,6 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     // Before anything is said of what is there.
     let lock = if dir.exists() { Some(lock(dir)?) } else { None };
     let start = if resume { Checkpoint::read(dir)? } else { None };
-    if resume && start.is_none() && dir.join(MODEL).exists() {
-        return Err(Error::Folder {
-            path: dir.into(),
-            found: format!("{MODEL} and no {CHECKPOINT} to go on from"),
-            expected: "none of them, or a run without --resume, which takes the model's place".into(),
-        });
-    }
     if let Some(start) = &start
         && let Some((key, now, then)) = config.difference(&start.config)
     {

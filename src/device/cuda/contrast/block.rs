@@ -155,10 +155,10 @@ impl<C: Card> Cuda<C> {
             return Err(only_cpu("objective", "the shuffled joint loss", "one of all pairs for a block"));
         }
         for which in [0, 1] {
-            let (first, count) = (block.at[which], rows[which].rows);
-            if first.checked_add(count).is_none_or(|end| end > block.whole[which]) {
+            let end = block.at[which].saturating_add(rows[which].rows);
+            if end > block.whole[which] {
                 let what = ["rows of the block", "columns of the block"][which];
-                let found = format!("{count} from {first} on");
+                let found = format!("{} to {end}", block.at[which]);
                 let expected = format!("a part of 0 to {}", block.whole[which]);
                 return Err(LossError::Shape { what, found, expected });
             }
