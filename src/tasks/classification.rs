@@ -151,7 +151,7 @@ pub fn fine_tune(
     Ok(spread.head(tau, &host[weight], &host[bias]))
 }
 
-/// How rows are spread: what makes them alike in all directions, `y = T (x - mean)`, of covariance 1.
+/// How rows are spread: what makes them alike in all directions, `y = T (x - mean)`, of covariance 1, nearly.
 struct Spread {
     mean: Vec<f64>,
     /// `[dim, dim]`, lower triangular.
@@ -159,8 +159,9 @@ struct Spread {
 }
 
 impl Spread {
-    /// Of the spread of rows in all directions together, so much is added to that in each: directions without any stay small.
-    const LEAST: f64 = 1e-10;
+    /// Numbers a row over rows, times so much, is the weight that equal spread in all directions has beside what rows say of it:
+    /// few rows say little, and what they hardly differ in is no more than chance.
+    const CHANCE: f64 = 10.0;
 
     fn of(rows: &dyn Rows) -> Self {
         let (n, dim, device) = (rows.count(), rows.dim(), Cpu::<f64>::new());
@@ -174,13 +175,14 @@ impl Spread {
             let [left, right] = [(); 2].map(|()| View::first(x, x.len()));
             device.gemm(shape, left, right, Write::Add(ViewMut::first(&mut factor, dim * dim)));
         });
-        let total: f64 = factor.iter().step_by(dim + 1).sum::<f64>() / n as f64;
-        factor.iter_mut().for_each(|c| *c /= n as f64);
-        factor.iter_mut().step_by(dim + 1).for_each(|c| *c += Self::LEAST * total);
+        let equal: f64 = factor.iter().step_by(dim + 1).sum::<f64>() / (n * dim) as f64;
+        let chance = Self::CHANCE * dim as f64 / n as f64;
+        factor.iter_mut().for_each(|c| *c /= (1.0 + chance) * n as f64);
+        factor.iter_mut().step_by(dim + 1).for_each(|c| *c += chance / (1.0 + chance) * equal);
         let mut t = vec![0f64; dim * dim];
         t.iter_mut().step_by(dim + 1).for_each(|t| *t = 1.0);
         // Rows of which none differs from another, or whose squares f64 does not hold, stay as they are.
-        if total > 0.0 && cholesky(&mut factor, dim).is_ok() {
+        if equal > 0.0 && cholesky(&mut factor, dim).is_ok() {
             for i in 0..dim {
                 let (above, row) = t.split_at_mut(i * dim);
                 let row = &mut row[..=i];
@@ -277,11 +279,8 @@ mod tests {
         let weight = Table { data: &head.weight, dim };
         let got = classify(Tilting::Dot, tau, &x, &weight, Some(&head.bias)).unwrap();
         // And where they are small, far from the origin and spread unevenly: the same classifier.
-        let uneven: Vec<f32> = x
-            .data
-            .chunks(dim)
-            .flat_map(|x| [x[0], 10.0 * x[0] + x[1], 0.1 * x[2] - x[1]].map(|x| 0.01 * x + 2.0))
-            .collect();
+        let uneven: Vec<f32> =
+            x.data.chunks(dim).flat_map(|x| [x[0], 3.0 * x[0] + x[1], x[2] - x[1]].map(|x| 0.01 * x + 2.0)).collect();
         let uneven = Table { data: &uneven, dim };
         let head = fine_tune(tau, &uneven, &labels, classes, 1).unwrap();
         let weight = Table { data: &head.weight, dim };
