@@ -10,7 +10,7 @@ mod twin;
 use common::{Case, Data, Moment, OBJECTIVES, Positive, options, relative, wide};
 use contrastive::data::Table;
 use contrastive::device::cuda::card::Card;
-use contrastive::device::cuda::contrast::{Block, Rows};
+use contrastive::device::cuda::contrast::{Block, CardRows};
 use contrastive::device::cuda::random::normals;
 use contrastive::device::cuda::search::Searcher;
 use contrastive::device::cuda::{Buffer, Cuda};
@@ -567,7 +567,7 @@ fn raw_addresses_are_the_same_loss() {
                 .map(|(x, rows)| (Buffer::of(&card, x).unwrap(), rows))
         });
         let features = features.as_ref().map(|f| {
-            f.each_ref().map(|(x, rows)| Rows {
+            f.each_ref().map(|(x, rows)| CardRows {
                 at: x.ptr(..).unwrap().cast(),
                 singles: true,
                 rows: *rows,
@@ -575,7 +575,7 @@ fn raw_addresses_are_the_same_loss() {
             })
         });
         let rows_at = |at: [*const (); 2], singles| {
-            [0, 1].map(|which| Rows { at: at[which], singles, rows: counts[which], dim: case.d })
+            [0, 1].map(|which| CardRows { at: at[which], singles, rows: counts[which], dim: case.d })
         };
         let from = [
             rows_at(singles.each_ref().map(|x| x.ptr(..).unwrap().cast()), true),
@@ -608,17 +608,17 @@ fn raw_addresses_are_the_same_loss() {
             let why = refused(pairs, rows, features, out);
             assert!(why.starts_with(what), "{what}: {why}");
         };
-        expect("columns of v", &pairs, [u, Rows { dim: case.d - 1, ..v }], features, [None; 2]);
-        expect("u: ", &pairs, [Rows { at: std::ptr::null(), ..u }, v], features, [None; 2]);
-        expect("v: ", &pairs, [u, Rows { rows: 0, ..v }], features, [None; 2]);
-        expect("u: ", &pairs, [u, v].map(|r| Rows { dim: 0, ..r }), features, [None; 2]);
+        expect("columns of v", &pairs, [u, CardRows { dim: case.d - 1, ..v }], features, [None; 2]);
+        expect("u: ", &pairs, [CardRows { at: std::ptr::null(), ..u }, v], features, [None; 2]);
+        expect("v: ", &pairs, [u, CardRows { rows: 0, ..v }], features, [None; 2]);
+        expect("u: ", &pairs, [u, v].map(|r| CardRows { dim: 0, ..r }), features, [None; 2]);
         expect("gradient of v", &pairs, [u, v], features, [None, Some(Write::Add(std::ptr::null_mut()))]);
         let (few, many) = (vec![0; 3], vec![0; case.m]);
         expect("ignore ids of u", &Pairs { ignore: Some((&few, &many)), ..pairs }, [u, v], features, [None; 2]);
         if let Some([x, y]) = features {
             expect("moments", &pairs, [u, v], None, [None; 2]);
-            expect("rows of data of v", &pairs, [u, v], Some([x, Rows { rows: 3, ..y }]), [None; 2]);
-            expect("data of u", &pairs, [u, v], Some([Rows { at: std::ptr::null(), ..x }, y]), [None; 2]);
+            expect("rows of data of v", &pairs, [u, v], Some([x, CardRows { rows: 3, ..y }]), [None; 2]);
+            expect("data of u", &pairs, [u, v], Some([CardRows { at: std::ptr::null(), ..x }, y]), [None; 2]);
         }
     }
 }

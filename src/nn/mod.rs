@@ -181,22 +181,22 @@ struct Tensor {
     /// Its place in the layout's list of spans.
     span: usize,
     at: Range<usize>,
-    law: Law,
+    init: Init,
 }
 
 /// What a tensor's numbers are at first.
 #[derive(Clone, Copy, Debug)]
-enum Law {
+enum Init {
     /// Uniform in +- this bound.
     Uniform(f32),
     /// All the same.
     Constant(f32),
 }
 
-impl Law {
+impl Init {
     /// PyTorch's default, where a unit of the layer has `fan_in` inputs: uniform in +-1/sqrt(fan_in).
-    fn fan_in(fan_in: usize) -> Law {
-        Law::Uniform((fan_in as f32).sqrt().recip())
+    fn fan_in(fan_in: usize) -> Init {
+        Init::Uniform((fan_in as f32).sqrt().recip())
     }
 }
 
@@ -293,9 +293,9 @@ impl Encoder {
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(STREAM + tensor.span as u64);
             for p in &mut params[tensor.at.clone()] {
-                *p = match tensor.law {
-                    Law::Uniform(bound) => bound * (2.0 * rng.random::<f32>() - 1.0),
-                    Law::Constant(x) => x,
+                *p = match tensor.init {
+                    Init::Uniform(bound) => bound * (2.0 * rng.random::<f32>() - 1.0),
+                    Init::Constant(x) => x,
                 };
             }
         }
@@ -389,18 +389,18 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     /// Appends `kind` ("weight", "bias") of the layer under construction.
-    fn tensor(&mut self, kind: &str, shape: &[usize], law: Law) -> Range<usize> {
+    fn tensor(&mut self, kind: &str, shape: &[usize], init: Init) -> Range<usize> {
         let layer = self.encoder.layers.len();
         let span = self.layout.spans.len();
         let at = self.layout.push(&format!("{}.{layer}.{kind}", self.prefix), shape);
-        self.encoder.tensors.push(Tensor { span, at: at.clone(), law });
+        self.encoder.tensors.push(Tensor { span, at: at.clone(), init });
         at
     }
 
     fn linear(&mut self, outputs: usize, bias: bool, activation: Activation) {
         let inputs = std::mem::replace(&mut self.width, outputs);
-        let weight = self.tensor("weight", &[outputs, inputs], Law::fan_in(inputs));
-        let bias = bias.then(|| self.tensor("bias", &[outputs], Law::fan_in(inputs)));
+        let weight = self.tensor("weight", &[outputs, inputs], Init::fan_in(inputs));
+        let bias = bias.then(|| self.tensor("bias", &[outputs], Init::fan_in(inputs)));
         self.encoder.layers.push(Layer::Linear(Linear { inputs, outputs, weight, bias, activation }));
     }
 
@@ -458,8 +458,8 @@ impl Builder<'_> {
                 let found = format!("conv {i} with pool_size {size}");
                 return shape(found, format!("at most its image, {height} x {width}"));
             }
-            let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], Law::fan_in(conv.patch()));
-            let bias = self.tensor("bias", &[outputs], Law::fan_in(conv.patch()));
+            let weight = self.tensor("weight", &[outputs, conv.inputs, kernel, kernel], Init::fan_in(conv.patch()));
+            let bias = self.tensor("bias", &[outputs], Init::fan_in(conv.patch()));
             let conv = ConvPool { conv, activation, pool, size };
             (height, width) = (conv.pooling().out_height(), conv.pooling().out_width());
             self.encoder.layers.push(Layer::Conv { conv, params: weight.start..bias.end });

@@ -14,7 +14,7 @@
 //! makes them again, in buffers that all blocks share.
 
 use super::layer::Linear;
-use super::{Builder, Law};
+use super::{Builder, Init};
 use crate::device::{Activation, Attention, Device, Norm, View, ViewMut};
 use crate::objective::Write;
 use std::ops::Range;
@@ -97,13 +97,13 @@ impl Transformer {
         let (time, width) = (attention.time, attention.width());
         // Each of the 2 depth branches adds to the stream: at this share their sum is as large as one of them alone.
         let share = (2.0 * depth as f32).sqrt().recip();
-        let weight = builder.tensor("input.weight", &[width, channels], Law::fan_in(channels));
+        let weight = builder.tensor("input.weight", &[width, channels], Init::fan_in(channels));
         let input = Linear { inputs: channels, outputs: width, weight, bias: None, activation: Activation::None };
-        let position = builder.tensor("position", &[time, width], Law::fan_in(channels));
+        let position = builder.tensor("position", &[time, width], Init::fan_in(channels));
         let affine = |builder: &mut Builder<'_>, name: String, inputs: usize, outputs: usize, share: f32| {
-            let law = Law::Uniform(share * (inputs as f32).sqrt().recip());
-            let weight = builder.tensor(&format!("{name}.weight"), &[outputs, inputs], law);
-            let bias = Some(builder.tensor(&format!("{name}.bias"), &[outputs], law));
+            let init = Init::Uniform(share * (inputs as f32).sqrt().recip());
+            let weight = builder.tensor(&format!("{name}.weight"), &[outputs, inputs], init);
+            let bias = Some(builder.tensor(&format!("{name}.bias"), &[outputs], init));
             Linear { inputs, outputs, weight, bias, activation: Activation::None }
         };
         let blocks = (0..depth)
@@ -312,7 +312,7 @@ impl Transformer {
 
 /// Appends a normalisation's gain, at 1, and bias, at 0, side by side: `[2, width]`.
 fn norm(builder: &mut Builder<'_>, name: &str, width: usize) -> Range<usize> {
-    let gain = builder.tensor(&format!("{name}.gain"), &[width], Law::Constant(1.0));
-    let bias = builder.tensor(&format!("{name}.bias"), &[width], Law::Constant(0.0));
+    let gain = builder.tensor(&format!("{name}.gain"), &[width], Init::Constant(1.0));
+    let bias = builder.tensor(&format!("{name}.bias"), &[width], Init::Constant(0.0));
     gain.start..bias.end
 }

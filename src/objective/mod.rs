@@ -6,8 +6,8 @@
 //!
 //! An engine ([`crate::device`]) evaluates `(Loss, Batch)`; [`mod@reference`] is its slow f64 twin.
 
+pub mod counts;
 pub mod features;
-pub mod pairing;
 pub mod reference;
 mod validate;
 

@@ -1,7 +1,7 @@
 //! The definition of every loss, written naively in f64: forms all N x M matrices, and shares no
 //! arithmetic with the engines. Everything fast is tested against this.
 
-use super::pairing::Pairing;
+use super::counts::Counts;
 use super::{Batch, DataKernel, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Storage, Tilting};
 
 /// Value and gradients in f64.
@@ -64,7 +64,7 @@ impl Dense {
 /// As the engines'.
 pub fn loss(loss: &Loss, batch: &Batch<'_>) -> Result<Reference, LossError> {
     batch.validate(loss)?;
-    Pairing::default().prepare(batch, loss.objective.is_of_each_pair())?;
+    Counts::default().prepare(batch, loss.objective.is_of_each_pair())?;
     let (u, v) = (Dense::read(&batch.u), Dense::read(&batch.v));
     let plain = logits(loss, &u, &v);
     let s = plain.map(|_, j, s| s + batch.offset_v.map_or(0.0, |o| f64::from(o[j])));

@@ -1,7 +1,7 @@
 //! Exact search: the items of largest score for each query, and recall (Algorithm 1; the modes of the empirical
 //! conditional, Theorem 4.2).
 
-use super::scores::{Pairs, Scorer, Scores, best, exact};
+use super::scores::{Scorer, Scores, Which, best, exact};
 use crate::data::Rows;
 use crate::device::cpu::search::{Operand, Pair};
 use crate::device::cpu::{Isa, inner};
@@ -117,12 +117,12 @@ pub fn own_ranks(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows) -> Resu
             own.norm = inner(query, query).sqrt();
         },
     );
-    scorer.scan_as::<f32, _>(Isa::best(), Pairs::Diagonal, &mut owns, |scores, own| {
+    scorer.scan_as::<f32, _>(Isa::best(), Which::Diagonal, &mut owns, |scores, own| {
         if let Some(&score) = scores.query.checked_sub(scores.first).and_then(|at| scores.scores.get(at)) {
             (own.score, own.off) = (f64::from(score), scores.slack.of(own.norm, 0.0));
         }
     })?;
-    scorer.scan(Pairs::All, &mut owns, |Scores { query, first, scores, most, slack }, own| {
+    scorer.scan(Which::All, &mut owns, |Scores { query, first, scores, most, slack }, own| {
         // Both scores may be off.
         let off = own.off + slack.of(own.norm, 0.0);
         let [low, high] = if off.is_finite() {
@@ -273,7 +273,7 @@ impl<'a> Settling<'a> {
         let mut candidates: Vec<Candidates> = self.open.iter().map(|_| Candidates::default()).collect();
         let chosen = Chosen { rows: self.scorer.queries, which: &self.open };
         let scorer = self.scorer.of(&chosen, self.scorer.items);
-        let slack = scorer.scan_as::<O, _>(isa, Pairs::All, &mut candidates, |scores, candidates| {
+        let slack = scorer.scan_as::<O, _>(isa, Which::All, &mut candidates, |scores, candidates| {
             candidates.take(&scores, keep);
         })?;
         candidates.par_iter_mut().for_each(|candidates| candidates.prune(keep));
@@ -362,7 +362,7 @@ impl<'a> Settling<'a> {
                     Reached { least: least[i], norm: inner(&query, &query).sqrt(), items: Vec::new() }
                 })
                 .collect();
-            scorer.scan_as::<f32, _>(isa, Pairs::All, &mut reached, |scores, reached| reached.take(&scores))?;
+            scorer.scan_as::<f32, _>(isa, Which::All, &mut reached, |scores, reached| reached.take(&scores))?;
             let found = reached
                 .par_iter()
                 .enumerate()

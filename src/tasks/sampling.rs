@@ -1,6 +1,6 @@
 //! Draws from the learned conditional nu(u|v): item i with weight softmax_i s(u_i, v), with replacement (28).
 
-use super::scores::{Pairs, Scorer, Scores, exact};
+use super::scores::{Scorer, Scores, Which, exact};
 use crate::data::Rows;
 use crate::device::cpu::inner;
 use crate::objective::{LossError, Tilting, check_tau};
@@ -52,7 +52,7 @@ pub fn sample(
         .collect();
     let mut tallies = vec![Tally::default(); n];
     let tally = |Scores { query, scores, .. }: Scores<'_>, tally: &mut Tally| tally.add(scores, gains[query]);
-    let slack = scorer.scan(Pairs::All, &mut tallies, tally)?;
+    let slack = scorer.scan(Which::All, &mut tallies, tally)?;
     // What sums in f32 may have lost too much of, or overflow in, is summed in f64.
     let in_f64 = |i: usize| {
         let mut query = vec![0f32; queries.dim()];
@@ -79,7 +79,7 @@ pub fn sample(
         },
     );
     if count > 0 {
-        scorer.scan(Pairs::All, &mut walks, |Scores { query, first, scores, .. }, (walk, out)| {
+        scorer.scan(Which::All, &mut walks, |Scores { query, first, scores, .. }, (walk, out)| {
             if !in_f64[query] {
                 let weigh = |&score: &f32| tallies[query].weight(f64::from(score) * gains[query]);
                 walk.pass(first, scores.iter().map(weigh), out);

@@ -24,7 +24,7 @@ pub struct Scores<'a> {
 
 /// Which pairs of queries and items are looked at.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Pairs {
+pub enum Which {
     All,
     /// Those of one index, and some more.
     Diagonal,
@@ -193,11 +193,11 @@ impl<'a> Scorer<'a> {
     /// [`LossError::NotFinite`] of an item, when `f` has been called for those before it.
     pub fn scan<T: Send>(
         &self,
-        pairs: Pairs,
+        which: Which,
         states: &mut [T],
         f: impl Fn(Scores<'_>, &mut T) + Sync,
     ) -> Result<Slack, LossError> {
-        self.scan_as::<f32, T>(Isa::best(), pairs, states, f)
+        self.scan_as::<f32, T>(Isa::best(), which, states, f)
     }
 
     /// [`scan`](Self::scan) of scores of operands `O`.
@@ -207,7 +207,7 @@ impl<'a> Scorer<'a> {
     pub fn scan_as<O: Operand, T: Send>(
         &self,
         isa: O::Isa,
-        pairs: Pairs,
+        which: Which,
         states: &mut [T],
         f: impl Fn(Scores<'_>, &mut T) + Sync,
     ) -> Result<Slack, LossError> {
@@ -218,7 +218,7 @@ impl<'a> Scorer<'a> {
         let (mut offset, mut sizes) = (vec![0f32; ITEMS], vec![(0f64, 0f64); ITEMS]);
         for first_item in (0..m).step_by(ITEMS) {
             let cols = ITEMS.min(m - first_item);
-            let queries = if pairs == Pairs::All { 0..n } else { first_item.min(n)..n.min(first_item + cols) };
+            let queries = if which == Which::All { 0..n } else { first_item.min(n)..n.min(first_item + cols) };
             if queries.is_empty() {
                 break;
             }

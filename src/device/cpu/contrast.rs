@@ -8,7 +8,7 @@ use super::operand::Element;
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
 use super::{inner, together};
-use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, pairing::Pairing};
+use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
 
@@ -18,7 +18,7 @@ const CHUNK: usize = 128;
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    pub(super) pairing: Pairing,
+    pub(super) counts: Counts,
     pub(super) packed: Buffer,
     pub(super) middle: Vec<f32>,
     pub(super) inverse_u: Vec<f32>,
@@ -47,7 +47,7 @@ impl Scratch {
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
             + size_of::<RowSums>() * self.row_sums.capacity()
             + self.packed.bytes()
-            + self.pairing.bytes()
+            + self.counts.bytes()
             + self.rows.bytes()
             + self.cols.bytes()
             + self.row_norms.bytes()
@@ -339,7 +339,7 @@ fn softmax<T: Element>(
 ) -> Value {
     let (n, m) = (batch.u.rows, batch.v.rows);
     let Scratch {
-        pairing,
+        counts,
         packed,
         middle,
         inverse_u,
@@ -359,7 +359,7 @@ fn softmax<T: Element>(
     let smoothing = loss.smoothing;
     // A positive's P less its target is as small as the loss is, unless the target is all of a row's: a step of the grid is not.
     let several = |positives: &[u32]| positives.iter().any(|&count| count > 1);
-    if matches!(over, Over::All) || several(&pairing.row_positives) || several(&pairing.col_positives) {
+    if matches!(over, Over::All) || several(&counts.row_positives) || several(&counts.col_positives) {
         logits.grid = None;
     }
     let want = over.want();
@@ -370,7 +370,7 @@ fn softmax<T: Element>(
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
 
-    let [row_side, col_side] = Counted::both(pairing, [rows, cols]);
+    let [row_side, col_side] = Counted::both(counts, [rows, cols]);
     let value;
     let law;
     match over {
@@ -420,11 +420,11 @@ fn sigmoid<T: Element>(
     gradients: Gradients<'_>,
     bias: f64,
 ) -> Value {
-    let Scratch { pairing, packed, middle, inverse_u, inverse_v, threads, .. } = scratch;
+    let Scratch { counts, packed, middle, inverse_u, inverse_v, threads, .. } = scratch;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
-    let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &pairing.row_share };
+    let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &counts.row_share };
     let sums = pull_gradients(
         &tilted,
         &logits,
@@ -573,8 +573,8 @@ pub(super) struct Counted<'a> {
 
 impl<'a> Counted<'a> {
     /// Of rows and of columns.
-    pub(super) fn both(pairing: &'a Pairing, [rows, cols]: [&'a Tallies; 2]) -> [Self; 2] {
-        let Pairing { row_positives, col_positives, row_share, col_share, .. } = pairing;
+    pub(super) fn both(counts: &'a Counts, [rows, cols]: [&'a Tallies; 2]) -> [Self; 2] {
+        let Counts { row_positives, col_positives, row_share, col_share, .. } = counts;
         [
             Counted { tallies: rows, positives: row_positives, share: row_share, opposite: col_positives.len() },
             Counted { tallies: cols, positives: col_positives, share: col_share, opposite: row_positives.len() },

@@ -24,7 +24,7 @@ use super::simd::{
 };
 use super::sweep::{Cut, sweep};
 use super::together;
-use crate::objective::{Matrix, Pairs, Storage, pairing::Special};
+use crate::objective::{Matrix, Pairs, Storage, counts::Special};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use kernels::law::{self, Lse, Num, Product, Softmax};

@@ -19,7 +19,7 @@ use super::simd::Isa;
 use crate::device::Gemm;
 use crate::objective::{
     Batch, DataKernel, Gradients, Loss, Matrix, Moments, Objective, Pairs, Positives, Storage, Value, Write,
-    pairing::{Pairing, Special},
+    counts::{Counts, Special},
 };
 use kernels::law::Product;
 use std::ops::Range;
@@ -129,7 +129,7 @@ pub fn evaluate(
 ) -> Value {
     let n = batch.u.rows;
     let super::contrast::Scratch {
-        pairing,
+        counts,
         packed,
         middle,
         inverse_u,
@@ -157,7 +157,7 @@ pub fn evaluate(
     };
     logits.tally([rows, cols], over.want(), false, kept, *budget);
     logits.kept = Some(kept);
-    let [row_side, col_side] = Counted::both(pairing, [rows, cols]);
+    let [row_side, col_side] = Counted::both(counts, [rows, cols]);
     if let Over::All = over {
         let (max, sum) = row_side.total();
         row_norms.resize(n);
@@ -166,7 +166,7 @@ pub fn evaluate(
         row_side.probabilities(row_norms);
         col_side.probabilities(col_norms);
     }
-    let context = Context { isa, batch, pairing, tilted: &tilted, logits: &logits, row_norms, col_norms, threads };
+    let context = Context { isa, batch, counts, tilted: &tilted, logits: &logits, row_norms, col_norms, threads };
     let moments = batch.moments.expect("validated: MMD has moments");
     let (value, sums) = match moments {
         Moments::Features { u, v } | Moments::Gram { kernel: DataKernel::Linear, u, v } => {
@@ -196,7 +196,7 @@ pub fn evaluate(
 struct Context<'a> {
     isa: Isa,
     batch: &'a Batch<'a>,
-    pairing: &'a Pairing,
+    counts: &'a Counts,
     tilted: &'a Tilted<'a>,
     logits: &'a Logits<'a>,
     row_norms: &'a Norms,
@@ -262,7 +262,7 @@ impl<'a> Features<'a> {
         lambda_v: f64,
         row_sums: &mut Vec<RowSums>,
     ) -> (f64, Law<'_>) {
-        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let Context { isa, batch, counts, logits, threads, .. } = *context;
         let (n, m) = (batch.u.rows, batch.v.rows);
         let [carry_u, carry_v] = self.sides();
         let [f_u, f_v] = self.dims;
@@ -284,8 +284,8 @@ impl<'a> Features<'a> {
             };
             logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
             let means = &mut self.residual_u[..m * f_u];
-            pairing.target_means(batch, false, self.u, f_u, targets, self.lost);
-            value += residuals(isa, means, targets, f_u, &pairing.col_share, lambda_u, self.lost, self.mean_u);
+            counts.target_means(batch, false, self.u, f_u, targets, self.lost);
+            value += residuals(isa, means, targets, f_u, &counts.col_share, lambda_u, self.lost, self.mean_u);
             pack_columns::<f32>(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
             law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
         }
@@ -305,8 +305,8 @@ impl<'a> Features<'a> {
             };
             logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
             let means = &mut self.residual_v[..n * f_v];
-            pairing.target_means(batch, true, self.v, f_v, targets, self.lost);
-            value += residuals(isa, means, targets, f_v, &pairing.row_share, lambda_v, self.lost, self.mean_v);
+            counts.target_means(batch, true, self.v, f_v, targets, self.lost);
+            value += residuals(isa, means, targets, f_v, &counts.row_share, lambda_v, self.lost, self.mean_v);
             pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
             law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
         }
@@ -315,7 +315,7 @@ impl<'a> Features<'a> {
     }
 
     fn joint(&mut self, context: &Context<'a>, row_sums: &mut Vec<RowSums>) -> (f64, Law<'_>) {
-        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let Context { isa, batch, counts, logits, threads, .. } = *context;
         let n = batch.u.rows;
         let [carry_u, carry_v] = self.sides();
         let [f_u, f_v] = self.dims;
@@ -327,8 +327,8 @@ impl<'a> Features<'a> {
         let means_only =
             Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None, apart: false };
         logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
-        pairing.target_means(batch, true, self.v, f_v, targets, self.lost);
-        for (t, &w) in targets.chunks_exact_mut(f_v).zip(&pairing.row_share) {
+        counts.target_means(batch, true, self.v, f_v, targets, self.lost);
+        for (t, &w) in targets.chunks_exact_mut(f_v).zip(&counts.row_share) {
             t.iter_mut().for_each(|t| *t *= w);
         }
         let [law, target, gap, d] = self.moments;
@@ -546,11 +546,11 @@ impl Gram {
         if lambda == 0.0 {
             return 0.0;
         }
-        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let Context { isa, batch, counts, logits, threads, .. } = *context;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
         let (long, short, share, counts) = match axis {
-            Axis::Cols => (n, m, &pairing.col_share, &pairing.col_positives),
-            Axis::Rows => (m, n, &pairing.row_share, &pairing.row_positives),
+            Axis::Cols => (n, m, &counts.col_share, &counts.col_positives),
+            Axis::Rows => (m, n, &counts.row_share, &counts.row_positives),
         };
         pack_columns::<f32>(isa, &Side::plain(data), &mut self.packed_data_u, threads);
         let mut value = 0.0;
@@ -647,7 +647,7 @@ impl Gram {
         data_v: Matrix<'_>,
         total: &mut Total<'_>,
     ) -> f64 {
-        let Context { isa, batch, pairing, logits, threads, .. } = *context;
+        let Context { isa, batch, counts, logits, threads, .. } = *context;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
         pack_columns::<f32>(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
         pack_columns::<f32>(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
@@ -679,11 +679,11 @@ impl Gram {
                 apart: false,
             };
             logits.pull(&law, pull);
-            pairing.target_means(batch, true, kernel, b, tk, &mut self.lost);
+            counts.target_means(batch, true, kernel, b, tk, &mut self.lost);
             let (x, y) = (&mut self.x[..2 * n * b], &mut self.y[..2 * n * b]);
             for (i, x) in x.chunks_exact_mut(2 * b).enumerate() {
                 for k in 0..b {
-                    let t = pairing.row_share[i] * tk[i * b + k];
+                    let t = counts.row_share[i] * tk[i * b + k];
                     x[k] = wk[i * b + k] - t;
                     x[b + k] = t;
                 }
@@ -692,7 +692,7 @@ impl Gram {
             Gram::apply(context, width, data_u, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
             batch.pairs.visit(0..n, panel.clone(), |i, j, special| {
                 if special == Special::Positive {
-                    let t = f64::from(pairing.row_share[i]) / f64::from(pairing.row_positives[i]);
+                    let t = f64::from(counts.row_share[i]) / f64::from(counts.row_positives[i]);
                     let y = &y[i * 2 * b..][..2 * b];
                     value -= t * (f64::from(y[j - start]) + f64::from(y[b + j - start]));
                 }

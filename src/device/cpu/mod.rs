@@ -133,7 +133,7 @@ impl Engine for Cpu<f32> {
     fn loss(&mut self, loss: &Loss, batch: &Batch<'_>, gradients: Gradients<'_>) -> Result<Value, LossError> {
         batch.validate(loss)?;
         gradients.validate(batch)?;
-        self.scratch.pairing.prepare(batch, loss.objective.is_of_each_pair())?;
+        self.scratch.counts.prepare(batch, loss.objective.is_of_each_pair())?;
         let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
         let evaluate = || contrast::evaluate(self.isa, &mut self.scratch, loss, batch, gradients);
         Ok(if sweep::is_for_one(n, m, dim) { evaluate() } else { awake::in_pool(evaluate) })

@@ -41,7 +41,7 @@ pub fn evaluate(
     seed: u64,
 ) -> Value {
     let (n, dim) = (batch.u.rows, batch.u.dim);
-    let super::contrast::Scratch { pairing: prepared, middle, inverse_u, inverse_v, threads, pairings: own, .. } =
+    let super::contrast::Scratch { counts: prepared, middle, inverse_u, inverse_v, threads, pairings: own, .. } =
         scratch;
     let share = &prepared.row_share;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);

@@ -25,7 +25,7 @@ use super::{CudaError, Module, runs};
 use crate::device::Engine;
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Moments, Objective, Pairs, Positives, Precision, Storage, Value, Write,
-    pairing::Pairing,
+    counts::Counts,
 };
 use bytemuck::Pod;
 use kernels::abi::{self, Kernel, Logits, TensorMap};
@@ -133,7 +133,7 @@ static F16: Kernels = Kernels {
 
 /// Rows of embeddings on the card.
 #[derive(Clone, Copy, Debug)]
-pub struct Rows {
+pub struct CardRows {
     /// `[rows, dim]`, f32 or the 16-bit type of the loss.
     pub at: *const (),
     /// Whether they are f32.
@@ -171,9 +171,9 @@ impl Embedding for half::f16 {
 #[derive(Clone, Copy)]
 struct Inputs {
     /// u and v.
-    rows: [Rows; 2],
+    rows: [CardRows; 2],
     /// What MMD compares, in f32.
-    features: Option<[Rows; 2]>,
+    features: Option<[CardRows; 2]>,
     /// Added to the logits of each column, or null.
     offset: *const f32,
 }
@@ -261,7 +261,7 @@ pub(super) struct Scalars {
 pub struct Cuda<C: Card> {
     pub(super) card: Arc<C>,
     arena: Arena<C>,
-    pairing: Pairing,
+    counts: Counts,
     /// Sizes of the last batch whose pairs were the plain diagonal: nothing to upload if the next one's are the same.
     plain: Option<[usize; 2]>,
     /// How often ids and shares have been replaced: a recorded step has those it was recorded with.
@@ -347,17 +347,17 @@ mod scalar {
 }
 
 /// A batch whose embeddings and features are elsewhere.
-fn elsewhere<'a>(pairs: Pairs<'a>, rows: [Rows; 2], features: Option<[Rows; 2]>) -> Batch<'a> {
-    let matrix = |r: Rows| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim };
+fn elsewhere<'a>(pairs: Pairs<'a>, rows: [CardRows; 2], features: Option<[CardRows; 2]>) -> Batch<'a> {
+    let matrix = |r: CardRows| Matrix { data: Storage::F32(&[]), rows: r.rows, dim: r.dim };
     let [u, v] = rows.map(matrix);
     let moments = features.map(|f| f.map(matrix)).map(|[u, v]| Moments::Features { u, v });
     Batch { u, v, pairs, offset_v: None, moments }
 }
 
 /// Refuses addresses of which there could be no loss.
-fn fit(rows: &[Rows; 2], features: Option<&[Rows; 2]>, out: &[Out; 2]) -> Result<(), LossError> {
+fn fit(rows: &[CardRows; 2], features: Option<&[CardRows; 2]>, out: &[Out; 2]) -> Result<(), LossError> {
     let wrong = |what, found: String, expected: String| Err(LossError::Shape { what, found, expected });
-    let named = |names: [&'static str; 2], rows: &[Rows; 2]| names.into_iter().zip(*rows);
+    let named = |names: [&'static str; 2], rows: &[CardRows; 2]| names.into_iter().zip(*rows);
     let data = features.into_iter().flat_map(|f| named(["data of u", "data of v"], f));
     for (what, r) in named(["u", "v"], rows).chain(data) {
         if r.rows == 0 || r.dim == 0 || r.rows.max(r.dim) > u32::MAX as usize {
@@ -388,7 +388,7 @@ fn fit(rows: &[Rows; 2], features: Option<&[Rows; 2]>, out: &[Out; 2]) -> Result
 }
 
 /// Rows as halves `[rows, pitch]` at `out`, as they are.
-fn prepare(rows: Rows, out: *mut u16, pitch: usize) -> abi::Prepare {
+fn prepare(rows: CardRows, out: *mut u16, pitch: usize) -> abi::Prepare {
     abi::Prepare {
         x: rows.at,
         shift: null(),
@@ -417,7 +417,7 @@ impl<C: Card> Cuda<C> {
         Cuda {
             card: Arc::clone(card),
             arena: Arena::new(card),
-            pairing: Pairing::default(),
+            counts: Counts::default(),
             plain: None,
             repaired: 0,
             chunk: CHUNK,
@@ -494,8 +494,8 @@ impl<C: Card> Cuda<C> {
         loss: &Loss,
         precision: Precision,
         pairs: &Pairs<'_>,
-        rows: [Rows; 2],
-        features: Option<[Rows; 2]>,
+        rows: [CardRows; 2],
+        features: Option<[CardRows; 2]>,
         out: [Option<Write<*mut f32>>; 2],
     ) -> Result<Value, LossError> {
         fit(&rows, features.as_ref(), &out)?;
@@ -569,7 +569,7 @@ impl<C: Card> Cuda<C> {
                 let mmd::Pulled { parts, bound, loss } = self.residuals(&call, batch, features, scalars)?;
                 (parts, bound, loss)
             }
-            None => (vec![call.part()], call.bound(&self.pairing), None),
+            None => (vec![call.part()], call.bound(&self.counts), None),
         };
         let gain = self.gradients(&call, &parts, bound, out, with_columns)?;
         Ok(Given { call, gain, known })
@@ -580,7 +580,7 @@ impl<C: Card> Cuda<C> {
         &mut self,
         loss: &Loss,
         precision: Precision,
-        rows: [Rows; 2],
+        rows: [CardRows; 2],
         ignore: bool,
         live: *const f32,
     ) -> Result<Call, LossError> {
@@ -673,8 +673,8 @@ impl<C: Card> Cuda<C> {
         &mut self,
         loss: &Loss,
         precision: Precision,
-        rows: [Rows; 2],
-        features: Option<[Rows; 2]>,
+        rows: [CardRows; 2],
+        features: Option<[CardRows; 2]>,
         out: [Out; 2],
         scalars: Scalars,
     ) -> Result<(), LossError> {
@@ -776,7 +776,7 @@ impl<C: Card> Cuda<C> {
         }
         self.plain = None;
         self.repaired += 1;
-        self.pairing.prepare(batch, all_rows)?;
+        self.counts.prepare(batch, all_rows)?;
         let iota = |len: usize| (0..len as u32).collect::<Vec<_>>();
         let (id_u, id_v) = match pairs.positives {
             Positives::Diagonal => (iota(n), iota(m)),
@@ -792,11 +792,11 @@ impl<C: Card> Cuda<C> {
             self.put(U.ignore, &u)?;
             self.put(V.ignore, &v)?;
         }
-        let Cuda { card, arena, pairing, .. } = self;
-        put(card, arena, U.positives, &pairing.row_positives)?;
-        put(card, arena, V.positives, &pairing.col_positives)?;
-        put(card, arena, U.share, &pairing.row_share)?;
-        put(card, arena, V.share, &pairing.col_share)?;
+        let Cuda { card, arena, counts, .. } = self;
+        put(card, arena, U.positives, &counts.row_positives)?;
+        put(card, arena, V.positives, &counts.col_positives)?;
+        put(card, arena, U.share, &counts.row_share)?;
+        put(card, arena, V.share, &counts.col_share)?;
         if plain && pairs.ignore.is_none() {
             self.plain = Some([n, m]);
         }
@@ -821,7 +821,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Embeddings as the tile wants them.
-    fn prepare(&mut self, call: &mut Call, rows: [Rows; 2], offset: *const f32) -> Result<(), CudaError> {
+    fn prepare(&mut self, call: &mut Call, rows: [CardRows; 2], offset: *const f32) -> Result<(), CudaError> {
         let pitch = call.pitch;
         let mut shift = null_mut();
         if call.squared {
@@ -852,8 +852,8 @@ impl<C: Card> Cuda<C> {
     }
 
     /// The mean over all of `rows`.
-    fn mean_row(&mut self, call: &Call, rows: &[Rows], slot: &'static str) -> Result<*mut f32, CudaError> {
-        let (dim, parts) = (rows[0].dim, |r: &Rows| r.rows.div_ceil(1024));
+    fn mean_row(&mut self, call: &Call, rows: &[CardRows], slot: &'static str) -> Result<*mut f32, CudaError> {
+        let (dim, parts) = (rows[0].dim, |r: &CardRows| r.rows.div_ceil(1024));
         let count = rows.iter().map(parts).sum();
         let slots: *mut f32 = self.arena.get("sums of columns", count * dim)?;
         let mut to = slots;
@@ -1333,18 +1333,18 @@ impl<C: Card> Cuda<C> {
         Ok(())
     }
 
-    fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
+    fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<CardRows, CudaError> {
         let (at, singles): (*const (), bool) = match matrix.data {
             Storage::F32(x) => (self.put(slot, x)?.cast_const().cast(), true),
             Storage::Bf16(x) => (self.put(slot, x)?.cast_const().cast(), false),
             Storage::F16(x) => (self.put(slot, x)?.cast_const().cast(), false),
         };
-        Ok(Rows { at, singles, rows: matrix.rows, dim: matrix.dim })
+        Ok(CardRows { at, singles, rows: matrix.rows, dim: matrix.dim })
     }
 
-    fn put_features(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<Rows, CudaError> {
+    fn put_features(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<CardRows, CudaError> {
         let at = self.put(slot, &mmd::singles(matrix))?;
-        Ok(Rows { at: at.cast_const().cast(), singles: true, rows: matrix.rows, dim: matrix.dim })
+        Ok(CardRows { at: at.cast_const().cast(), singles: true, rows: matrix.rows, dim: matrix.dim })
     }
 
     fn put<T: Pod>(&mut self, slot: &'static str, data: &[T]) -> Result<*mut T, CudaError> {
@@ -1424,7 +1424,7 @@ impl<C: Card> Engine for Cuda<C> {
 
     fn scratch_bytes(&self) -> usize {
         let verbs = self.verbs.lock().unwrap_or_else(PoisonError::into_inner).bytes();
-        self.arena.bytes() + self.pairing.bytes() + verbs
+        self.arena.bytes() + self.counts.bytes() + verbs
     }
 }
 
@@ -1591,9 +1591,9 @@ impl Call {
     }
 
     /// No element of G of this part is larger.
-    fn bound(&self, pairing: &Pairing) -> f64 {
+    fn bound(&self, counts: &Counts) -> f64 {
         let largest = |share: &[f32]| f64::from(share.iter().copied().fold(0.0, f32::max));
-        let (by_row, by_col) = (largest(&pairing.row_share), largest(&pairing.col_share));
+        let (by_row, by_col) = (largest(&counts.row_share), largest(&counts.col_share));
         match self.form {
             Form::Conditional { lambda_u, lambda_v } => 0.5 * (lambda_v * by_row + lambda_u * by_col),
             Form::Joint => 1.0 + by_row,
@@ -1650,8 +1650,8 @@ fn addresses<T: Embedding, C: Card>(
     [u, v]: [&Buffer<T, C>; 2],
     dim: usize,
     gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
-) -> Result<([Rows; 2], [Out; 2]), LossError> {
-    let mut rows = [Rows { at: null(), singles: T::PRECISION == Precision::F32, rows: 0, dim }; 2];
+) -> Result<([CardRows; 2], [Out; 2]), LossError> {
+    let mut rows = [CardRows { at: null(), singles: T::PRECISION == Precision::F32, rows: 0, dim }; 2];
     let mut out = [None; 2];
     let names = [("u", "gradient of u"), ("v", "gradient of v")];
     for (((x, gradient), name), (rows, out)) in

@@ -30,7 +30,7 @@
 //! [`contrast::Cuda::loss_on_card`] does the same of this crate's own [`Buffer`]s, without `unsafe`.
 //!
 //! ```no_run
-//! use contrastive::device::cuda::{Cuda, Driver, contrast::Rows};
+//! use contrastive::device::cuda::{Cuda, Driver, contrast::CardRows};
 //! use contrastive::{Loss, Objective, Pairs, Precision, Tilting, Write};
 //! use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
 //! use std::sync::Arc;
@@ -46,7 +46,7 @@
 //! let mut engine = Cuda::new(&card, Precision::Bf16);
 //! let (in_u, in_v) = (u.device_ptr(&stream), v.device_ptr(&stream));
 //! let (out_u, out_v) = (du.device_ptr_mut(&stream), dv.device_ptr_mut(&stream));
-//! let rows = [in_u.0, in_v.0].map(|at| Rows { at: at as *const (), singles: true, rows: n, dim: d });
+//! let rows = [in_u.0, in_v.0].map(|at| CardRows { at: at as *const (), singles: true, rows: n, dim: d });
 //! let out = [out_u.0, out_v.0].map(|at| Some(Write::Set(at as *mut f32)));
 //! let loss = Loss::new(Tilting::Cosine, Objective::CLIP, 0.07);
 //! // SAFETY: buffers of n * d numbers of f32, borrowed until after the call, the outputs mutably.

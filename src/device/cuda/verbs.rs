@@ -5,7 +5,7 @@
 
 use super::CudaError;
 use super::card::{Arena, Buffer, Card};
-use super::contrast::{Cuda, Rows};
+use super::contrast::{CardRows, Cuda};
 use super::search::Searcher;
 use crate::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, DeviceError, Embeddings, Gemm, Norm, Pool, Pooling,
@@ -815,7 +815,7 @@ impl<C: Card> Contrast for Cuda<C> {
         self.failure()?;
         let Embeddings { u, v, rows, dim, precision, moments } = embeddings;
         let on_card = |view: &View<'_, Buf<C>>, dim: usize| {
-            Ok::<_, CudaError>(Rows { at: as_many(view, rows * dim)?.cast(), singles: true, rows, dim })
+            Ok::<_, CudaError>(CardRows { at: as_many(view, rows * dim)?.cast(), singles: true, rows, dim })
         };
         let out = |to: Write<ViewMut<'_, Buf<C>>>| {
             Ok::<_, CudaError>(Some(match to {

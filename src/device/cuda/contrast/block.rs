@@ -4,7 +4,9 @@
 //! pulls its part. One contract: everything that [`Cuda::pull_block`] returns is a sum over the block's pairs, so that loss,
 //! scalar gradients, dU and dV of all blocks add up to those of [`Cuda::loss_on_card`] on the whole.
 
-use super::{Buffer, Call, Cuda, Embedding, Form, Given, Rows, Share, U, V, addresses, elsewhere, only_cpu, wrong_len};
+use super::{
+    Buffer, Call, CardRows, Cuda, Embedding, Form, Given, Share, U, V, addresses, elsewhere, only_cpu, wrong_len,
+};
 use crate::device::cuda::card::Card;
 use crate::objective::{Batch, Loss, LossError, Objective, Pairs, Value, Write};
 use kernels::abi::HOLE;
@@ -136,7 +138,7 @@ impl<C: Card> Cuda<C> {
         }
         // A row's own terms are counted once, in its first block.
         let share = Share { rows: block.at[1] == 0, cols: block.at[0] == 0, whole: Some(block.whole) };
-        let bound = call.bound(&self.pairing);
+        let bound = call.bound(&self.counts);
         let gain = self.gradients(&call, &[call.part()], bound, out, false)?;
         self.value(&Given { call, gain, known: None }, loss, &batch, None, share)
     }
@@ -145,7 +147,7 @@ impl<C: Card> Cuda<C> {
     fn block<T: Embedding>(
         &mut self,
         loss: &Loss,
-        rows: [Rows; 2],
+        rows: [CardRows; 2],
         block: Block,
     ) -> Result<(Call, Batch<'static>), LossError> {
         if loss.smoothing > 0.0 {
@@ -182,9 +184,9 @@ impl<C: Card> Cuda<C> {
             self.put(slots.positives, &positives)?;
             self.put(slots.share, &share)?;
             if which == 0 {
-                self.pairing.row_share = share;
+                self.counts.row_share = share;
             } else {
-                self.pairing.col_share = share;
+                self.counts.col_share = share;
             }
         }
         let mut call = self.call(loss, self.rounded(T::PRECISION), rows, false, null())?;

@@ -9,7 +9,7 @@
 //! and the same by rows. The joint loss has one residual, F_u' (exp(S - z) - T) F_v, small enough for the host.
 //! A softmax less its target is rounded after the subtraction, so nothing is lost where they are close.
 
-use super::{Call, Carried, Cuda, Form, PARTS, Part, Pulling, Rows, Side, Sums, blocks, only_cpu, prepare, scalar};
+use super::{Call, CardRows, Carried, Cuda, Form, PARTS, Part, Pulling, Side, Sums, blocks, only_cpu, prepare, scalar};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::Card;
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
@@ -68,7 +68,7 @@ struct Features {
 struct Softmaxes {
     which: usize,
     lambda: f64,
-    features: Rows,
+    features: CardRows,
     /// Mean features of the positives.
     target: *const f32,
 }
@@ -114,7 +114,7 @@ impl<C: Card> Cuda<C> {
         &mut self,
         call: &Call,
         batch: &Batch<'_>,
-        features: [Rows; 2],
+        features: [CardRows; 2],
         scalars: *mut f64,
     ) -> Result<Pulled, LossError> {
         let targets = self.targets(batch, features)?;
@@ -137,7 +137,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Mean features of each column's and each row's positives.
-    fn targets(&mut self, batch: &Batch<'_>, own: [Rows; 2]) -> Result<[*const f32; 2], LossError> {
+    fn targets(&mut self, batch: &Batch<'_>, own: [CardRows; 2]) -> Result<[*const f32; 2], LossError> {
         let mut targets = own.map(|rows| rows.at.cast());
         if matches!(batch.pairs.positives, Positives::Diagonal) {
             return Ok(targets);
@@ -146,7 +146,7 @@ impl<C: Card> Cuda<C> {
         let counts = [batch.v.rows, batch.u.rows];
         for (which, (matrix, to)) in features(moments)?.into_iter().zip(&mut targets).enumerate() {
             let mut means = vec![0f32; counts[which] * matrix.dim];
-            self.pairing.target_means(batch, which == 1, &singles(matrix), matrix.dim, &mut means, &mut Vec::new());
+            self.counts.target_means(batch, which == 1, &singles(matrix), matrix.dim, &mut means, &mut Vec::new());
             *to = self.put(SLOTS[which].host_target, &means)?;
         }
         Ok(targets)
@@ -174,7 +174,7 @@ impl<C: Card> Cuda<C> {
                 .for_each(|(x, shift)| *x = call.kernels.precision.round((*x - shift) * f.unit as f32));
         }
         let mut means = vec![0f32; [batch.v.rows, batch.u.rows][which] * matrix.dim];
-        self.pairing.target_means(batch, which == 1, &rows, matrix.dim, &mut means, &mut Vec::new());
+        self.counts.target_means(batch, which == 1, &rows, matrix.dim, &mut means, &mut Vec::new());
         Ok(self.put(SLOTS[which].host_rounded, &means)?)
     }
 
@@ -189,7 +189,7 @@ impl<C: Card> Cuda<C> {
         let slots = &SLOTS[which];
         let f = self.features(call, slots, features, true)?;
         let (side, shares) =
-            if which == 0 { (&call.v, &self.pairing.col_share) } else { (&call.u, &self.pairing.row_share) };
+            if which == 0 { (&call.v, &self.counts.col_share) } else { (&call.u, &self.counts.row_share) };
         let most = lambda * f64::from(shares.iter().copied().fold(0.0, f32::max));
         let mut part = Part::default();
         if which == 0 {
@@ -241,7 +241,7 @@ impl<C: Card> Cuda<C> {
     fn joint_residual(
         &mut self,
         call: &Call,
-        [features_u, features_v]: [Rows; 2],
+        [features_u, features_v]: [CardRows; 2],
         target: *const f32,
     ) -> Result<Pulled, CudaError> {
         let (n, dims) = (call.u.rows, [features_u.dim, features_v.dim]);
@@ -288,7 +288,7 @@ impl<C: Card> Cuda<C> {
         };
         self.run(&e::GEMM_NN_BF16, [blocks(dims[1], 128), blocks(n, 128), 1], &args)?;
         let halves: *mut u16 = self.arena.get(SLOTS[1].other, n * f_v.rows.pitch)?;
-        let rows = Rows { at: left.cast_const().cast(), singles: true, rows: n, dim: dims[1] };
+        let rows = CardRows { at: left.cast_const().cast(), singles: true, rows: n, dim: dims[1] };
         self.run(&call.kernels.prepare_f32, [blocks(n, 8), 1, 1], &prepare(rows, halves, f_v.rows.pitch))?;
         let offset = self.put(SLOTS[1].offset, &vec![(-mean * unit * f_v.unit) as f32; n])?;
         // Softmaxes without targets, whose weights take the units back.
@@ -304,7 +304,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// Features from their mean (`centred`), with a 1 behind each, or as they are, in halves, in units of which the longest has one at most.
-    fn features(&mut self, call: &Call, slots: &Slots, rows: Rows, centred: bool) -> Result<Features, CudaError> {
+    fn features(&mut self, call: &Call, slots: &Slots, rows: CardRows, centred: bool) -> Result<Features, CudaError> {
         let dim = rows.dim + usize::from(centred);
         let pitch = dim.next_multiple_of(8);
         let halves: *mut u16 = self.arena.get(slots.halves, rows.rows * pitch)?;

@@ -17,7 +17,7 @@ pub enum Special {
 
 /// [`Pairs`] with its counts; keeps its buffers between calls.
 #[derive(Debug, Default)]
-pub struct Pairing {
+pub struct Counts {
     /// Positives of each row `[N]`.
     pub row_positives: Vec<u32>,
     /// Positives of each column `[M]`.
@@ -39,7 +39,7 @@ struct Group {
     first_col: u32,
 }
 
-impl Pairing {
+impl Counts {
     /// Counts for a validated batch. `all_rows`: weights are shares of all rows, as the sigmoid loss has them, and not of those
     /// that have a positive.
     ///
