@@ -4,7 +4,7 @@ use super::device::{Choice, Device};
 use super::{Common, Failure, bad_flag, check_outputs, check_room, from_flag, shown};
 use crate::config::parse_tilting;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
-use crate::data::{Rows, Side, SideOf, Table};
+use crate::data::{Rows, Side, SideOf, Table, share_of};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::Cuda;
@@ -298,7 +298,7 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
             let expected = "nothing with --fine-tune, whose classes are those of --labels";
             return Err(bad_flag("--classes", path.display(), expected));
         }
-        let trained = (n - (n as f64 * args.held_out).round() as usize).max(1);
+        let trained = (n - share_of(n, args.held_out)).max(1);
         let classes = labels.iter().max().map_or(1, |&most| most as usize + 1);
         check_room("--fine-tune", &[classes, n, 3])?;
         let inputs = embedded(&model, &choice, Side::U, &x, &args.input)?;

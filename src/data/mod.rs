@@ -31,6 +31,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+/// So many of `count` are a `share` of them, what f64 makes of a decimal forgiven: 29 of 100 are 0.29.
+#[cfg(feature = "cli")]
+pub(crate) fn share_of(count: usize, share: f64) -> usize {
+    (count as f64 * share + 1e-9) as usize
+}
+
 /// Which member of the pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {

@@ -3,7 +3,7 @@
 use super::{Error, Experiment, Learned, OneHot, Report, check_samples};
 use crate::config::{Config, ConfigError};
 use crate::data::images::PIXELS;
-use crate::data::{Side, SideOf, Split, Table, digits, idx};
+use crate::data::{Side, SideOf, Split, Table, digits, idx, share_of};
 use crate::nn::EncoderSpec;
 use crate::tasks::classification;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub const DIGITS: Experiment = Experiment {
     data_files: |_| Vec::new(),
     data: |config| {
         check_samples(config, PIXELS)?;
-        let held_out = (config.samples as f64 * config.held_out) as usize;
+        let held_out = share_of(config.samples, config.held_out);
         Ok(Split::at_end(Arc::new(digits::digits(config.seed, config.samples + held_out)), held_out))
     },
     evaluate: None,

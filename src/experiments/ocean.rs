@@ -3,7 +3,7 @@
 use super::{Experiment, check_samples, open_pairs, retrieval};
 use crate::config::Config;
 use crate::data::ocean::{COEFFICIENTS, Ocean, Recording};
-use crate::data::{Source, Split};
+use crate::data::{Source, Split, share_of};
 use crate::nn::EncoderSpec;
 use crate::optim::Schedule;
 use std::path::PathBuf;
@@ -49,7 +49,7 @@ pub const OCEAN: Experiment = Experiment {
             check_samples(config, COEFFICIENTS + recording.dim())?;
             Arc::new(Ocean::new(config.seed, recording).sample(config.samples))
         };
-        let held_out = (source.len() as f64 * config.held_out) as usize;
+        let held_out = share_of(source.len(), config.held_out);
         Ok(Split::at_end(source, held_out))
     },
     evaluate: Some(retrieval::evaluate),

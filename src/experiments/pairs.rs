@@ -2,7 +2,7 @@
 
 use super::{Error, Experiment, open_pairs, retrieval};
 use crate::config::{Config, ConfigError};
-use crate::data::{Source, Split};
+use crate::data::{Source, Split, share_of};
 use crate::nn::EncoderSpec;
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ fn data(config: &Config) -> Result<Split, Error> {
     }
     let source = open_pairs(config, &config.u, &config.v)?;
     // A share above 0 is of one pair at least: a report is of something then.
-    let share = (source.len() as f64 * config.held_out) as usize;
+    let share = share_of(source.len(), config.held_out);
     let held_out = share.max(usize::from(config.held_out > 0.0));
     Ok(Split::at_end(Arc::new(source), held_out))
 }

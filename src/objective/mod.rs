@@ -362,6 +362,9 @@ impl Gradients<'_> {
 
 impl<'a> Matrix<'a> {
     /// Rows `range` alone.
+    ///
+    /// # Panics
+    /// When the matrix has not as many.
     pub fn slice(&self, range: std::ops::Range<usize>) -> Matrix<'a> {
         let at = range.start * self.dim..range.end * self.dim;
         let data = match self.data {

@@ -135,7 +135,7 @@ impl Loss {
 
 /// Fails unless logits can be divided by `tau`.
 pub(crate) fn check_tau(tau: f64) -> Result<(), LossError> {
-    if tau > 0.0 && tau.is_finite() && fits_f32(1.0 / tau) {
+    if tau > 0.0 && fits_f32(1.0 / tau) && (1.0 / tau) as f32 > 0.0 {
         return Ok(());
     }
     Err(bad("tau", tau, "a finite number above 0 whose inverse f32 holds"))
