@@ -288,8 +288,8 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
     let dim = model.config.dim;
     let n = x.rows();
     let (tilting, tau) = (model.tilting(), model.tau());
-    // Which rows the accuracy is of.
-    let mut judged = 0..n;
+    // Which rows the accuracy is of, and what is to be said of them.
+    let (mut judged, mut remark) = (0..n, None);
     let (found, classes) = if args.fine_tune {
         let Some(labels) = &labels else {
             return Err(bad_flag("--labels", "nothing", "the true labels that --fine-tune learns from"));
@@ -309,14 +309,14 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
             judged = trained..n;
             let known: HashSet<_> = labels[..trained].iter().collect();
             if let Some(unknown) = labels[judged.clone()].iter().find(|label| !known.contains(label)) {
-                super::log(format_args!(
+                remark = Some(format!(
                     "label {unknown} is among the last {} rows, which are held out, and not among those learned from: \
                      rows in random order are judged fairly",
                     n - trained
                 ));
             }
         } else {
-            super::log(format_args!("no row is held out: the accuracy is that of the rows learned from"));
+            remark = Some("no row is held out: the accuracy is that of the rows learned from".into());
         }
         let Head { weight, bias } = &head;
         let weight = Table { data: weight, dim };
@@ -344,6 +344,9 @@ pub fn classify(args: &Classify, common: &Common) -> Result<(), Failure> {
         (classification::classify(tilting, tau, &inputs, &names, None)?, names.count())
     };
     choice.announce();
+    if let Some(remark) = remark {
+        super::log(format_args!("{remark}"));
+    }
     let accuracy =
         labels.map(|labels| classification::accuracy(&found.labels[judged.clone()], &labels[judged.clone()]));
     let indices: Vec<i64> = found.labels.iter().map(|&label| label as i64).collect();

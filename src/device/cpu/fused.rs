@@ -1033,21 +1033,14 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
                     let (total, first) = (T::count(col.range.len()), T::count(at_cols.start));
                     let (out, dim) = (&mut out[at_rows.start * carry_v.rows.dim..], carry_v.rows.dim);
                     let right = Right { packed: col.packed, total, first };
-                    match own_rows {
-                        Some(own) => T::carry_apart(by_row, right, own, out, dim, &mut ws.spill),
-                        None => T::carry(by_row, right, out, dim, &mut ws.spill),
-                    }
+                    T::carry(by_row, right, own_rows, out, dim, &mut ws.spill);
                 }
                 if let Some(out) = &mut col.out {
                     let (total, first) = (T::count(row.range.len()), T::count(at_rows.start));
                     let (out, dim) = (&mut out[at_cols.start * carry_u.rows.dim..], carry_u.rows.dim);
                     let right = Right { packed: row.packed, total, first };
-                    if apart {
-                        let own = own(carry_v, cols.clone(), own_cols);
-                        T::carry_apart(by_col, right, own, out, dim, &mut ws.spill);
-                    } else {
-                        T::carry(by_col, right, out, dim, &mut ws.spill);
-                    }
+                    let own = apart.then(|| own(carry_v, cols.clone(), own_cols));
+                    T::carry(by_col, right, own, out, dim, &mut ws.spill);
                 }
             }
         }

@@ -59,22 +59,29 @@ pub trait Operands<S: Simd>: Element + Operand<S> {
         inverse: [&[f32]; 2],
         halves: &'g mut [Buffer; 2],
     ) -> [Left<'g, Self>; 2];
-    /// `c (+)= left right` for `n` columns, see [`product_part`].
-    fn product(left: Left<'_, Self>, right: Right<'_, Self>, n: usize, c: &mut [f32], ldc: usize, add: bool);
-    /// `out += left right`, `out` `[rows, dim]`, with what [`pack_rows`](Self::pack_rows) packed.
-    #[inline(always)]
-    fn carry(left: Left<'_, Self>, right: Right<'_, Self>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
-        carry::<S, Self>(left, right, out, dim, spill);
-    }
-    /// `out += left (right - own)`: as [`carry`](Self::carry), of differences to the output's own rows.
-    fn carry_apart(
+    /// `c (+)= left right`, or `left (right - own)`, for `n` columns, see [`product_part`] and [`differences`].
+    fn product(
         left: Left<'_, Self>,
         right: Right<'_, Self>,
-        own: Own<'_>,
+        own: Option<Own<'_>>,
+        n: usize,
+        c: &mut [f32],
+        ldc: usize,
+        add: bool,
+    );
+    /// `out += left right`, or `left (right - own)` with the output's own rows, `out` `[rows, dim]`, with what
+    /// [`pack_rows`](Self::pack_rows) packed.
+    #[inline(always)]
+    fn carry(
+        left: Left<'_, Self>,
+        right: Right<'_, Self>,
+        own: Option<Own<'_>>,
         out: &mut [f32],
         dim: usize,
         spill: &mut Buffer,
-    );
+    ) {
+        carry::<S, Self>(left, right, own, out, dim, spill);
+    }
 }
 
 impl Element for f32 {
@@ -164,36 +171,36 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn product(left: Left<'_, f32>, right: Right<'_, f32>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
-        product_part::<S, f32, Inner, _, LONG>(left, right, n, c, ldc, add, AsIs);
-    }
-
-    #[inline(always)]
-    fn carry(left: Left<'_, f32>, right: Right<'_, f32>, out: &mut [f32], dim: usize, spill: &mut Buffer) {
-        if !is_narrow::<S>(dim) {
-            carry::<S, f32>(left, right, out, dim, spill);
-        } else if left.row == 1 {
-            across_of::<S>(left, right, None, out, dim);
-        } else {
-            carry::<S::Narrow, f32>(left, right, out, dim, spill);
+    fn product(
+        left: Left<'_, f32>,
+        right: Right<'_, f32>,
+        own: Option<Own<'_>>,
+        n: usize,
+        c: &mut [f32],
+        ldc: usize,
+        add: bool,
+    ) {
+        match own {
+            Some(own) => differences::<S>(left, right, own, n, c, ldc, add),
+            None => product_part::<S, f32, Inner, _, LONG>(left, right, n, c, ldc, add, AsIs),
         }
     }
 
     #[inline(always)]
-    fn carry_apart(
+    fn carry(
         left: Left<'_, f32>,
         right: Right<'_, f32>,
-        own: Own<'_>,
+        own: Option<Own<'_>>,
         out: &mut [f32],
         dim: usize,
         spill: &mut Buffer,
     ) {
         if !is_narrow::<S>(dim) {
-            carry_apart::<S>(left, right, own, out, dim, spill);
+            carry::<S, f32>(left, right, own, out, dim, spill);
         } else if left.row == 1 {
-            across_of::<S>(left, right, Some(own), out, dim);
+            across_of::<S>(left, right, own, out, dim);
         } else {
-            carry_apart::<S::Narrow>(left, right, own, out, dim, spill);
+            carry::<S::Narrow, f32>(left, right, own, out, dim, spill);
         }
     }
 }
@@ -369,12 +376,17 @@ impl<S: Pairs> Operands<S> for Pair {
     }
 
     #[inline(always)]
-    fn product(left: Left<'_, Pair>, right: Right<'_, Pair>, n: usize, c: &mut [f32], ldc: usize, add: bool) {
+    fn product(
+        left: Left<'_, Pair>,
+        right: Right<'_, Pair>,
+        own: Option<Own<'_>>,
+        n: usize,
+        c: &mut [f32],
+        ldc: usize,
+        add: bool,
+    ) {
+        assert!(own.is_none(), "pairs are multiplied where logits are inner products");
         product_part::<S, Pair, Inner, _, PAIRS>(left, right, n, c, ldc, add, AsIs);
-    }
-
-    fn carry_apart(_: Left<'_, Pair>, _: Right<'_, Pair>, _: Own<'_>, _: &mut [f32], _: usize, _: &mut Buffer) {
-        unreachable!("pairs are multiplied where logits are inner products");
     }
 }
 
@@ -412,38 +424,17 @@ fn scaled<S: Simd>((x, factor): (&[f32], &[f32])) -> S::F32 {
 fn carry<S: Simd, T: Operands<S>>(
     left: Left<'_, T>,
     right: Right<'_, T>,
+    own: Option<Own<'_>>,
     out: &mut [f32],
     dim: usize,
     spill: &mut Buffer,
 ) {
     if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
-        T::product(left, right, dim, out, dim, true);
+        T::product(left, right, own, dim, out, dim, true);
     } else {
         let wide = dim.next_multiple_of(WIDEST);
         let spill = spill.sized(left.rows * wide);
-        T::product(left, right, dim, spill, wide, false);
-        for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
-            out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
-        }
-    }
-}
-
-/// [`Operands::carry_apart`] by the micro-kernel.
-#[inline(always)]
-fn carry_apart<S: Simd>(
-    left: Left<'_, f32>,
-    right: Right<'_, f32>,
-    own: Own<'_>,
-    out: &mut [f32],
-    dim: usize,
-    spill: &mut Buffer,
-) {
-    if dim.is_multiple_of(<S::F32 as Register<f32>>::LANES) {
-        differences::<S>(left, right, own, dim, out, dim, true);
-    } else {
-        let wide = dim.next_multiple_of(WIDEST);
-        let spill = spill.sized(left.rows * wide);
-        differences::<S>(left, right, own, dim, spill, wide, false);
+        T::product(left, right, own, dim, spill, wide, false);
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }

@@ -159,7 +159,8 @@ impl<T: Operand, F: FnMut(usize, usize, &[f32], f32)> ElementOp<T> for EachRow<'
         for (at, offset) in offset.chunks(COLS).enumerate() {
             let (first, w) = (at * COLS, offset.len());
             let left = Left { data: queries, row: depth, col: 1, rows, depth };
-            T::product(left, Right { packed: &packed[first * depth..], total: depth, first: 0 }, w, tile, COLS, false);
+            let right = Right { packed: &packed[first * depth..], total: depth, first: 0 };
+            T::product(left, right, None, w, tile, COLS, false);
             let mut padded = [f32::NEG_INFINITY; COLS];
             padded[..w].copy_from_slice(offset);
             for (i, row) in tile.chunks_exact_mut(COLS).take(rows).enumerate() {
@@ -181,10 +182,16 @@ impl<T: Operand, F: FnMut(usize, usize, &[f32], f32)> ElementOp<T> for EachRow<'
 
 /// s(query, item) at tau = 1, in f64.
 pub fn exact(tilting: Tilting, query: &[f32], item: &[f32]) -> f64 {
-    exact_of(tilting, query, inner(query, query), item)
+    exact_of(tilting, query, square(tilting, query), item)
 }
 
-/// [`exact`] of a query of squared norm `square`.
+/// Of a query, what [`exact_of`] wants of it: its squared norm where rows are of unit length.
+#[inline(always)]
+fn square(tilting: Tilting, query: &[f32]) -> f64 {
+    if tilting.unit_rows() { inner(query, query) } else { 0.0 }
+}
+
+/// [`exact`] of a query and its [`square`].
 #[inline(always)]
 fn exact_of(tilting: Tilting, query: &[f32], square: f64, item: &[f32]) -> f64 {
     match tilting.product() {
@@ -217,7 +224,7 @@ impl Op for ExactEach<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let ExactEach { tilting, query, items, out } = self;
-        let square = inner(query, query);
+        let square = square(tilting, query);
         for (out, item) in out.iter_mut().zip(items.chunks_exact(query.len())) {
             *out = exact_of(tilting, query, square, item);
         }
