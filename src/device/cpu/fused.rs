@@ -18,7 +18,7 @@
 //! Positives are taken out of the tile and put back as scalars: their probability may round to one,
 //! and what is left of the gradient then is one minus it, which only the sum over negatives knows.
 
-use super::operand::{Element, ElementOp, Operands};
+use super::operand::{Element, ElementOp, Operands, left_stride, read_apart};
 use super::simd::{
     Inner, Isa, LONG, Left, Op, Own, Register, Right, Simd, Vector, WIDEST, pack_transposed, packed_len, product,
 };
@@ -642,10 +642,9 @@ impl<T: Element> ElementOp<T> for TallyBlock<'_, '_, '_, T> {
         T: Operands<S>,
     {
         let TallyBlock { logits, row, col, want, logit_sums, mut keep, ws } = self;
-        let depth = T::count(logits.u.rows.dim);
         ws.tile.sized(TILE);
         for rows in row_blocks(row.first..row.first + row.max.len()) {
-            let u = ws.u.elements(rows.len() * depth);
+            let u = ws.u.elements(rows.len() * left_stride(T::count(logits.u.rows.dim)));
             T::read_left(logits, rows.clone(), u);
             for cols in col_blocks(col.first..col.first + col.max.len()) {
                 let stride = stride(&cols);
@@ -993,12 +992,11 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
         T: Operands<S>,
     {
         let PullBlock { logits, law, carry_u, carry_v, row, col, mut kept, apart, ws } = self;
-        let depth = T::count(logits.u.rows.dim);
         let (first_row, first_col) = (row.range.start, col.range.start);
         ws.tile.sized(TILE);
         for rows in row_blocks(row.range.clone()) {
             let at_rows = rows.start - first_row..rows.end - first_row;
-            let u = ws.u.elements(rows.len() * depth);
+            let u = ws.u.elements(rows.len() * left_stride(T::count(logits.u.rows.dim)));
             if kept.is_none() {
                 T::read_left(logits, rows.clone(), u);
             }
@@ -1051,9 +1049,7 @@ impl<T: Element> ElementOp<T> for PullBlock<'_, '_, '_, '_, T> {
 fn own<'w>(side: &Side<'_>, range: Range<usize>, out: &'w mut Buffer) -> Own<'w> {
     let stride = side.rows.dim.next_multiple_of(WIDEST);
     let data = out.sized(range.len() * stride);
-    for (i, row) in range.zip(data.chunks_exact_mut(stride)) {
-        side.read(i..i + 1, &mut row[..side.rows.dim]);
-    }
+    read_apart(side, range, stride, data);
     Own { data, stride }
 }
 

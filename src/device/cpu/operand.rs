@@ -8,8 +8,8 @@
 
 use super::fused::{Buffer, COLS, Logits, ROWS, Side, TILE, blocks, stride};
 use super::simd::{
-    Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Own, Pair, PairIsa, PairOp, Pairs, Register, Right, SHORT, Simd,
-    SquaredDistance, Vector, WIDEST, differences, pack_pairs, pack_part, product_part,
+    Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Own, PAIRS, Pair, PairIsa, PairOp, Pairs, Register, Right,
+    SHORT, Simd, SquaredDistance, Vector, WIDEST, differences, pack_pairs, pack_part, product_part,
 };
 use crate::objective::Storage;
 use half::bf16;
@@ -17,8 +17,11 @@ use kernels::law::{Num, Product};
 use std::fmt::Debug;
 use std::ops::Range;
 
-/// Pairs summed in a register before they are added to C: a panel's part takes half of the first-level cache.
-const PAIRS: usize = 128;
+/// How far apart rows of `depth` elements lie as the left operand of S: were it a multiple of 4096 bytes, all would share
+/// one set of the first-level cache, which has fewer lines than the micro-kernel reads rows.
+pub fn left_stride(depth: usize) -> usize {
+    if depth.is_multiple_of(1024) { depth + WIDEST } else { depth }
+}
 
 /// f32 or [`Pair`], and the instruction sets that multiply them.
 pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
@@ -30,7 +33,7 @@ pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
     fn count(n: usize) -> usize;
     /// Rows `range` of a side as an operand of S, `[range, count(D)]`.
     fn read(side: &Side<'_>, range: Range<usize>, out: &mut [Self]);
-    /// Rows `range` of u as [`Operands::tile`] takes them.
+    /// Rows `range` of u as [`Operands::tile`] takes them, [`left_stride`] apart.
     fn read_left(logits: &Logits<'_, Self>, range: Range<usize>, out: &mut [Self]);
     /// Runs `op`, compiled for this instruction set.
     fn run<O: ElementOp<Self>>(isa: Self::Isa, op: O) -> O::Out;
@@ -96,13 +99,24 @@ impl Element for f32 {
     }
     /// With the scale, if a product is linear in them.
     fn read_left(logits: &Logits<'_, f32>, range: Range<usize>, out: &mut [f32]) {
-        logits.u.read(range, out);
+        read_apart(&logits.u, range, left_stride(logits.u.rows.dim), out);
         if logits.product == Product::Inner {
             out.iter_mut().for_each(|x| *x *= logits.scale);
         }
     }
     fn run<O: ElementOp<f32>>(isa: Isa, op: O) -> O::Out {
         isa.run(OfSingles(op))
+    }
+}
+
+/// Rows `range` of a side as operands of S, `stride` apart.
+pub fn read_apart<T: Element>(side: &Side<'_>, range: Range<usize>, stride: usize, out: &mut [T]) {
+    let depth = T::count(side.rows.dim);
+    if stride == depth {
+        return T::read(side, range, out);
+    }
+    for (i, out) in range.zip(out.chunks_exact_mut(stride)) {
+        T::read(side, i..i + 1, &mut out[..depth]);
     }
 }
 
@@ -120,7 +134,7 @@ impl<S: Simd> Operands<S> for f32 {
     #[inline(always)]
     fn tile(logits: &Logits<'_, f32>, u: &[f32], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
         let dim = logits.u.rows.dim;
-        let left = Left { data: u, row: dim, col: 1, rows: rows.len(), depth: dim };
+        let left = Left { data: u, row: left_stride(dim), col: 1, rows: rows.len(), depth: dim };
         let right = Right { packed: &logits.packed[cols.start * dim..], total: dim, first: 0 };
         let (n, ldc) = (cols.len(), stride(cols));
         let factors = |scale: f32| {
@@ -295,7 +309,7 @@ impl Element for Pair {
         }
     }
     fn read_left(logits: &Logits<'_, Pair>, range: Range<usize>, out: &mut [Pair]) {
-        Pair::read(&logits.u, range, out);
+        read_apart(&logits.u, range, left_stride(Pair::count(logits.u.rows.dim)), out);
     }
     fn run<O: ElementOp<Pair>>(isa: PairIsa, op: O) -> O::Out {
         isa.run(OfPairs(op))
@@ -316,7 +330,7 @@ impl<S: Pairs> Operands<S> for Pair {
     #[inline(always)]
     fn tile(logits: &Logits<'_, Pair>, u: &[Pair], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
         let depth = Pair::count(logits.u.rows.dim);
-        let left = Left { data: u, row: depth, col: 1, rows: rows.len(), depth };
+        let left = Left { data: u, row: left_stride(depth), col: 1, rows: rows.len(), depth };
         let right = Right { packed: &logits.packed[cols.start * depth..], total: depth, first: 0 };
         let mut factors = Factors::new(logits.scale);
         if !logits.u.inverse.is_empty() {

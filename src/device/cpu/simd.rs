@@ -189,7 +189,7 @@ pub trait Simd {
     type Narrow: Simd;
 
     /// `c[i, j] (+)= sum_k a[i, k] b[k, j]` for a panel `b`, see [`product`].
-    fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
+    fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize, const STEP: usize>(
         tile: Tile<'_, T>,
         c: &mut [P::Sum],
         add: bool,
@@ -247,14 +247,18 @@ impl Lane for f64 {
 /// What the micro-kernel takes: f32, f64, or pairs of bf16.
 pub trait Operand<S>: Copy + Default {
     type In: Register<Self>;
+    /// Rows of a panel that are gone through before the next panel: so many stay in the first-level cache.
+    const PART: usize;
 }
 
 impl<S: Simd, T: Lane> Operand<S> for T {
     type In = <T as Lane>::In<S>;
+    const PART: usize = LONG;
 }
 
 impl<S: Pairs> Operand<S> for Pair {
     type In = S::Pair;
+    const PART: usize = PAIRS;
 }
 
 /// How two operands enter a sum of products.
@@ -362,11 +366,12 @@ pub struct Tile<'a, T> {
     first: usize,
 }
 
-/// Terms summed in a register before they are added to C. Encoders and gradients: a panel's part stays in the
-/// first-level cache.
+/// Terms summed before they are added to others. For encoders and gradients: as many as a panel's part has.
 pub const LONG: usize = 256;
-/// Logits: short partial sums, because a logit's rounding error enters an exponential.
+/// For logits: short partial sums, because a logit's rounding error enters an exponential.
 pub const SHORT: usize = 64;
+/// For pairs, of two terms each: half of the first-level cache is enough.
+pub const PAIRS: usize = 128;
 
 /// `c (+)= a b` for `b` packed by [`pack`] or [`pack_transposed`]: `c[i, j]` at `c[i * ldc + j]`, with room for
 /// `n` rounded up to whole registers in each row (the surplus columns receive products with zeros).
@@ -406,7 +411,7 @@ pub fn product_part<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>
     let total = a.depth;
     let mut k0 = 0;
     while k0 < total {
-        let depth = STEP.min(total - k0);
+        let depth = T::PART.min(total - k0);
         let a = Left { data: &a.data[k0 * a.col..], depth, ..a };
         let add = add || k0 > 0;
         let last = k0 + depth == total;
@@ -417,10 +422,10 @@ pub fn product_part<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>
             let tile = Tile { a, panel: &b.packed[start..start + depth * w], ldc, first: j };
             let c = &mut c[j..];
             match (w == width, last) {
-                (true, true) => S::panel::<T, P, F, 2>(tile, c, add, finish),
-                (true, false) => S::panel::<T, P, AsIs, 2>(tile, c, add, AsIs),
-                (false, true) => S::panel::<T, P, F, 1>(tile, c, add, finish),
-                (false, false) => S::panel::<T, P, AsIs, 1>(tile, c, add, AsIs),
+                (true, true) => S::panel::<T, P, F, 2, STEP>(tile, c, add, finish),
+                (true, false) => S::panel::<T, P, AsIs, 2, STEP>(tile, c, add, AsIs),
+                (false, true) => S::panel::<T, P, F, 1, STEP>(tile, c, add, finish),
+                (false, false) => S::panel::<T, P, AsIs, 1, STEP>(tile, c, add, AsIs),
             }
             j += w;
         }
@@ -564,28 +569,19 @@ fn prefetch<T>(x: &T) {
     let _ = x;
 }
 
-/// `R` rows of C against one panel of `V` registers: the inner loop of everything.
+/// Sums of the products of `R` rows, which begin with `data` and lie as those of `a`, with some rows of a panel of `V`
+/// registers: the inner loop of everything.
 #[inline(always)]
-fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: usize, const V: usize>(
-    tile: &Tile<'_, T>,
-    first: usize,
-    c: &mut [P::Sum],
-    add: bool,
-    finish: F,
-) {
+fn sums<S: Simd, T: Operand<S>, P: Multiply<S, T>, const R: usize, const V: usize>(
+    data: &[T],
+    a: &Left<'_, T>,
+    panel: &[T],
+) -> [[SumOf<S, T, P>; V]; R] {
     let lanes = <T::In as Register<T>>::LANES;
-    let Tile { a, panel, ldc, first: column } = tile;
     let mut sum = [[<SumOf<S, T, P> as Register<P::Sum>>::broadcast(P::Sum::ZERO); V]; R];
-    let a0 = &a.data[first * a.row..];
+    let depth = panel.len() / (V * lanes);
     // The furthest element read below.
-    assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
-    if add {
-        for r in 0..R {
-            let row = &c[(first + r) * ldc..][..V * lanes];
-            prefetch(&row[0]);
-            prefetch(&row[V * lanes - 1]);
-        }
-    }
+    assert!(depth > 0 && (R - 1) * a.row + (depth - 1) * a.col < data.len());
     for (k, from) in panel.chunks_exact(V * lanes).enumerate() {
         // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
         let mut b = [T::In::broadcast(T::default()); V];
@@ -594,10 +590,53 @@ fn micro<S: Simd, T: Operand<S>, P: Multiply<S, T>, F: Finish<P::Sum>, const R: 
         }
         for (r, sum) in sum.iter_mut().enumerate() {
             // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
-            let x = unsafe { *a0.get_unchecked(r * a.row + k * a.col) };
+            let x = unsafe { *data.get_unchecked(r * a.row + k * a.col) };
             let x = T::In::broadcast(x);
             for (sum, &b) in sum.iter_mut().zip(&b) {
                 *sum = P::step(x, b, *sum);
+            }
+        }
+    }
+    sum
+}
+
+/// `R` rows of C against one panel of `V` registers, `STEP` terms a partial sum.
+#[inline(always)]
+fn micro<
+    S: Simd,
+    T: Operand<S>,
+    P: Multiply<S, T>,
+    F: Finish<P::Sum>,
+    const R: usize,
+    const V: usize,
+    const STEP: usize,
+>(
+    tile: &Tile<'_, T>,
+    first: usize,
+    c: &mut [P::Sum],
+    add: bool,
+    finish: F,
+) {
+    let lanes = <T::In as Register<T>>::LANES;
+    let Tile { a, panel, ldc, first: column } = tile;
+    let mut a0 = &a.data[first * a.row..];
+    assert!(panel.len() == a.depth * V * lanes);
+    if add {
+        for r in 0..R {
+            let row = &c[(first + r) * ldc..][..V * lanes];
+            prefetch(&row[0]);
+            prefetch(&row[V * lanes - 1]);
+        }
+    }
+    let first_part = if STEP < T::PART { panel.len().min(STEP * V * lanes) } else { panel.len() };
+    let mut sum = sums::<S, T, P, R, V>(a0, a, &panel[..first_part]);
+    if STEP < T::PART {
+        for part in panel[first_part..].chunks(STEP * V * lanes) {
+            a0 = &a0[STEP * a.col..];
+            for (sum, more) in sum.iter_mut().zip(&sums::<S, T, P, R, V>(a0, a, part)) {
+                for (sum, &more) in sum.iter_mut().zip(more) {
+                    *sum = sum.plus(more);
+                }
             }
         }
     }
@@ -678,7 +717,7 @@ macro_rules! simd {
             type F64 = $f64;
             type Narrow = $narrow;
             #[inline(always)]
-            fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize>(
+            fn panel<T: Operand<Self>, P: Multiply<Self, T>, F: Finish<P::Sum>, const V: usize, const STEP: usize>(
                 tile: Tile<'_, T>,
                 c: &mut [P::Sum],
                 add: bool,
@@ -688,7 +727,7 @@ macro_rules! simd {
                 // and its micro-kernels are most of the code.
                 $(#[target_feature(enable = $features)])?
                 #[inline(never)]
-                fn apart<T: Operand<$name>, P: Multiply<$name, T>, F: Finish<P::Sum>, const V: usize>(
+                fn apart<T: Operand<$name>, P: Multiply<$name, T>, F: Finish<P::Sum>, const V: usize, const STEP: usize>(
                     tile: &Tile<'_, T>,
                     c: &mut [P::Sum],
                     add: bool,
@@ -698,21 +737,21 @@ macro_rules! simd {
                     let mut i = 0;
                     // One register a row: twice the rows for as many independent sums.
                     while V == 1 && rows - i >= 2 * $most {
-                        micro::<$name, T, P, F, { 2 * $most }, V>(tile, i, c, add, finish);
+                        micro::<$name, T, P, F, { 2 * $most }, V, STEP>(tile, i, c, add, finish);
                         i += 2 * $most;
                     }
                     // Two of the second height keep the multipliers busier than one of the first and a remainder.
                     let pair = 2 * $next;
                     while rows - i >= $most && (pair <= $most || rows - i != pair) {
-                        micro::<$name, T, P, F, $most, V>(tile, i, c, add, finish);
+                        micro::<$name, T, P, F, $most, V, STEP>(tile, i, c, add, finish);
                         i += $most;
                     }
                     while rows - i >= $next {
-                        micro::<$name, T, P, F, $next, V>(tile, i, c, add, finish);
+                        micro::<$name, T, P, F, $next, V, STEP>(tile, i, c, add, finish);
                         i += $next;
                     }
                     $(while rows - i >= $fewer {
-                        micro::<$name, T, P, F, $fewer, V>(tile, i, c, add, finish);
+                        micro::<$name, T, P, F, $fewer, V, STEP>(tile, i, c, add, finish);
                         i += $fewer;
                     })*
                 }
@@ -721,7 +760,7 @@ macro_rules! simd {
                 // there is nothing to have.
                 #[allow(unused_unsafe, reason = "not every instruction set asks for features")]
                 unsafe {
-                    apart::<T, P, F, V>(&tile, c, add, finish);
+                    apart::<T, P, F, V, STEP>(&tile, c, add, finish);
                 }
             }
             #[inline(always)]
