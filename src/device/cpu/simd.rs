@@ -569,6 +569,14 @@ fn prefetch<T>(x: &T) {
     let _ = x;
 }
 
+/// Whether all of the first `rows` x `depth` elements that lie as those of `a` are within `data`, by the furthest of them:
+/// in numbers so wide that none wraps.
+#[inline(always)]
+fn holds<T>(data: &[T], a: &Left<'_, T>, rows: usize, depth: usize) -> bool {
+    let last = |count: usize, apart: usize| (count as u128 - 1) * apart as u128;
+    rows > 0 && depth > 0 && last(rows, a.row) + last(depth, a.col) < data.len() as u128
+}
+
 /// Sums of the products of `R` rows, which begin with `data` and lie as those of `a`, with some rows of a panel of `V`
 /// registers: the inner loop of everything.
 #[inline(always)]
@@ -579,9 +587,8 @@ fn sums<S: Simd, T: Operand<S>, P: Multiply<S, T>, const R: usize, const V: usiz
 ) -> [[SumOf<S, T, P>; V]; R] {
     let lanes = <T::In as Register<T>>::LANES;
     let mut sum = [[<SumOf<S, T, P> as Register<P::Sum>>::broadcast(P::Sum::ZERO); V]; R];
-    let depth = panel.len() / (V * lanes);
-    // The furthest element read below.
-    assert!(depth > 0 && (R - 1) * a.row + (depth - 1) * a.col < data.len());
+    // What is read below.
+    assert!(holds(data, a, R, panel.len() / (V * lanes)));
     for (k, from) in panel.chunks_exact(V * lanes).enumerate() {
         // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
         let mut b = [T::In::broadcast(T::default()); V];
@@ -589,7 +596,7 @@ fn sums<S: Simd, T: Operand<S>, P: Multiply<S, T>, const R: usize, const V: usiz
             *b = T::In::load(from);
         }
         for (r, sum) in sum.iter_mut().enumerate() {
-            // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
+            // SAFETY: r < R and k is below the panel's rows: one of the elements of the assertion above.
             let x = unsafe { *data.get_unchecked(r * a.row + k * a.col) };
             let x = T::In::broadcast(x);
             for (sum, &b) in sum.iter_mut().zip(&b) {
@@ -677,15 +684,15 @@ fn micro_apart<S: Simd, const R: usize, const V: usize>(
         }
     }
     let a0 = &a.data[first * a.row..];
-    // The furthest element read below.
-    assert!((R - 1) * a.row + (a.depth - 1) * a.col < a0.len() && panel.len() == a.depth * V * lanes);
+    // What is read below.
+    assert!(holds(a0, a, R, a.depth) && panel.len() == a.depth * V * lanes);
     for (k, row) in panel.chunks_exact(V * lanes).enumerate() {
         let mut b = [S::F32::broadcast(0.0); V];
         for (b, row) in b.iter_mut().zip(row.chunks_exact(lanes)) {
             *b = S::F32::load(row);
         }
         for (r, (sum, from)) in sum.iter_mut().zip(&from).enumerate() {
-            // SAFETY: r < R and k < depth, so the index is at most that of the assertion above.
+            // SAFETY: r < R and k < depth: one of the elements of the assertion above.
             let x = S::F32::broadcast(unsafe { *a0.get_unchecked(r * a.row + k * a.col) });
             for ((sum, &from), &b) in sum.iter_mut().zip(from).zip(&b) {
                 *sum = x.fma(b.minus(from), *sum);
@@ -1405,6 +1412,43 @@ mod tests {
                     let off = got.iter().zip(&want).map(|(g, w)| (g.to_f64() - w).powi(2)).sum::<f64>().sqrt();
                     assert!(off <= tolerance * norm, "{} {m}x{n}x{k} {at} {bt} {squared}: {off:e}", isa.name());
                 }
+            }
+        }
+    }
+
+    /// A product, or one of differences, with a single row of columns.
+    struct Strided<'a> {
+        a: Left<'a, f32>,
+        apart: bool,
+    }
+
+    impl Op for Strided<'_> {
+        type Out = ();
+        #[inline(always)]
+        fn run<S: Simd>(self) {
+            let (packed, mut c) = ([1.0; WIDEST], vec![0.0; self.a.rows * WIDEST]);
+            let own = Own { data: &vec![0.0; self.a.rows * WIDEST], stride: WIDEST };
+            if self.apart {
+                let b = Right { packed: &packed, total: 1, first: 0 };
+                differences::<S>(self.a, b, own, WIDEST, &mut c, WIDEST, false);
+            } else {
+                product::<S, f32, Inner, LONG>(self.a, &packed, WIDEST, &mut c, WIDEST, false);
+            }
+        }
+    }
+
+    // Rows so far apart that where the last of a micro-kernel's begins wraps to the second element; those between are nowhere.
+    #[test]
+    fn a_stride_that_wraps_is_refused() {
+        let data = [1f32; 2];
+        for rows in [4, 6, 8, 12, 24usize] {
+            // Newton's 1 / (rows - 1).
+            let row = (0..6).fold(1usize, |x, _| x.wrapping_mul(2usize.wrapping_sub((rows - 1).wrapping_mul(x))));
+            assert_eq!((rows - 1).wrapping_mul(row), 1);
+            let a = Left { data: &data, row, col: 1, rows, depth: 1 };
+            for (isa, apart) in Isa::available().into_iter().flat_map(|isa| [(isa, false), (isa, true)]) {
+                let done = std::panic::catch_unwind(|| isa.run(Strided { a, apart }));
+                assert!(done.is_err(), "{} {rows} {apart}", isa.name());
             }
         }
     }

@@ -38,7 +38,7 @@ const EXPONENTIAL: usize = 32;
 
 /// Whether one thread is through with an `n` x `m` matrix of logits of `dim` terms before the others have woken up.
 pub fn is_for_one(n: usize, m: usize, dim: usize) -> bool {
-    n * m * (dim + EXPONENTIAL) <= ALONE
+    n.saturating_mul(m).saturating_mul(dim.saturating_add(EXPONENTIAL)) <= ALONE
 }
 
 impl Cut {
@@ -176,6 +176,8 @@ mod tests {
             assert!(Cut::pieces(n, cut.rows).count() <= PIECES);
             assert_eq!(Cut::pieces(n, cut.cols).map(|r| r.len()).sum::<usize>(), n);
         }
+        // A product that wraps to 0.
+        assert!(!is_for_one(1 << 31, 1 << 31, 32));
         // Few rows against many columns: the long side too fits the square.
         let cut = Cut::new(10, 1_000_000, 64);
         assert!(Cut::pieces(1_000_000, cut.cols).count() <= PIECES);
