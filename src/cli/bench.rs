@@ -164,7 +164,8 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
             engine.set_workspace(args.workspace);
             let bound = if precision == Precision::Bf16 { 1e-2 } else { 1e-4 };
             check_answer(&mut engine, &loss, d, precision, mmd, common.seed(), bound)?;
-            let sets: Vec<Set> = sets.map(|s| Set::new(n, m, d, precision, mmd, common.seed() + s)).collect();
+            let sets: Vec<Set> =
+                sets.map(|s| Set::new(n, m, d, precision, mmd, common.seed().wrapping_add(s))).collect();
             let (mut du, mut dv) = (vec![0f32; n * d], vec![0f32; m * d]);
             times = time(|run| {
                 let batch = sets[run % sets.len()].batch([n, m], d, precision, mmd);
@@ -179,7 +180,7 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
         Device::Cuda(driver, name) => {
             let mut engine = Cuda::new(driver, precision);
             check_answer(&mut engine, &loss, d, precision, mmd, common.seed(), 3e-2)?;
-            let seeds = sets.map(|s| common.seed() + s);
+            let seeds = sets.map(|s| common.seed().wrapping_add(s));
             times = match precision {
                 Precision::F16 => on_card::<f16>(&mut engine, driver, seeds, &loss, [n, m, d], mmd, &mut value)?,
                 _ => on_card::<bf16>(&mut engine, driver, seeds, &loss, [n, m, d], mmd, &mut value)?,
@@ -286,7 +287,7 @@ fn check_answer(
     bound: f64,
 ) -> Result<(), Failure> {
     const SMALL: usize = 65;
-    let set = Set::new(SMALL, SMALL, d, precision, mmd, seed + 99);
+    let set = Set::new(SMALL, SMALL, d, precision, mmd, seed.wrapping_add(99));
     let batch = set.batch([SMALL, SMALL], d, precision, mmd);
     let want = reference::loss(loss, &batch)?;
     let (mut du, mut dv) = (vec![0f32; SMALL * d], vec![0f32; SMALL * d]);

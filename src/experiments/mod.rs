@@ -373,7 +373,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     report.insert("device", device.kind());
     report.insert("seconds", trained.seconds);
     report.insert("steps", trained.steps);
-    report.insert("samples_per_s", (trained.steps * config.batch as u64) as f64 / trained.seconds);
+    report.insert("samples_per_s", trained.steps as f64 * config.batch as f64 / trained.seconds);
     report.insert("loss", trained.loss);
     report.insert("step_flops", network.step_flops(config.batch));
     report.insert("tau", trained.tau);

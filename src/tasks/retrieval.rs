@@ -198,7 +198,7 @@ const WIDE: usize = 48;
 ///
 /// # Errors
 /// [`LossError::Parameter`] unless `k` is between 1 and the number of items, [`LossError::Shape`] when dimensions differ or
-/// there is no item, [`LossError::NotFinite`] of a row.
+/// there is no item or 2^32 of them, [`LossError::NotFinite`] of a row.
 pub fn top_k(tilting: Tilting, queries: &dyn Rows, items: &dyn Rows, k: usize) -> Result<Best, LossError> {
     top_k_under(Isa::best(), tilting, queries, items, k)
 }
@@ -772,6 +772,21 @@ mod tests {
                 message(top_k(tilting, &table(&good), &table(&[]), 1).unwrap_err()).contains("items: found 0 rows")
             );
         }
+        /// Zeros that nobody has asked for when they are refused.
+        struct Many;
+        impl Rows for Many {
+            fn count(&self) -> usize {
+                1 << 32
+            }
+            fn dim(&self) -> usize {
+                2
+            }
+            fn read(&self, _: usize, _: &mut [f32]) {
+                panic!("too many to be read");
+            }
+        }
+        let refused = message(top_k(Tilting::L2, &table(&good), &Many, 1).unwrap_err());
+        assert_eq!(refused, "items: found 4294967296 rows, expected fewer than 2^32");
         // Far apart, and numbers all the same.
         let far = [3e38f32, -3e38, 3e38, -3e38];
         let found = top_k(Tilting::L2, &Table { data: &far, dim: 1 }, &Table { data: &far, dim: 1 }, 2).unwrap();

@@ -98,11 +98,17 @@ pub struct Scorer<'a> {
 
 impl<'a> Scorer<'a> {
     /// # Errors
-    /// [`LossError::Shape`] when the two have different dimensions or there is no item; [`LossError::NotFinite`] of a query.
+    /// [`LossError::Shape`] when the two have different dimensions, or there is no item or 2^32 of them;
+    /// [`LossError::NotFinite`] of a query.
     pub fn new(tilting: Tilting, queries: &'a dyn Rows, items: &'a dyn Rows) -> Result<Self, LossError> {
         shape("columns of the queries", queries.dim(), items.dim())?;
         if items.count() == 0 {
             return Err(LossError::Shape { what: "items", found: "0 rows".into(), expected: "at least one".into() });
+        }
+        // Their indices are u32 inside.
+        if items.count() > u32::MAX as usize {
+            let found = format!("{} rows", items.count());
+            return Err(LossError::Shape { what: "items", found, expected: "fewer than 2^32".into() });
         }
         check_finite("queries", queries)?;
         let squares = tilting.product() == Product::SquaredDistance;

@@ -34,7 +34,7 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
     };
     check_search(&mut search, tilting, d, common.seed())?;
     let items = drawn(m * d, common.seed(), 0);
-    let queries: Vec<Vec<f32>> = (1..=SETS as u64).map(|s| drawn(n * d, common.seed() + s, 0)).collect();
+    let queries: Vec<Vec<f32>> = (1..=SETS as u64).map(|s| drawn(n * d, common.seed().wrapping_add(s), 0)).collect();
     let items = Table { data: &items, dim: d };
     let mut best = 0.0;
     let times = time(|run| {
@@ -101,8 +101,9 @@ fn check_search(
     seed: u64,
 ) -> Result<(), Failure> {
     let (n, m, k) = (37, 301, 11);
-    let [queries, items] = [(n, 1), (m, 2)]
-        .map(|(rows, s)| drawn(rows * d, seed + s, 0).into_iter().map(|x| (2.0 * x).round()).collect::<Vec<f32>>());
+    let [queries, items] = [(n, 1), (m, 2)].map(|(rows, s)| {
+        drawn(rows * d, seed.wrapping_add(s), 0).into_iter().map(|x| (2.0 * x).round()).collect::<Vec<f32>>()
+    });
     let found = search(&Table { data: &queries, dim: d }, &Table { data: &items, dim: d }, k)?;
     for (i, query) in queries.chunks_exact(d).enumerate() {
         let score = |j: usize| -> f64 {

@@ -208,7 +208,7 @@ impl Sweep {
         for settings in [Settings::Converged, Settings::Printed] {
             for &point in &self.points {
                 for seed in 0..settings.seeds(request.quick) {
-                    let seed = request.seed + seed;
+                    let seed = request.seed.wrapping_add(seed);
                     let mut run = Run { settings, dim: DIM, batch: BATCH, samples: SAMPLES, seed };
                     (self.vary)(&mut run, point);
                     runs.push((point, run));

@@ -187,7 +187,7 @@ fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     let config = Config { samples: 6_000, seed, ..images::DIGITS.settings() };
     let data = Data {
         normal: law.sample(seed, 40_000),
-        fresh: law.sample(seed + 1_000_003, ITEMS),
+        fresh: law.sample(seed.wrapping_add(1_000_003), ITEMS),
         gp: Split::at_end(Arc::new(gp::gp().sample(seed, 10_000 + PAIRS)), PAIRS),
         digits: (images::DIGITS.data)(&config)?,
         law,
