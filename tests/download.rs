@@ -371,3 +371,23 @@ fn the_command_says_how_to_resume() {
     mnist(dir.path(), &server);
     assert_eq!(server.asked()[3], Some(150));
 }
+
+// Each opens the part, finds that there is nobody to ask, and takes it away: not what another has opened meanwhile.
+#[test]
+fn many_at_once_are_alone_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(NAME);
+    let content = Content { bytes: 1, sha256: "" };
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..2000 {
+                    let error = fetch(&[], &path, content, &mut |_| {}).unwrap_err();
+                    let alone = matches!(&error, DownloadError::Refused { kept: 0, .. });
+                    assert!(alone || error.to_string().contains("another download"), "{error}");
+                }
+            });
+        }
+    });
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -172,6 +172,25 @@ fn other_than(mut file: &File, content: Content<'_>) -> io::Result<Option<[Strin
     Ok((sha256 != content.sha256).then(|| [&sha256, content.sha256].map(|sum| format!("SHA-256 {sum}"))))
 }
 
+/// Whether `path` is a name of `file`; only unix takes a name from a file that is open.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |of: std::fs::Metadata| (of.dev(), of.ino());
+        match std::fs::metadata(path) {
+            Ok(there) => Ok(id(there) == id(file.metadata()?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, path);
+        Ok(true)
+    }
+}
+
 /// What has come of a file.
 struct Part<'a> {
     file: File,
@@ -187,13 +206,18 @@ impl<'a> Part<'a> {
         let mut path = whole.as_os_str().to_owned();
         path.push(".part");
         let path = PathBuf::from(path);
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let file = open.map_err(DataError::io(&path))?;
-        // Two writers would mix their bytes. Where files cannot be locked, the checksum would tell.
-        if let Err(TryLockError::WouldBlock) = file.try_lock() {
-            return Err(DataError::format(&path, "another download at work on it", "none"));
+        loop {
+            let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+            let file = open.map_err(DataError::io(&path))?;
+            // Two writers would mix their bytes. Where files cannot be locked, the checksum would tell.
+            if let Err(TryLockError::WouldBlock) = file.try_lock() {
+                return Err(DataError::format(&path, "another download at work on it", "none"));
+            }
+            // Whoever had the lock meanwhile may have renamed or removed what was opened.
+            if is_at(&file, &path).map_err(DataError::io(&path))? {
+                return Ok(Part { file, path, content, taken: 0, observe });
+            }
         }
-        Ok(Part { file, path, content, taken: 0, observe })
     }
 
     fn disk(&self) -> impl FnOnce(io::Error) -> DataError {
