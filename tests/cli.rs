@@ -777,6 +777,28 @@ fn ctrl_c_leaves_no_half_of_a_file() {
     assert_eq!(names().collect::<Vec<_>>(), Vec::<String>::new());
 }
 
+// Wherever in its writing it is: it has written all of its files, or it was interrupted, and no write has failed.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_is_never_a_failed_write() {
+    for delay in 0..60 {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let args = ["data", "gp", "--out", ".", "--samples", "2000"];
+        let mut child = contrastive(dir.path(), &args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        while names().count() == 0 && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_micros(500 * delay));
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(matches!(output.status.code(), Some(0 | 130)), "{:?}: {stderr}", output.status);
+        let left: Vec<_> = names().filter(|name| name.starts_with('.')).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
 // A set takes another's place whole, or not at all.
 #[test]
 fn a_data_set_that_cannot_be_written_leaves_the_old_one() {
@@ -964,6 +986,12 @@ fn devices_and_bench_answer() {
     assert_eq!(bench["flops"], 6.0 * 2.0 * batch + 8.0 * batch * batch);
     // Gradients of unit numbers are nothing, and being off by rounding is no fault.
     json(dir.path(), &["bench", "loss", "--n", "90", "--d", "1", "--json"]);
+    // Other inputs have the seeds after the last one.
+    let last = u64::MAX.to_string();
+    for args in [["bench", "loss", "--n", "90", "--seed", &last], ["bench", "retrieve", "--n", "90", "--seed", &last]] {
+        let output = run(dir.path(), &args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
     // A card that is not there is a clear refusal, not a panic.
     if devices["cuda"]["cards"].as_array().unwrap().is_empty() {
         let refused = run(dir.path(), &["bench", "loss", "--device", "cuda"]);

@@ -362,8 +362,7 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
         // A temporary file is private by default; this one becomes an ordinary file, subject to the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder(path))?;
-        let _unfinished = Unfinished::new(file.path());
+        let (_unfinished, file) = Unfinished::new(|| builder.tempfile_in(folder(path)), |file| file.path())?;
         let mut writer = BufWriter::new(file);
         fill(&mut writer)?;
         let file = writer.into_inner()?;
@@ -407,9 +406,13 @@ static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 struct Unfinished(PathBuf);
 
 impl Unfinished {
-    fn new(path: &Path) -> Self {
-        UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
-        Unfinished(path.to_owned())
+    /// What `make` makes, at the path that `at` tells: there is no moment at which [`abandon_writes`] would miss it.
+    fn new<T>(make: impl FnOnce() -> io::Result<T>, at: impl FnOnce(&T) -> &Path) -> io::Result<(Self, T)> {
+        let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = make()?;
+        let path = at(&made).to_owned();
+        all.push(path.clone());
+        Ok((Unfinished(path), made))
     }
 }
 
@@ -420,12 +423,21 @@ impl Drop for Unfinished {
 }
 
 /// Takes away the temporary files of all that [`write_atomic`] is writing: for a program that ends in the middle of it.
-/// Writes under way fail then.
+/// Writes under way wait for that end then, as do those that begin after it.
 pub fn abandon_writes() {
-    for path in &*UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) {
+    /// A folder is not empty when it was listed before a file in it got its own name, which may happen to each once.
+    const TRIES: usize = 8;
+    let unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+    for path in &*unfinished {
         // Nobody is left to tell.
-        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        if path.is_dir() {
+            let _ = (0..TRIES).any(|_| std::fs::remove_dir_all(path).is_ok());
+        } else {
+            let _ = std::fs::remove_file(path);
+        }
     }
+    // Never given back: a write that finds its file gone would fail, and the program end by that.
+    std::mem::forget(unfinished);
 }
 
 /// Whether the machine has memory for the product of `sizes` f32.
@@ -445,13 +457,15 @@ pub fn write_set(folder: &Path, fill: impl FnOnce(&Path) -> Result<(), DataError
     if let Some(path) = NAMES.map(|name| folder.join(name)).iter().find(|path| path.exists() && !path.is_file()) {
         return Err(write(path, io::Error::new(io::ErrorKind::InvalidInput, "it is there and not a regular file")));
     }
-    let new = tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(folder).map_err(|e| write(folder, e))?;
-    let _unfinished = Unfinished::new(new.path());
+    let make = || tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(folder);
+    let (_unfinished, new) = Unfinished::new(make, |new| new.path()).map_err(|e| write(folder, e))?;
     fill(new.path()).map_err(|e| match e {
         // By the name that it was to have.
         DataError::Write { path, source } => write(&folder.join(path.file_name().unwrap_or_default()), source),
         e => e,
     })?;
+    // Nor does the program end by [`abandon_writes`] with a part of them in place.
+    let whole = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
     for name in NAMES {
         let (from, to) = (new.path().join(name), folder.join(name));
         if from.exists() {
@@ -460,6 +474,7 @@ pub fn write_set(folder: &Path, fill: impl FnOnce(&Path) -> Result<(), DataError
             remove_files(folder, &[name])?;
         }
     }
+    drop(whole);
     sync_folder(&folder.join(NAMES[0])).map_err(|e| write(folder, e))
 }
 
