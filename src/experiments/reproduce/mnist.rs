@@ -130,7 +130,8 @@ fn picture(split: &Split, index: &[usize], across: usize) -> Panel {
 fn figures(request: &Request<'_>) -> Result<Vec<Figure>, Error> {
     // The paper's own settings on MNIST are a quarter of an hour of one core a loss: one seed.
     let seeds = if request.quick || request.mnist.is_some() { 1 } else { 3 };
-    let jobs: Vec<_> = (0..seeds).flat_map(|seed| LOSSES.map(|(_, lambda)| (lambda, request.seed.wrapping_add(seed)))).collect();
+    let jobs: Vec<_> =
+        (0..seeds).flat_map(|seed| LOSSES.map(|(_, lambda)| (lambda, request.seed.wrapping_add(seed)))).collect();
     let split =
         (find(&config(request, [1.0; 2], request.seed)?.experiment)?.data)(&config(request, [1.0; 2], request.seed)?)?;
     // Every seed has its own initial parameters and batches; the images are the first seed's.
