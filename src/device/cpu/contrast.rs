@@ -1,12 +1,13 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
-use super::fused::{
-    Buffer, Grid, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow,
-    pack_columns,
-};
-use super::operand::Element;
+use super::buffers::{Buffer, Threads, reset, sized};
+use super::fused::{Logits, Pull, SPREAD};
+use super::kept::{Grid, Kept};
+use super::law::{Law, Normalisers, RowSums, Target};
+use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
+use super::tally::{Tallies, Want};
 use super::{inner, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
@@ -25,8 +26,8 @@ pub struct Scratch {
     pub(super) inverse_v: Vec<f32>,
     pub(super) rows: Tallies,
     pub(super) cols: Tallies,
-    pub(super) row_norms: Norms,
-    pub(super) col_norms: Norms,
+    pub(super) row_normalisers: Normalisers,
+    pub(super) col_normalisers: Normalisers,
     pub(super) row_sums: Vec<RowSums>,
     pub(super) col_sums: Vec<f32>,
     /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
@@ -50,8 +51,8 @@ impl Scratch {
             + self.counts.bytes()
             + self.rows.bytes()
             + self.cols.bytes()
-            + self.row_norms.bytes()
-            + self.col_norms.bytes()
+            + self.row_normalisers.bytes()
+            + self.col_normalisers.bytes()
             + self.threads.bytes()
             + self.kept.bytes()
             + self.mmd.bytes()
@@ -175,10 +176,7 @@ impl<'a> Accumulated<'a> {
     pub(super) fn new(out: Option<Write<&'a mut [f32]>>, scratch: &'a mut Vec<f32>) -> Option<Self> {
         Some(match out? {
             Write::Set(out) => Accumulated::InPlace(out),
-            Write::Add(out) => {
-                grow(scratch, out.len());
-                Accumulated::AddTo { acc: &mut scratch[..out.len()], out }
-            }
+            Write::Add(out) => Accumulated::AddTo { acc: sized(scratch, out.len()), out },
         })
     }
 
@@ -346,8 +344,8 @@ fn softmax<T: Element>(
         inverse_v,
         rows,
         cols,
-        row_norms,
-        col_norms,
+        row_normalisers,
+        col_normalisers,
         threads,
         kept,
         budget,
@@ -375,28 +373,28 @@ fn softmax<T: Element>(
     let law;
     match over {
         Over::Each { lambda_u, lambda_v } => {
-            let one = |side: Counted<'_>, wanted, lambda: f64, norms: &mut _| {
+            let one = |side: Counted<'_>, wanted, lambda: f64, normalisers: &mut _| {
                 if wanted {
-                    lambda * (side.normalise(lambda, smoothing, norms) - (side.opposite as f64).ln())
+                    lambda * (side.normalise(lambda, smoothing, normalisers) - (side.opposite as f64).ln())
                 } else {
                     0.0
                 }
             };
-            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_norms);
-            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_norms);
+            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_normalisers);
+            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_normalisers);
             let (by_row, by_col) =
                 if is_for_one(n, m, batch.u.dim) { (by_row(), by_col()) } else { rayon::join(by_row, by_col) };
             value = by_row + by_col;
             law = Law::Softmax {
-                rows: want.rows.then(|| row_norms.part(0..n)),
-                cols: want.cols.then(|| col_norms.part(0..m)),
+                rows: want.rows.then(|| row_normalisers.softmaxes(0..n)),
+                cols: want.cols.then(|| col_normalisers.softmaxes(0..m)),
             };
         }
         Over::All => {
             let (max, sum) = row_side.total();
             value = f64::from(max) + sum.ln() - ((n as f64).ln() + (m as f64).ln()) - row_side.mean_target(smoothing);
-            row_side.normalise_joint(max, sum, smoothing, row_norms);
-            law = Law::Softmax { rows: Some(row_norms.part(0..n)), cols: None };
+            row_side.normalise_joint(max, sum, smoothing, row_normalisers);
+            law = Law::Softmax { rows: Some(row_normalisers.softmaxes(0..n)), cols: None };
         }
     }
     let sums = pull_gradients(
@@ -450,13 +448,15 @@ impl<'a> Tilted<'a> {
         let [low, high] = self.range(batch.offset_v);
         Logits {
             isa,
-            u: self.u,
-            packed: bytemuck::cast_slice(packed),
-            inverse_v: self.v.inverse,
-            m: batch.v.rows,
-            product: self.product,
-            scale: self.scale as f32,
-            offset: batch.offset_v,
+            similarity: Similarity {
+                u: self.u,
+                packed: bytemuck::cast_slice(packed),
+                inverse_v: self.v.inverse,
+                m: batch.v.rows,
+                product: self.product,
+                scale: self.scale as f32,
+                offset: batch.offset_v,
+            },
             anchor: ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32),
             grid: T::ROUNDS.then(|| Grid::new(low, high)).flatten(),
             kept: None,
@@ -490,23 +490,18 @@ pub(super) fn pull_gradients<T: Element>(
     let mut out_u = match gradients.u {
         // Also without a gradient: d tau is made of it.
         None if logits.exponentials => {
-            let len = tilted.u.rows.rows * tilted.u.rows.dim;
-            grow(grad_u, len);
-            Some(Accumulated::InPlace(&mut grad_u[..len]))
+            Some(Accumulated::InPlace(sized(grad_u, tilted.u.rows.rows * tilted.u.rows.dim)))
         }
         out => Accumulated::new(out, grad_u),
     };
     let mut out_v = Accumulated::new(gradients.v, grad_v);
-    let want_cols = gradients.offset_v.is_some() || logits.offset.is_some();
-    col_sums.clear();
-    col_sums.resize(logits.m, 0.0);
+    let want_cols = gradients.offset_v.is_some() || logits.similarity.offset.is_some();
+    reset(col_sums, logits.similarity.m, 0.0);
     logits.pull(
         law,
         Pull {
-            carry_u: tilted.u,
-            carry_v: tilted.v,
-            out_rows: out_u.as_mut().map(Accumulated::acc),
-            out_cols: out_v.as_mut().map(Accumulated::acc),
+            carry: [tilted.u, tilted.v],
+            out: [out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)],
             row_sums,
             col_sums: want_cols.then_some(&mut col_sums[..]),
             apart: tilted.product == Product::SquaredDistance,
@@ -542,7 +537,7 @@ pub(super) fn conclude<T: Element>(
     }
     if let (true, Some(along)) = (logits.exponentials, along) {
         gs = tilted.scale * along;
-    } else if let Some(offset) = logits.offset {
+    } else if let Some(offset) = logits.similarity.offset {
         // The offset is part of S, but not of what tau divides.
         gs -= offset.iter().zip(col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
     }
@@ -638,9 +633,9 @@ impl<'a> Counted<'a> {
     }
 
     /// Row softmaxes weighted by `lambda w_i`; returns `sum_i w_i (r_i - <T_i, S_i>)`.
-    fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) -> f64 {
-        norms.resize(self.share.len());
-        norms.anchor = self.tallies.anchor;
+    fn normalise(&self, lambda: f64, smoothing: f64, normalisers: &mut Normalisers) -> f64 {
+        normalisers.resize(self.share.len());
+        normalisers.anchor = self.tallies.anchor;
         let mut mean_loss = 0.0;
         for i in 0..self.share.len() {
             let parts = self.parts(i);
@@ -650,11 +645,11 @@ impl<'a> Counted<'a> {
             if self.share[i] > 0.0 {
                 mean_loss += f64::from(self.share[i]) * self.loss(i, parts, smoothing);
             }
-            norms.max[i] = max;
-            norms.weight[i] = share_of(weight, total);
-            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            normalisers.max[i] = max;
+            normalisers.weight[i] = share_of(weight, total);
+            normalisers.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
             let others = if total > 0.0 { f64::from(negative) / total } else { 0.0 };
-            norms.targets[i] = if self.positives[i] == 1 {
+            normalisers.targets[i] = if self.positives[i] == 1 {
                 Target::Only { others: (weight * others) as f32, slack: (weight * smoothing) as f32 }
             } else {
                 let (count, positives) = (f64::from(self.positives[i].max(1)), self.tallies.rest[i].positives);
@@ -671,24 +666,24 @@ impl<'a> Counted<'a> {
     }
 
     /// Plain row probabilities: no weights, no targets.
-    pub(super) fn probabilities(&self, norms: &mut Norms) {
-        norms.resize(self.share.len());
+    pub(super) fn probabilities(&self, normalisers: &mut Normalisers) {
+        normalisers.resize(self.share.len());
         for i in 0..self.share.len() {
             let (max, negative, positive) = self.parts(i);
             let total = f64::from(negative) + f64::from(positive);
-            norms.set_plain(i, max, share_of(1.0, total));
+            normalisers.set_plain(i, max, share_of(1.0, total));
         }
     }
 
     /// One softmax over everything, with each row's share of the targets.
-    fn normalise_joint(&self, max: f32, sum: f64, smoothing: f64, norms: &mut Norms) {
-        norms.resize(self.share.len());
+    fn normalise_joint(&self, max: f32, sum: f64, smoothing: f64, normalisers: &mut Normalisers) {
+        normalisers.resize(self.share.len());
         for i in 0..self.share.len() {
             let weight = f64::from(self.share[i]);
-            norms.max[i] = max;
-            norms.weight[i] = (1.0 / sum) as f32;
-            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
-            norms.targets[i] =
+            normalisers.max[i] = max;
+            normalisers.weight[i] = (1.0 / sum) as f32;
+            normalisers.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            normalisers.targets[i] =
                 Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 };
         }
     }

@@ -2,10 +2,13 @@
 
 mod attention;
 mod awake;
+mod buffers;
 mod contrast;
 mod conv;
 mod fused;
 mod gemm;
+mod kept;
+mod law;
 mod layers;
 mod mmd;
 mod norm;
@@ -14,6 +17,8 @@ pub(crate) mod search;
 mod shuffled;
 mod simd;
 mod sweep;
+mod tally;
+mod tile;
 
 pub use simd::{Isa, Lane};
 

@@ -1,8 +1,9 @@
 //! The joint loss with a sampled normaliser (Remark 3.9): only the diagonal and K shuffled pairings
 //! of the batch are ever looked at, O(N D K) work.
 
+use super::buffers::sized;
 use super::contrast::{Accumulated, Tilted};
-use super::fused::{Side, grow};
+use super::operand::Side;
 use crate::objective::{Batch, Gradients, Loss, Value, Write, pairing};
 use kernels::law::Product;
 use rayon::prelude::*;
@@ -46,10 +47,7 @@ pub fn evaluate(
     let share = &prepared.row_share;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     let total = (pairings as usize + 1) * n;
-    for (buffer, len) in [(&mut own.u, n * dim), (&mut own.v, n * dim), (&mut own.logits, total)] {
-        grow(buffer, len);
-    }
-    let (u, v) = (&mut own.u[..n * dim], &mut own.v[..n * dim]);
+    let (u, v) = (sized(&mut own.u, n * dim), sized(&mut own.v, n * dim));
     read_all(&tilted.u, u);
     read_all(&tilted.v, v);
     own.forth.clear();
@@ -68,7 +66,7 @@ pub fn evaluate(
         debug_assert!(x.len() >= (i as usize + 1) * dim);
         i as usize * dim..(i as usize + 1) * dim
     };
-    let logits = &mut own.logits[..total];
+    let logits = sized(&mut own.logits, total);
     logits.par_iter_mut().enumerate().for_each(|(at, s)| {
         let (x, y) = (&u[row(u, (at % n) as u32)], &v[row(v, forth[at])]);
         let pairs = x.iter().zip(y).map(|(&x, &y)| (f64::from(x), f64::from(y)));
