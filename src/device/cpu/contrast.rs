@@ -8,7 +8,7 @@ use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
 use super::tally::{Tallies, Want};
-use super::{inner, together};
+use super::{inner, split, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
@@ -28,11 +28,7 @@ pub struct Scratch {
     pub(super) cols: Tallies,
     pub(super) row_normalisers: Normalisers,
     pub(super) col_normalisers: Normalisers,
-    pub(super) row_sums: Vec<RowSums>,
-    pub(super) col_sums: Vec<f32>,
-    /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
-    pub(super) grad_u: Vec<f32>,
-    pub(super) grad_v: Vec<f32>,
+    pub(super) pulled: Pulled,
     pub(super) threads: Threads,
     pub(super) kept: Kept,
     /// Bytes that kept logits may take.
@@ -44,9 +40,10 @@ pub struct Scratch {
 impl Scratch {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = [&self.middle, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
+        let Pulled { row_sums, col_sums, grad_u, grad_v } = &self.pulled;
+        let floats = [&self.middle, &self.inverse_u, &self.inverse_v, col_sums, grad_u, grad_v];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
-            + size_of::<RowSums>() * self.row_sums.capacity()
+            + size_of::<RowSums>() * row_sums.capacity()
             + self.packed.bytes()
             + self.counts.bytes()
             + self.rows.bytes()
@@ -58,6 +55,16 @@ impl Scratch {
             + self.mmd.bytes()
             + self.pairings.bytes()
     }
+}
+
+/// What pass 2 leaves beside the caller's outputs.
+#[derive(Debug, Default)]
+pub(super) struct Pulled {
+    pub(super) row_sums: Vec<RowSums>,
+    pub(super) col_sums: Vec<f32>,
+    /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
+    pub(super) grad_u: Vec<f32>,
+    pub(super) grad_v: Vec<f32>,
 }
 
 /// What a tilting does to embeddings before the product, and the products' scale.
@@ -349,6 +356,7 @@ fn softmax<T: Element>(
         threads,
         kept,
         budget,
+        pulled,
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
@@ -397,16 +405,7 @@ fn softmax<T: Element>(
             law = Law::Softmax { rows: Some(row_normalisers.softmaxes(0..n)), cols: None };
         }
     }
-    let sums = pull_gradients(
-        &tilted,
-        &logits,
-        &law,
-        gradients,
-        &mut scratch.row_sums,
-        &mut scratch.col_sums,
-        &mut scratch.grad_u,
-        &mut scratch.grad_v,
-    );
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
@@ -418,21 +417,12 @@ fn sigmoid<T: Element>(
     gradients: Gradients<'_>,
     bias: f64,
 ) -> Value {
-    let Scratch { counts, packed, middle, inverse_u, inverse_v, threads, .. } = scratch;
+    let Scratch { counts, packed, middle, inverse_u, inverse_v, threads, pulled, .. } = scratch;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &counts.row_share };
-    let sums = pull_gradients(
-        &tilted,
-        &logits,
-        &law,
-        gradients,
-        &mut scratch.row_sums,
-        &mut scratch.col_sums,
-        &mut scratch.grad_u,
-        &mut scratch.grad_v,
-    );
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
 }
 
@@ -476,16 +466,12 @@ pub(super) struct Sums {
 }
 
 /// Pass 2 with every gradient wanted.
-#[allow(clippy::too_many_arguments, reason = "operands, outputs and what is wanted of them")]
 pub(super) fn pull_gradients<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,
     law: &Law<'_>,
     gradients: Gradients<'_>,
-    row_sums: &mut Vec<RowSums>,
-    col_sums: &mut Vec<f32>,
-    grad_u: &mut Vec<f32>,
-    grad_v: &mut Vec<f32>,
+    Pulled { row_sums, col_sums, grad_u, grad_v }: &mut Pulled,
 ) -> Sums {
     let mut out_u = match gradients.u {
         // Also without a gradient: d tau is made of it.
@@ -523,11 +509,7 @@ pub(super) fn conclude<T: Element>(
     if let Some(out) = out_v {
         tilted.finish(&tilted.v, out, logits.threads);
     }
-    match out_offset {
-        Some(Write::Set(out)) => out.copy_from_slice(col_sums),
-        Some(Write::Add(out)) => out.iter_mut().zip(col_sums).for_each(|(o, g)| *o += g),
-        None => {}
-    }
+    put(out_offset, |j| col_sums[j]);
     let mut sums = Sums { value: 0.0, g: 0.0, grad_tau: 0.0 };
     let mut gs = 0.0;
     for row in row_sums {
@@ -543,6 +525,14 @@ pub(super) fn conclude<T: Element>(
     }
     sums.grad_tau = -gs / tilted.tau;
     sums
+}
+
+/// Writes `value(j)` to number j of an output, if it is wanted.
+pub(super) fn put(out: Option<Write<&mut [f32]>>, value: impl Fn(usize) -> f32) {
+    let Some((out, add)) = out.map(split) else { return };
+    for (j, out) in out.iter_mut().enumerate() {
+        *out = if add { *out + value(j) } else { value(j) };
+    }
 }
 
 /// `weight` over the sum of a softmax: nothing where all of it is ignored, no number where the sum is none, so that logits

@@ -68,8 +68,7 @@ impl<T: Element> Logits<'_, T> {
     }
 
     fn cut(&self) -> Cut {
-        let Similarity { u, m, .. } = &self.similarity;
-        Cut::new(u.rows.rows, *m, u.rows.dim)
+        Cut::new(self.similarity.n(), self.similarity.m, self.similarity.u.rows.dim)
     }
 
     /// Pass 1: the LSE of every row and of every column, as `want` says. `logit_sums` fills [`Tally::logits`]; logits

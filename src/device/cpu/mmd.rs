@@ -13,7 +13,7 @@
 //! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
 
 use super::buffers::{Buffer, Threads, reset, sized};
-use super::contrast::{Accumulated, Counted, Over, Sums, Tilted, conclude, pull_gradients};
+use super::contrast::{Accumulated, Counted, Over, Pulled, Sums, Tilted, conclude, pull_gradients};
 use super::fused::{Logits, Pull};
 use super::gemm::gemm;
 use super::law::{Factor, Law, Normalisers, RowSums, Softmaxes};
@@ -148,10 +148,7 @@ pub fn evaluate(
         cols,
         row_normalisers,
         col_normalisers,
-        row_sums,
-        col_sums,
-        grad_u,
-        grad_v,
+        pulled,
         threads,
         kept,
         budget,
@@ -183,14 +180,16 @@ pub fn evaluate(
         Moments::Features { u, v } | Moments::Gram { kernel: DataKernel::Linear, u, v } => {
             let mut features = Features::new(own, u, v);
             let (value, law) = match over {
-                Over::Each { lambda_u, lambda_v } => features.conditional(&context, lambda_u, lambda_v, row_sums),
-                Over::All => features.joint(&context, row_sums),
+                Over::Each { lambda_u, lambda_v } => {
+                    features.conditional(&context, lambda_u, lambda_v, &mut pulled.row_sums)
+                }
+                Over::All => features.joint(&context, &mut pulled.row_sums),
             };
-            (value, pull_gradients(&tilted, &logits, &law, gradients, row_sums, col_sums, grad_u, grad_v))
+            (value, pull_gradients(&tilted, &logits, &law, gradients, pulled))
         }
         Moments::Gram { kernel: DataKernel::Gaussian { width }, u, v } => {
             let gram = &mut own.gram;
-            let mut total = Total::new(&context, gradients, [grad_u, grad_v], row_sums, col_sums);
+            let mut total = Total::new(&context, gradients, pulled);
             let value = match over {
                 Over::Each { lambda_u, lambda_v } => {
                     gram.conditional(&context, width, u, Axis::Cols, lambda_u, &mut total)
@@ -395,9 +394,7 @@ impl<'a> Total<'a> {
     fn new(
         context: &Context<'_>,
         gradients: Gradients<'a>,
-        [grad_u, grad_v]: [&'a mut Vec<f32>; 2],
-        row_sums: &'a mut Vec<RowSums>,
-        col_sums: &'a mut Vec<f32>,
+        Pulled { row_sums, col_sums, grad_u, grad_v }: &'a mut Pulled,
     ) -> Self {
         let mut out = [Accumulated::new(gradients.u, grad_u), Accumulated::new(gradients.v, grad_v)];
         out.iter_mut().flatten().for_each(|out| out.acc().fill(0.0));

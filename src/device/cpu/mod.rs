@@ -481,6 +481,14 @@ impl FromF32 for f16 {
     }
 }
 
+/// An output, and whether results are added to what is there.
+fn split<T>(out: Write<T>) -> (T, bool) {
+    match out {
+        Write::Set(out) => (out, false),
+        Write::Add(out) => (out, true),
+    }
+}
+
 /// [`write`] under its mode.
 fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
     match out {

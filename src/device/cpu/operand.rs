@@ -5,6 +5,9 @@
 //! | embeddings | read as the tilting wants them | as they are stored; 1/\|row\| multiplies logits and G instead |
 //! | logits, exponentials, sums | f32 | f32 |
 //! | G as an operand | the tile itself | rounded to bf16, once along rows and once along columns |
+//!
+//! A [`Side`] is rows with what a tilting multiplies them by; a [`Similarity`] says how S follows from two of them. Rows are
+//! packed as right operands once a pass: [`pack_columns`] for S, [`pack_pieces`] for the products with G.
 
 use super::buffers::{Buffer, Threads};
 use super::simd::{

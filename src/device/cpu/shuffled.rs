@@ -2,9 +2,9 @@
 //! of the batch are ever looked at, O(N D K) work.
 
 use super::buffers::sized;
-use super::contrast::{Accumulated, Tilted};
+use super::contrast::{Accumulated, Tilted, put};
 use super::operand::Side;
-use crate::objective::{Batch, Gradients, Loss, Value, Write, pairing};
+use crate::objective::{Batch, Gradients, Loss, Value, pairing};
 use kernels::law::Product;
 use rayon::prelude::*;
 
@@ -110,14 +110,10 @@ pub fn evaluate(
             });
             tilted.finish(side, out, threads);
         };
-    finish(&tilted.u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
-    finish(&tilted.v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
+    finish(&tilted.u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.pulled.grad_u));
+    finish(&tilted.v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.pulled.grad_v));
     let column = |j: usize| (0..total).step_by(n).map(|first| g(first + back[first + j] as usize)).sum::<f64>() as f32;
-    match gradients.offset_v {
-        Some(Write::Set(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o = column(j)),
-        Some(Write::Add(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o += column(j)),
-        None => {}
-    }
+    put(gradients.offset_v, column);
     Value { loss: value, grad_tau: -gs / tilted.tau, grad_bias: 0.0 }
 }
 
