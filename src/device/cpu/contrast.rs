@@ -1,13 +1,14 @@
 //! Losses on the CPU: which fused passes each objective takes, and the numbers around them.
 
-use super::fused::{
-    Buffer, Grid, Kept, Law, Logits, Norms, Pull, RowSums, SPREAD, Side, Tallies, Target, Threads, Want, grow,
-    pack_columns,
-};
-use super::operand::Element;
+use super::buffers::{Buffer, Threads, reset, sized};
+use super::fused::{Logits, Pull, SPREAD};
+use super::kept::{Grid, Kept};
+use super::law::{Law, Normalisers, RowSums, Target};
+use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
-use super::{inner, together};
+use super::tally::{Tallies, Want};
+use super::{inner, split, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
@@ -25,13 +26,9 @@ pub struct Scratch {
     pub(super) inverse_v: Vec<f32>,
     pub(super) rows: Tallies,
     pub(super) cols: Tallies,
-    pub(super) row_norms: Norms,
-    pub(super) col_norms: Norms,
-    pub(super) row_sums: Vec<RowSums>,
-    pub(super) col_sums: Vec<f32>,
-    /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
-    pub(super) grad_u: Vec<f32>,
-    pub(super) grad_v: Vec<f32>,
+    pub(super) row_normalisers: Normalisers,
+    pub(super) col_normalisers: Normalisers,
+    pub(super) pulled: Pulled,
     pub(super) threads: Threads,
     pub(super) kept: Kept,
     /// Bytes that kept logits may take.
@@ -43,20 +40,31 @@ pub struct Scratch {
 impl Scratch {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let floats = [&self.middle, &self.inverse_u, &self.inverse_v, &self.col_sums, &self.grad_u, &self.grad_v];
+        let Pulled { row_sums, col_sums, grad_u, grad_v } = &self.pulled;
+        let floats = [&self.middle, &self.inverse_u, &self.inverse_v, col_sums, grad_u, grad_v];
         4 * floats.iter().map(|v| v.capacity()).sum::<usize>()
-            + size_of::<RowSums>() * self.row_sums.capacity()
+            + size_of::<RowSums>() * row_sums.capacity()
             + self.packed.bytes()
             + self.counts.bytes()
             + self.rows.bytes()
             + self.cols.bytes()
-            + self.row_norms.bytes()
-            + self.col_norms.bytes()
+            + self.row_normalisers.bytes()
+            + self.col_normalisers.bytes()
             + self.threads.bytes()
             + self.kept.bytes()
             + self.mmd.bytes()
             + self.pairings.bytes()
     }
+}
+
+/// What pass 2 leaves beside the caller's outputs.
+#[derive(Debug, Default)]
+pub(super) struct Pulled {
+    pub(super) row_sums: Vec<RowSums>,
+    pub(super) col_sums: Vec<f32>,
+    /// Gradients of the rows the product sees, before they go through the tilting, where they are added to the caller's.
+    pub(super) grad_u: Vec<f32>,
+    pub(super) grad_v: Vec<f32>,
 }
 
 /// What a tilting does to embeddings before the product, and the products' scale.
@@ -175,10 +183,7 @@ impl<'a> Accumulated<'a> {
     pub(super) fn new(out: Option<Write<&'a mut [f32]>>, scratch: &'a mut Vec<f32>) -> Option<Self> {
         Some(match out? {
             Write::Set(out) => Accumulated::InPlace(out),
-            Write::Add(out) => {
-                grow(scratch, out.len());
-                Accumulated::AddTo { acc: &mut scratch[..out.len()], out }
-            }
+            Write::Add(out) => Accumulated::AddTo { acc: sized(scratch, out.len()), out },
         })
     }
 
@@ -346,11 +351,12 @@ fn softmax<T: Element>(
         inverse_v,
         rows,
         cols,
-        row_norms,
-        col_norms,
+        row_normalisers,
+        col_normalisers,
         threads,
         kept,
         budget,
+        pulled,
         ..
     } = scratch;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
@@ -375,40 +381,31 @@ fn softmax<T: Element>(
     let law;
     match over {
         Over::Each { lambda_u, lambda_v } => {
-            let one = |side: Counted<'_>, wanted, lambda: f64, norms: &mut _| {
+            let one = |side: Counted<'_>, wanted, lambda: f64, normalisers: &mut _| {
                 if wanted {
-                    lambda * (side.normalise(lambda, smoothing, norms) - (side.opposite as f64).ln())
+                    lambda * (side.normalise(lambda, smoothing, normalisers) - (side.opposite as f64).ln())
                 } else {
                     0.0
                 }
             };
-            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_norms);
-            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_norms);
+            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_normalisers);
+            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_normalisers);
             let (by_row, by_col) =
                 if is_for_one(n, m, batch.u.dim) { (by_row(), by_col()) } else { rayon::join(by_row, by_col) };
             value = by_row + by_col;
             law = Law::Softmax {
-                rows: want.rows.then(|| row_norms.part(0..n)),
-                cols: want.cols.then(|| col_norms.part(0..m)),
+                rows: want.rows.then(|| row_normalisers.softmaxes(0..n)),
+                cols: want.cols.then(|| col_normalisers.softmaxes(0..m)),
             };
         }
         Over::All => {
             let (max, sum) = row_side.total();
             value = f64::from(max) + sum.ln() - ((n as f64).ln() + (m as f64).ln()) - row_side.mean_target(smoothing);
-            row_side.normalise_joint(max, sum, smoothing, row_norms);
-            law = Law::Softmax { rows: Some(row_norms.part(0..n)), cols: None };
+            row_side.normalise_joint(max, sum, smoothing, row_normalisers);
+            law = Law::Softmax { rows: Some(row_normalisers.softmaxes(0..n)), cols: None };
         }
     }
-    let sums = pull_gradients(
-        &tilted,
-        &logits,
-        &law,
-        gradients,
-        &mut scratch.row_sums,
-        &mut scratch.col_sums,
-        &mut scratch.grad_u,
-        &mut scratch.grad_v,
-    );
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
@@ -420,21 +417,12 @@ fn sigmoid<T: Element>(
     gradients: Gradients<'_>,
     bias: f64,
 ) -> Value {
-    let Scratch { counts, packed, middle, inverse_u, inverse_v, threads, .. } = scratch;
+    let Scratch { counts, packed, middle, inverse_u, inverse_v, threads, pulled, .. } = scratch;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &counts.row_share };
-    let sums = pull_gradients(
-        &tilted,
-        &logits,
-        &law,
-        gradients,
-        &mut scratch.row_sums,
-        &mut scratch.col_sums,
-        &mut scratch.grad_u,
-        &mut scratch.grad_v,
-    );
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
 }
 
@@ -450,13 +438,15 @@ impl<'a> Tilted<'a> {
         let [low, high] = self.range(batch.offset_v);
         Logits {
             isa,
-            u: self.u,
-            packed: bytemuck::cast_slice(packed),
-            inverse_v: self.v.inverse,
-            m: batch.v.rows,
-            product: self.product,
-            scale: self.scale as f32,
-            offset: batch.offset_v,
+            similarity: Similarity {
+                u: self.u,
+                packed: bytemuck::cast_slice(packed),
+                inverse_v: self.v.inverse,
+                m: batch.v.rows,
+                product: self.product,
+                scale: self.scale as f32,
+                offset: batch.offset_v,
+            },
             anchor: ((high - low) / 2.0 <= SPREAD).then_some(((low + high) / 2.0) as f32),
             grid: T::ROUNDS.then(|| Grid::new(low, high)).flatten(),
             kept: None,
@@ -476,37 +466,28 @@ pub(super) struct Sums {
 }
 
 /// Pass 2 with every gradient wanted.
-#[allow(clippy::too_many_arguments, reason = "operands, outputs and what is wanted of them")]
 pub(super) fn pull_gradients<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,
     law: &Law<'_>,
     gradients: Gradients<'_>,
-    row_sums: &mut Vec<RowSums>,
-    col_sums: &mut Vec<f32>,
-    grad_u: &mut Vec<f32>,
-    grad_v: &mut Vec<f32>,
+    Pulled { row_sums, col_sums, grad_u, grad_v }: &mut Pulled,
 ) -> Sums {
     let mut out_u = match gradients.u {
         // Also without a gradient: d tau is made of it.
         None if logits.exponentials => {
-            let len = tilted.u.rows.rows * tilted.u.rows.dim;
-            grow(grad_u, len);
-            Some(Accumulated::InPlace(&mut grad_u[..len]))
+            Some(Accumulated::InPlace(sized(grad_u, tilted.u.rows.rows * tilted.u.rows.dim)))
         }
         out => Accumulated::new(out, grad_u),
     };
     let mut out_v = Accumulated::new(gradients.v, grad_v);
-    let want_cols = gradients.offset_v.is_some() || logits.offset.is_some();
-    col_sums.clear();
-    col_sums.resize(logits.m, 0.0);
+    let want_cols = gradients.offset_v.is_some() || logits.similarity.offset.is_some();
+    reset(col_sums, logits.similarity.m, 0.0);
     logits.pull(
         law,
         Pull {
-            carry_u: tilted.u,
-            carry_v: tilted.v,
-            out_rows: out_u.as_mut().map(Accumulated::acc),
-            out_cols: out_v.as_mut().map(Accumulated::acc),
+            carry: [tilted.u, tilted.v],
+            out: [out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)],
             row_sums,
             col_sums: want_cols.then_some(&mut col_sums[..]),
             apart: tilted.product == Product::SquaredDistance,
@@ -528,11 +509,7 @@ pub(super) fn conclude<T: Element>(
     if let Some(out) = out_v {
         tilted.finish(&tilted.v, out, logits.threads);
     }
-    match out_offset {
-        Some(Write::Set(out)) => out.copy_from_slice(col_sums),
-        Some(Write::Add(out)) => out.iter_mut().zip(col_sums).for_each(|(o, g)| *o += g),
-        None => {}
-    }
+    put(out_offset, |j| col_sums[j]);
     let mut sums = Sums { value: 0.0, g: 0.0, grad_tau: 0.0 };
     let mut gs = 0.0;
     for row in row_sums {
@@ -542,12 +519,20 @@ pub(super) fn conclude<T: Element>(
     }
     if let (true, Some(along)) = (logits.exponentials, along) {
         gs = tilted.scale * along;
-    } else if let Some(offset) = logits.offset {
+    } else if let Some(offset) = logits.similarity.offset {
         // The offset is part of S, but not of what tau divides.
         gs -= offset.iter().zip(col_sums).map(|(&o, &g)| f64::from(o) * f64::from(g)).sum::<f64>();
     }
     sums.grad_tau = -gs / tilted.tau;
     sums
+}
+
+/// Writes `value(j)` to number j of an output, if it is wanted.
+pub(super) fn put(out: Option<Write<&mut [f32]>>, value: impl Fn(usize) -> f32) {
+    let Some((out, add)) = out.map(split) else { return };
+    for (j, out) in out.iter_mut().enumerate() {
+        *out = if add { *out + value(j) } else { value(j) };
+    }
 }
 
 /// `weight` over the sum of a softmax: nothing where all of it is ignored, no number where the sum is none, so that logits
@@ -638,9 +623,9 @@ impl<'a> Counted<'a> {
     }
 
     /// Row softmaxes weighted by `lambda w_i`; returns `sum_i w_i (r_i - <T_i, S_i>)`.
-    fn normalise(&self, lambda: f64, smoothing: f64, norms: &mut Norms) -> f64 {
-        norms.resize(self.share.len());
-        norms.anchor = self.tallies.anchor;
+    fn normalise(&self, lambda: f64, smoothing: f64, normalisers: &mut Normalisers) -> f64 {
+        normalisers.resize(self.share.len());
+        normalisers.anchor = self.tallies.anchor;
         let mut mean_loss = 0.0;
         for i in 0..self.share.len() {
             let parts = self.parts(i);
@@ -650,11 +635,11 @@ impl<'a> Counted<'a> {
             if self.share[i] > 0.0 {
                 mean_loss += f64::from(self.share[i]) * self.loss(i, parts, smoothing);
             }
-            norms.max[i] = max;
-            norms.weight[i] = share_of(weight, total);
-            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            normalisers.max[i] = max;
+            normalisers.weight[i] = share_of(weight, total);
+            normalisers.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
             let others = if total > 0.0 { f64::from(negative) / total } else { 0.0 };
-            norms.targets[i] = if self.positives[i] == 1 {
+            normalisers.targets[i] = if self.positives[i] == 1 {
                 Target::Only { others: (weight * others) as f32, slack: (weight * smoothing) as f32 }
             } else {
                 let (count, positives) = (f64::from(self.positives[i].max(1)), self.tallies.rest[i].positives);
@@ -671,24 +656,24 @@ impl<'a> Counted<'a> {
     }
 
     /// Plain row probabilities: no weights, no targets.
-    pub(super) fn probabilities(&self, norms: &mut Norms) {
-        norms.resize(self.share.len());
+    pub(super) fn probabilities(&self, normalisers: &mut Normalisers) {
+        normalisers.resize(self.share.len());
         for i in 0..self.share.len() {
             let (max, negative, positive) = self.parts(i);
             let total = f64::from(negative) + f64::from(positive);
-            norms.set_plain(i, max, share_of(1.0, total));
+            normalisers.set_plain(i, max, share_of(1.0, total));
         }
     }
 
     /// One softmax over everything, with each row's share of the targets.
-    fn normalise_joint(&self, max: f32, sum: f64, smoothing: f64, norms: &mut Norms) {
-        norms.resize(self.share.len());
+    fn normalise_joint(&self, max: f32, sum: f64, smoothing: f64, normalisers: &mut Normalisers) {
+        normalisers.resize(self.share.len());
         for i in 0..self.share.len() {
             let weight = f64::from(self.share[i]);
-            norms.max[i] = max;
-            norms.weight[i] = (1.0 / sum) as f32;
-            norms.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
-            norms.targets[i] =
+            normalisers.max[i] = max;
+            normalisers.weight[i] = (1.0 / sum) as f32;
+            normalisers.smooth[i] = (weight * smoothing / self.candidates(i).max(1.0)) as f32;
+            normalisers.targets[i] =
                 Target::Shared { pull: (weight * (1.0 - smoothing) / f64::from(self.positives[i].max(1))) as f32 };
         }
     }

@@ -16,6 +16,7 @@
 
 use super::layers::{SHARDS, normal};
 use super::simd::{Isa, Lane, Op, Register, Simd, Vector, WIDEST};
+use super::split;
 use crate::device::{Activation, Conv, ConvPool, Pool};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -787,13 +788,10 @@ pub(super) fn backward_weight<T: Lane>(
 
 /// Adds the shards' sums to `to`, in order, or sets it to them.
 fn add_shards<T: Lane>(sums: &[T], to: Write<&mut [T]>) {
-    let to = match to {
-        Write::Set(to) => {
-            to.fill(T::ZERO);
-            to
-        }
-        Write::Add(to) => to,
-    };
+    let (to, add) = split(to);
+    if !add {
+        to.fill(T::ZERO);
+    }
     let len = to.len();
     for (i, to) in to.iter_mut().enumerate() {
         *to += sums.iter().skip(i).step_by(len).fold(T::ZERO, |sum, &x| sum + x);

@@ -12,9 +12,12 @@
 //! place of features, [`PANEL`] columns (or rows) at a time: O(N^2 M) work, O((N + M) PANEL) memory. K
 //! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
 
-use super::contrast::{Accumulated, Counted, Over, Sums, Tilted, conclude, pull_gradients};
-use super::fused::{Buffer, Factor, Law, Logits, Norms, Part, Pull, RowSums, Side, Threads, grow, pack_columns};
+use super::buffers::{Buffer, Threads, reset, sized};
+use super::contrast::{Accumulated, Counted, Over, Pulled, Sums, Tilted, conclude, pull_gradients};
+use super::fused::{Logits, Pull};
 use super::gemm::gemm;
+use super::law::{Factor, Law, Normalisers, RowSums, Softmaxes};
+use super::operand::{Side, Similarity, pack_columns};
 use super::simd::Isa;
 use crate::device::Gemm;
 use crate::objective::{
@@ -60,17 +63,24 @@ struct Gram {
     packed_identity: Buffer,
     packed_data_u: Buffer,
     packed_data_v: Buffer,
-    ones: Norms,
+    /// Normalisers of K, whose law is `exp(S)`.
+    ones: Normalisers,
+    /// A panel of probabilities P (or of `W K_v`), then of Gamma.
     p: Vec<f32>,
+    /// What is multiplied by K, and the product.
     x: Vec<f32>,
     y: Vec<f32>,
+    /// What a factor subtracts, and the sums that it is made of.
     mean: Vec<f32>,
-    lost: Vec<f32>,
     sums: Vec<f64>,
+    /// What sums of targets lost.
+    lost: Vec<f32>,
+    /// Right operand of a factor, packed.
     packed: Buffer,
-    all_u: Vec<f32>,
-    all_v: Vec<f32>,
-    part: Partial,
+    /// A panel of K_v and of `T K_v`.
+    k_v: Vec<f32>,
+    t_k_v: Vec<f32>,
+    partial: Partial,
 }
 
 /// One panel's gradients, before they are added to the others'.
@@ -101,11 +111,11 @@ impl Scratch {
             &g.y,
             &g.mean,
             &g.lost,
-            &g.part.u,
-            &g.part.v,
-            &g.part.cols,
-            &g.all_u,
-            &g.all_v,
+            &g.partial.u,
+            &g.partial.v,
+            &g.partial.cols,
+            &g.k_v,
+            &g.t_k_v,
         ];
         let packed =
             [&self.packed_u, &self.packed_v, &g.packed_identity, &g.packed_data_u, &g.packed_data_v, &g.packed];
@@ -115,7 +125,7 @@ impl Scratch {
             + 4 * self.lost.capacity()
             + 8 * g.sums.capacity()
             + g.ones.bytes()
-            + size_of::<RowSums>() * g.part.sums.capacity()
+            + size_of::<RowSums>() * g.partial.sums.capacity()
     }
 }
 
@@ -136,12 +146,9 @@ pub fn evaluate(
         inverse_v,
         rows,
         cols,
-        row_norms,
-        col_norms,
-        row_sums,
-        col_sums,
-        grad_u,
-        grad_v,
+        row_normalisers,
+        col_normalisers,
+        pulled,
         threads,
         kept,
         budget,
@@ -160,26 +167,29 @@ pub fn evaluate(
     let [row_side, col_side] = Counted::both(counts, [rows, cols]);
     if let Over::All = over {
         let (max, sum) = row_side.total();
-        row_norms.resize(n);
-        (0..n).for_each(|i| row_norms.set_plain(i, max, (1.0 / sum) as f32));
+        row_normalisers.resize(n);
+        (0..n).for_each(|i| row_normalisers.set_plain(i, max, (1.0 / sum) as f32));
     } else {
-        row_side.probabilities(row_norms);
-        col_side.probabilities(col_norms);
+        row_side.probabilities(row_normalisers);
+        col_side.probabilities(col_normalisers);
     }
-    let context = Context { isa, batch, counts, tilted: &tilted, logits: &logits, row_norms, col_norms, threads };
+    let context =
+        Context { isa, batch, counts, tilted: &tilted, logits: &logits, row_normalisers, col_normalisers, threads };
     let moments = batch.moments.expect("validated: MMD has moments");
     let (value, sums) = match moments {
         Moments::Features { u, v } | Moments::Gram { kernel: DataKernel::Linear, u, v } => {
             let mut features = Features::new(own, u, v);
             let (value, law) = match over {
-                Over::Each { lambda_u, lambda_v } => features.conditional(&context, lambda_u, lambda_v, row_sums),
-                Over::All => features.joint(&context, row_sums),
+                Over::Each { lambda_u, lambda_v } => {
+                    features.conditional(&context, lambda_u, lambda_v, &mut pulled.row_sums)
+                }
+                Over::All => features.joint(&context, &mut pulled.row_sums),
             };
-            (value, pull_gradients(&tilted, &logits, &law, gradients, row_sums, col_sums, grad_u, grad_v))
+            (value, pull_gradients(&tilted, &logits, &law, gradients, pulled))
         }
         Moments::Gram { kernel: DataKernel::Gaussian { width }, u, v } => {
             let gram = &mut own.gram;
-            let mut total = Total::new(&context, gradients, [grad_u, grad_v], row_sums, col_sums);
+            let mut total = Total::new(&context, gradients, pulled);
             let value = match over {
                 Over::Each { lambda_u, lambda_v } => {
                     gram.conditional(&context, width, u, Axis::Cols, lambda_u, &mut total)
@@ -199,8 +209,8 @@ struct Context<'a> {
     counts: &'a Counts,
     tilted: &'a Tilted<'a>,
     logits: &'a Logits<'a>,
-    row_norms: &'a Norms,
-    col_norms: &'a Norms,
+    row_normalisers: &'a Normalisers,
+    col_normalisers: &'a Normalisers,
     threads: &'a Threads,
 }
 
@@ -209,8 +219,7 @@ fn natural<'a>(matrix: Matrix<'a>, buffer: &'a mut Vec<f32>) -> &'a [f32] {
     if let Storage::F32(data) = matrix.data {
         return data;
     }
-    grow(buffer, matrix.rows * matrix.dim);
-    let out = &mut buffer[..matrix.rows * matrix.dim];
+    let out = sized(buffer, matrix.rows * matrix.dim);
     Side::plain(matrix).read(0..matrix.rows, out);
     out
 }
@@ -264,80 +273,52 @@ impl<'a> Features<'a> {
     ) -> (f64, Law<'_>) {
         let Context { isa, batch, counts, logits, threads, .. } = *context;
         let (n, m) = (batch.u.rows, batch.v.rows);
-        let [carry_u, carry_v] = self.sides();
+        let carry = self.sides();
         let [f_u, f_v] = self.dims;
         let mut value = 0.0;
-        let mut law = [None, None];
+        let mut by = [None, None];
         if lambda_u > 0.0 {
-            let part = context.col_norms.part(0..m);
-            grow(self.residual_u, m * f_u);
-            grow(self.targets, m * f_u);
-            let (means, targets) = (&mut self.residual_u[..m * f_u], &mut self.targets[..m * f_u]);
-            let means_only = Pull {
-                carry_u,
-                carry_v,
-                out_rows: None,
-                out_cols: Some(means),
-                row_sums,
-                col_sums: None,
-                apart: false,
-            };
-            logits.pull(&Law::Softmax { rows: None, cols: Some(part) }, means_only);
-            let means = &mut self.residual_u[..m * f_u];
+            let softmaxes = context.col_normalisers.softmaxes(0..m);
+            let (means, targets) = (sized(self.residual_u, m * f_u), sized(self.targets, m * f_u));
+            logits.pull(&law_of(Axis::Cols, softmaxes), Pull::plain(carry, [None, Some(&mut *means)], row_sums));
             counts.target_means(batch, false, self.u, f_u, targets, self.lost);
             value += residuals(isa, means, targets, f_u, &counts.col_share, lambda_u, self.lost, self.mean_u);
             pack_columns::<f32>(isa, &Side::plain(Matrix::f32(means, f_u)), self.packed_u, threads);
-            law[1] = Some(part.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
+            by[1] = Some(softmaxes.times(Factor { left: self.u, right: self.packed_u, dim: f_u, mean: self.mean_u }));
         }
         if lambda_v > 0.0 {
-            let part = context.row_norms.part(0..n);
-            grow(self.residual_v, n * f_v);
-            grow(self.targets, n * f_v);
-            let (means, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
-            let means_only = Pull {
-                carry_u,
-                carry_v,
-                out_rows: Some(means),
-                out_cols: None,
-                row_sums,
-                col_sums: None,
-                apart: false,
-            };
-            logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
-            let means = &mut self.residual_v[..n * f_v];
+            let softmaxes = context.row_normalisers.softmaxes(0..n);
+            let (means, targets) = (sized(self.residual_v, n * f_v), sized(self.targets, n * f_v));
+            logits.pull(&law_of(Axis::Rows, softmaxes), Pull::plain(carry, [Some(&mut *means), None], row_sums));
             counts.target_means(batch, true, self.v, f_v, targets, self.lost);
             value += residuals(isa, means, targets, f_v, &counts.row_share, lambda_v, self.lost, self.mean_v);
-            pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
-            law[0] = Some(part.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
+            pack_columns::<f32>(isa, &carry[1], self.packed_v, threads);
+            by[0] = Some(softmaxes.times(Factor { left: means, right: self.packed_v, dim: f_v, mean: self.mean_v }));
         }
-        let [rows, cols] = law;
+        let [rows, cols] = by;
         (value, Law::Softmax { rows, cols })
     }
 
     fn joint(&mut self, context: &Context<'a>, row_sums: &mut Vec<RowSums>) -> (f64, Law<'_>) {
         let Context { isa, batch, counts, logits, threads, .. } = *context;
         let n = batch.u.rows;
-        let [carry_u, carry_v] = self.sides();
+        let carry = self.sides();
         let [f_u, f_v] = self.dims;
-        let part = context.row_norms.part(0..n);
+        let softmaxes = context.row_normalisers.softmaxes(0..n);
         // H = W F_v, and less T F_v: small when the law is learned, so subtract before summing over rows.
-        grow(self.residual_v, n * f_v);
-        grow(self.targets, n * f_v);
-        let (h, targets) = (&mut self.residual_v[..n * f_v], &mut self.targets[..n * f_v]);
-        let means_only =
-            Pull { carry_u, carry_v, out_rows: Some(&mut *h), out_cols: None, row_sums, col_sums: None, apart: false };
-        logits.pull(&Law::Softmax { rows: Some(part), cols: None }, means_only);
+        let (h, targets) = (sized(self.residual_v, n * f_v), sized(self.targets, n * f_v));
+        logits.pull(&law_of(Axis::Rows, softmaxes), Pull::plain(carry, [Some(&mut *h), None], row_sums));
         counts.target_means(batch, true, self.v, f_v, targets, self.lost);
         for (t, &w) in targets.chunks_exact_mut(f_v).zip(&counts.row_share) {
             t.iter_mut().for_each(|t| *t *= w);
         }
-        let [law, target, gap, d] = self.moments;
+        let [learned, target, gap, d] = self.moments;
         let mut moment = |out: &mut Vec<f32>, right: &[f32]| {
             out.resize(f_u * f_v, 0.0);
             let shape = Gemm { m: f_u, n: f_v, k: n, transpose_a: true, transpose_b: false };
             gemm(isa, shape, self.u, right, Write::Set(out), self.packed);
         };
-        moment(law, h);
+        moment(learned, h);
         moment(target, targets);
         let means = &mut *self.lost;
         means.clear();
@@ -346,19 +327,19 @@ impl<'a> Features<'a> {
         moment(gap, h);
         // Of the law's own moments: they may be far smaller than the targets', and then so is the value.
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let value = dot(law, law) - 2.0 * dot(law, target);
+        let value = dot(learned, learned) - 2.0 * dot(learned, target);
         d.clear();
         d.extend(gap.iter().map(|&x| 2.0 * x));
         let shape = Gemm { m: n, n: f_v, k: f_u, transpose_a: false, transpose_b: false };
         gemm(isa, shape, self.u, d, Write::Set(h), self.packed);
-        pack_columns::<f32>(isa, &carry_v, self.packed_v, threads);
+        pack_columns::<f32>(isa, &carry[1], self.packed_v, threads);
         // As factors are multiplied out: where all weight is one pair's, its mean is that pair's factor, to the last bit.
         let rows = h.chunks_exact(f_v).zip(means.chunks_exact(f_v));
         let mean: f64 = rows.map(|(h, mean)| f64::from(Factor::entry(isa, h, mean))).sum();
         self.mean_v.clear();
         self.mean_v.resize(n, mean as f32);
-        let factor = Factor { left: &self.residual_v[..n * f_v], right: self.packed_v, dim: f_v, mean: self.mean_v };
-        (value, Law::Softmax { rows: Some(part.times(factor)), cols: None })
+        let factor = Factor { left: h, right: self.packed_v, dim: f_v, mean: self.mean_v };
+        (value, law_of(Axis::Rows, softmaxes.times(factor)))
     }
 }
 
@@ -413,16 +394,12 @@ impl<'a> Total<'a> {
     fn new(
         context: &Context<'_>,
         gradients: Gradients<'a>,
-        [grad_u, grad_v]: [&'a mut Vec<f32>; 2],
-        row_sums: &'a mut Vec<RowSums>,
-        col_sums: &'a mut Vec<f32>,
+        Pulled { row_sums, col_sums, grad_u, grad_v }: &'a mut Pulled,
     ) -> Self {
         let mut out = [Accumulated::new(gradients.u, grad_u), Accumulated::new(gradients.v, grad_v)];
         out.iter_mut().flatten().for_each(|out| out.acc().fill(0.0));
-        row_sums.clear();
-        row_sums.resize(context.batch.u.rows, RowSums::default());
-        col_sums.clear();
-        col_sums.resize(context.batch.v.rows, 0.0);
+        reset(row_sums, context.batch.u.rows, RowSums::default());
+        reset(col_sums, context.batch.v.rows, 0.0);
         Total { out, offset_v: gradients.offset_v, row_sums, col_sums }
     }
 
@@ -434,32 +411,28 @@ impl<'a> Total<'a> {
         law: &Law<'_>,
         [rows, cols]: [Range<usize>; 2],
         scale: f64,
-        part: &mut Partial,
+        partial: &mut Partial,
     ) -> f64 {
         let dim = context.batch.u.dim;
-        grow(&mut part.u, rows.len() * dim);
-        grow(&mut part.v, cols.len() * dim);
-        grow(&mut part.cols, cols.len());
-        let (part_u, part_v) = (&mut part.u[..rows.len() * dim], &mut part.v[..cols.len() * dim]);
-        let (part_cols, sums) = (&mut part.cols[..cols.len()], &mut part.sums);
+        let out_u = sized(&mut partial.u, rows.len() * dim);
+        let out_v = sized(&mut partial.v, cols.len() * dim);
+        let (col_sums, sums) = (sized(&mut partial.cols, cols.len()), &mut partial.sums);
         let pull = Pull {
-            carry_u: context.tilted.u.slice(rows.clone()),
-            carry_v: context.tilted.v.slice(cols.clone()),
-            out_rows: Some(&mut *part_u),
-            out_cols: Some(&mut *part_v),
+            carry: [context.tilted.u.slice(rows.clone()), context.tilted.v.slice(cols.clone())],
+            out: [Some(&mut *out_u), Some(&mut *out_v)],
             row_sums: &mut *sums,
-            col_sums: Some(&mut *part_cols),
+            col_sums: Some(&mut *col_sums),
             apart: context.tilted.product == Product::SquaredDistance,
         };
         logits.pull(law, pull);
         let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, f)| *t += scale as f32 * f);
-        if let Some(out) = &mut self.out[0] {
-            add(&mut out.acc()[rows.start * dim..rows.end * dim], part_u);
+        let [to_u, to_v] = &mut self.out;
+        for (to, range, from) in [(to_u, &rows, out_u), (to_v, &cols, out_v)] {
+            if let Some(to) = to {
+                add(&mut to.acc()[range.start * dim..range.end * dim], from);
+            }
         }
-        if let Some(out) = &mut self.out[1] {
-            add(&mut out.acc()[cols.start * dim..cols.end * dim], part_v);
-        }
-        add(&mut self.col_sums[cols], part_cols);
+        add(&mut self.col_sums[cols], col_sums);
         let mut g = 0.0;
         for (to, from) in self.row_sums[rows].iter_mut().zip(&*sums) {
             to.gs += scale * from.gs;
@@ -474,34 +447,40 @@ impl<'a> Total<'a> {
     }
 }
 
-impl Gram {
-    /// `out = K x` for the Gaussian kernel on `data` (packed), `x` `[rows, b]`, `out` `[cut, b]`, with K's rows or
-    /// columns cut to those given.
-    #[allow(clippy::too_many_arguments, reason = "operands, outputs and where they are cut")]
-    fn apply(
+/// The Gaussian kernel K on rows of data.
+struct Kernel<'a> {
+    width: f64,
+    data: Matrix<'a>,
+    /// Those that are K's columns, packed.
+    packed: &'a [f32],
+}
+
+impl Kernel<'_> {
+    /// `out = K x`, `x` `[columns, b]`, for as many of K's columns as `x` has rows.
+    fn times(
+        &self,
         context: &Context<'_>,
-        width: f64,
-        data: Matrix<'_>,
-        packed: &[f32],
-        ones: &mut Norms,
         x: &[f32],
         b: usize,
         out: &mut [f32],
+        ones: &mut Normalisers,
         sums: &mut Vec<RowSums>,
     ) {
-        ones.resize(data.rows);
-        (0..data.rows).for_each(|i| ones.set_plain(i, 0.0, 1.0));
-        let cols = x.len() / b;
+        let rows = self.data.rows;
+        ones.resize(rows);
+        (0..rows).for_each(|i| ones.set_plain(i, 0.0, 1.0));
         let nothing = Pairs { positives: Positives::Diagonal, ..Pairs::default() };
         let logits = Logits {
             isa: context.isa,
-            u: Side::plain(data),
-            packed,
-            inverse_v: &[],
-            m: cols,
-            product: Product::SquaredDistance,
-            scale: (-0.5 / (width * width)) as f32,
-            offset: None,
+            similarity: Similarity {
+                u: Side::plain(self.data),
+                packed: self.packed,
+                inverse_v: &[],
+                m: x.len() / b,
+                product: Product::SquaredDistance,
+                scale: (-0.5 / (self.width * self.width)) as f32,
+                offset: None,
+            },
             anchor: None,
             grid: None,
             kept: None,
@@ -511,26 +490,62 @@ impl Gram {
             threads: context.threads,
         };
         let carry = Side::plain(Matrix::f32(x, b));
-        let law = Law::Softmax { rows: Some(ones.part(0..data.rows)), cols: None };
-        let pull = Pull {
-            carry_u: carry,
-            carry_v: carry,
-            out_rows: Some(out),
-            out_cols: None,
-            row_sums: sums,
-            col_sums: None,
-            apart: false,
+        let law = Law::Softmax { rows: Some(ones.softmaxes(0..rows)), cols: None };
+        logits.pull(&law, Pull::plain([carry; 2], [Some(out), None], sums));
+    }
+}
+
+/// Column softmaxes of a few columns, or row softmaxes of a few rows: of the long side each has a number.
+struct Panel<'a> {
+    axis: Axis,
+    /// Its columns (rows).
+    range: Range<usize>,
+    logits: Logits<'a>,
+    softmaxes: Softmaxes<'a>,
+}
+
+impl<'a> Panel<'a> {
+    fn new(context: &Context<'a>, axis: Axis, range: Range<usize>) -> Self {
+        let (logits, softmaxes) = match axis {
+            Axis::Cols => (context.logits.of_cols(range.clone()), context.col_normalisers.softmaxes(range.clone())),
+            Axis::Rows => (context.logits.of_rows(range.clone()), context.row_normalisers.softmaxes(range.clone())),
         };
-        logits.pull(&law, pull);
+        Panel { axis, range, logits, softmaxes }
     }
 
+    /// Rows and columns of the logits that it is made of.
+    fn at(&self) -> [Range<usize>; 2] {
+        match self.axis {
+            Axis::Cols => [0..self.logits.similarity.n(), self.range.clone()],
+            Axis::Rows => [self.range.clone(), 0..self.logits.similarity.m],
+        }
+    }
+
+    /// Length of the long side, and of the other.
+    fn shape(&self) -> (usize, usize) {
+        let Similarity { m, .. } = self.logits.similarity;
+        match self.axis {
+            Axis::Cols => (self.logits.similarity.n(), m),
+            Axis::Rows => (m, self.logits.similarity.n()),
+        }
+    }
+}
+
+impl Gram {
     /// An identity of `b` rows, plain and packed.
     fn identity(&mut self, context: &Context<'_>, b: usize) {
-        self.identity.clear();
-        self.identity.resize(b * b, 0.0);
+        reset(&mut self.identity, b * b, 0.0);
         (0..b).for_each(|i| self.identity[i * (b + 1)] = 1.0);
         let side = Side::plain(Matrix::f32(&self.identity, b));
         pack_columns::<f32>(context.isa, &side, &mut self.packed_identity, context.threads);
+    }
+
+    /// `Y = K X` of both halves of X, `[rows of data, 2 b]`.
+    fn smooth(&mut self, context: &Context<'_>, width: f64, data: Matrix<'_>, b: usize) {
+        let kernel = Kernel { width, data, packed: &self.packed_data_u };
+        let len = data.rows * 2 * b;
+        let (x, y) = (sized(&mut self.x, len), sized(&mut self.y, len));
+        kernel.times(context, x, 2 * b, y, &mut self.ones, &mut self.partial.sums);
     }
 
     /// One side's conditional MMD: `data` is what the softmaxes' long side is made of.
@@ -546,96 +561,86 @@ impl Gram {
         if lambda == 0.0 {
             return 0.0;
         }
-        let Context { isa, batch, counts, logits, threads, .. } = *context;
-        let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
-        let (long, short, share, counts) = match axis {
-            Axis::Cols => (n, m, &counts.col_share, &counts.col_positives),
-            Axis::Rows => (m, n, &counts.row_share, &counts.row_positives),
-        };
+        let Context { isa, batch, threads, .. } = *context;
+        let short = if axis == Axis::Cols { batch.v.rows } else { batch.u.rows };
         pack_columns::<f32>(isa, &Side::plain(data), &mut self.packed_data_u, threads);
         let mut value = 0.0;
         for start in (0..short).step_by(PANEL) {
-            let panel = start..short.min(start + PANEL);
-            let b = panel.len();
+            let panel = Panel::new(context, axis, start..short.min(start + PANEL));
+            let (long, b) = panel.shape();
             self.identity(context, b);
-            let eye = Side::plain(Matrix::f32(&self.identity, b));
-            for (buffer, len) in [(&mut self.p, long * b), (&mut self.x, 2 * long * b), (&mut self.y, 2 * long * b)] {
-                grow(buffer, len);
-            }
-            let p = &mut self.p[..long * b];
-            // The panel of P, one row for each of the long side.
-            let (block, at, part) = match axis {
-                Axis::Cols => (
-                    Logits {
-                        packed: &logits.packed[start * dim..],
-                        m: b,
-                        offset: logits.offset.map(|o| &o[panel.clone()]),
-                        origin: [0, start],
-                        kept: None,
-                        ..*logits
-                    },
-                    [0..n, panel.clone()],
-                    context.col_norms.part(panel.clone()),
-                ),
-                Axis::Rows => (
-                    Logits { u: logits.u.slice(panel.clone()), origin: [start, 0], kept: None, ..*logits },
-                    [panel.clone(), 0..m],
-                    context.row_norms.part(panel.clone()),
-                ),
-            };
-            let (out_rows, out_cols) = if axis == Axis::Cols { (Some(&mut *p), None) } else { (None, Some(&mut *p)) };
-            let pull = Pull {
-                carry_u: eye,
-                carry_v: eye,
-                out_rows,
-                out_cols,
-                row_sums: &mut self.part.sums,
-                col_sums: None,
-                apart: false,
-            };
-            block.pull(&law_of(axis, part), pull);
-            // X = [P - T | T], Y = K X.
-            let (x, y) = (&mut self.x[..2 * long * b], &mut self.y[..2 * long * b]);
-            for (x, p) in x.chunks_exact_mut(2 * b).zip(p.chunks_exact(b)) {
-                x[..b].copy_from_slice(p);
-                x[b..].fill(0.0);
-            }
-            let [rows, cols] = at.clone();
-            batch.pairs.visit(rows, cols, |i, j, special| {
-                if special == Special::Positive {
-                    let (row, col) = if axis == Axis::Cols { (i, j) } else { (j, i) };
-                    let t = 1.0 / counts[col] as f32;
-                    x[row * 2 * b + col - start] -= t;
-                    x[row * 2 * b + b + col - start] = t;
-                }
-            });
-            Gram::apply(context, width, data, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
-            // Gamma = lambda x_j K (P - T) over P's panel, and <P_j, Gamma_j>.
-            let mean = &mut self.sums;
-            mean.clear();
-            mean.resize(b, 0.0);
-            for ((x, y), p) in x.chunks_exact(2 * b).zip(y.chunks_exact(2 * b)).zip(p.chunks_exact_mut(b)) {
-                for (k, p) in p.iter_mut().enumerate() {
-                    let weight = lambda * f64::from(share[start + k]);
-                    let product = |k: usize| f64::from(x[k]) * f64::from(y[k]);
-                    value += 0.5 * weight * (product(k) - product(b + k));
-                    let gamma = weight * f64::from(y[k]);
-                    mean[k] += f64::from(*p) * gamma;
-                    *p = gamma as f32;
-                }
-            }
-            self.mean.clear();
-            self.mean.extend(mean.iter().map(|&x| x as f32));
+            self.probabilities(&panel);
+            self.deviations(context, &panel);
+            self.smooth(context, width, data, b);
+            self.conditional_gamma(context, &panel, lambda, &mut value);
+            let gamma = sized(&mut self.p, long * b);
             let factor = match axis {
-                Axis::Cols => Factor { left: p, right: &self.packed_identity, dim: b, mean: &self.mean },
+                Axis::Cols => Factor { left: gamma, right: &self.packed_identity, dim: b, mean: &self.mean },
                 Axis::Rows => {
-                    pack_columns::<f32>(isa, &Side::plain(Matrix::f32(p, b)), &mut self.packed, threads);
+                    pack_columns::<f32>(isa, &Side::plain(Matrix::f32(gamma, b)), &mut self.packed, threads);
                     Factor { left: &self.identity, right: &self.packed, dim: b, mean: &self.mean }
                 }
             };
-            total.pull(context, &block, &law_of(axis, part.times(factor)), at, 1.0, &mut self.part);
+            let law = law_of(axis, panel.softmaxes.times(factor));
+            total.pull(context, &panel.logits, &law, panel.at(), 1.0, &mut self.partial);
         }
         value
+    }
+
+    /// P, `[long, b]`: each column a softmax of the panel.
+    fn probabilities(&mut self, panel: &Panel<'_>) {
+        let (long, b) = panel.shape();
+        let eye = Side::plain(Matrix::f32(&self.identity, b));
+        let p = Some(sized(&mut self.p, long * b));
+        let out = if panel.axis == Axis::Cols { [p, None] } else { [None, p] };
+        let law = law_of(panel.axis, panel.softmaxes);
+        panel.logits.pull(&law, Pull::plain([eye; 2], out, &mut self.partial.sums));
+    }
+
+    /// `X = [P - T | T]`, `[long, 2 b]`.
+    fn deviations(&mut self, context: &Context<'_>, panel: &Panel<'_>) {
+        let (long, b) = panel.shape();
+        let x = sized(&mut self.x, 2 * long * b);
+        for (x, p) in x.chunks_exact_mut(2 * b).zip(self.p.chunks_exact(b)) {
+            x[..b].copy_from_slice(p);
+            x[b..].fill(0.0);
+        }
+        let [rows, cols] = panel.at();
+        context.batch.pairs.visit(rows, cols, |i, j, special| {
+            if special == Special::Positive {
+                let (row, col, positives) = match panel.axis {
+                    Axis::Cols => (i, j, &context.counts.col_positives),
+                    Axis::Rows => (j, i, &context.counts.row_positives),
+                };
+                let t = 1.0 / positives[col] as f32;
+                let k = col - panel.range.start;
+                x[row * 2 * b + k] -= t;
+                x[row * 2 * b + b + k] = t;
+            }
+        });
+    }
+
+    /// Makes `Gamma = lambda x_j K (P - T)` of P in its place, and its means `<P_j, Gamma_j>`; adds to the value.
+    fn conditional_gamma(&mut self, context: &Context<'_>, panel: &Panel<'_>, lambda: f64, value: &mut f64) {
+        let (long, b) = panel.shape();
+        let share = match panel.axis {
+            Axis::Cols => &context.counts.col_share,
+            Axis::Rows => &context.counts.row_share,
+        };
+        reset(&mut self.sums, b, 0.0);
+        let rows = self.x.chunks_exact(2 * b).zip(self.y.chunks_exact(2 * b));
+        for ((x, y), p) in rows.zip(sized(&mut self.p, long * b).chunks_exact_mut(b)) {
+            for (k, (p, mean)) in p.iter_mut().zip(&mut self.sums).enumerate() {
+                let weight = lambda * f64::from(share[panel.range.start + k]);
+                let product = |k: usize| f64::from(x[k]) * f64::from(y[k]);
+                *value += 0.5 * weight * (product(k) - product(b + k));
+                let gamma = weight * f64::from(y[k]);
+                *mean += f64::from(*p) * gamma;
+                *p = gamma as f32;
+            }
+        }
+        self.mean.clear();
+        self.mean.extend(self.sums.iter().map(|&x| x as f32));
     }
 
     /// The joint MMD, panels of columns.
@@ -647,83 +652,76 @@ impl Gram {
         data_v: Matrix<'_>,
         total: &mut Total<'_>,
     ) -> f64 {
-        let Context { isa, batch, counts, logits, threads, .. } = *context;
-        let (n, m, dim) = (batch.u.rows, batch.v.rows, batch.u.dim);
+        let Context { isa, batch, logits, row_normalisers, threads, .. } = *context;
+        let (n, m) = (batch.u.rows, batch.v.rows);
         pack_columns::<f32>(isa, &Side::plain(data_u), &mut self.packed_data_u, threads);
         pack_columns::<f32>(isa, &Side::plain(data_v), &mut self.packed_data_v, threads);
-        let law = Law::Softmax { rows: Some(context.row_norms.part(0..n)), cols: None };
+        let probabilities = row_normalisers.softmaxes(0..n);
         let (mut value, mut mean) = (0.0, 0.0);
         for start in (0..m).step_by(PANEL) {
             let panel = start..m.min(start + PANEL);
             let b = panel.len();
             self.identity(context, b);
-            for (buffer, len) in [(&mut self.p, n.max(m) * b), (&mut self.x, 2 * n * b), (&mut self.y, 2 * n * b)] {
-                grow(buffer, len);
-            }
-            // A panel of K_v, [M, b].
-            grow(&mut self.all_v, m * b);
-            let kernel = &mut self.all_v[..m * b];
-            let packed = &self.packed_data_v[start * data_v.dim..];
-            Gram::apply(context, width, data_v, packed, &mut self.ones, &self.identity, b, kernel, &mut self.part.sums);
-            // W K_v and T K_v, [N, b].
-            grow(&mut self.all_u, n * b);
-            let (wk, tk) = (&mut self.p[..n * b], &mut self.all_u[..n * b]);
-            let carry = Side::plain(Matrix::f32(kernel, b));
-            let pull = Pull {
-                carry_u: carry,
-                carry_v: carry,
-                out_rows: Some(&mut *wk),
-                out_cols: None,
-                row_sums: &mut self.part.sums,
-                col_sums: None,
-                apart: false,
-            };
-            logits.pull(&law, pull);
-            counts.target_means(batch, true, kernel, b, tk, &mut self.lost);
-            let (x, y) = (&mut self.x[..2 * n * b], &mut self.y[..2 * n * b]);
-            for (i, x) in x.chunks_exact_mut(2 * b).enumerate() {
-                for k in 0..b {
-                    let t = counts.row_share[i] * tk[i * b + k];
-                    x[k] = wk[i * b + k] - t;
-                    x[b + k] = t;
-                }
-            }
-            // Y = K_u [(W - T) K_v | T K_v]; Gamma = 2 K_u (W - T) K_v.
-            Gram::apply(context, width, data_u, &self.packed_data_u, &mut self.ones, x, 2 * b, y, &mut self.part.sums);
-            batch.pairs.visit(0..n, panel.clone(), |i, j, special| {
-                if special == Special::Positive {
-                    let t = f64::from(counts.row_share[i]) / f64::from(counts.row_positives[i]);
-                    let y = &y[i * 2 * b..][..2 * b];
-                    value -= t * (f64::from(y[j - start]) + f64::from(y[b + j - start]));
-                }
-            });
-            let gamma = &mut self.p[..n * b];
-            for (gamma, y) in gamma.chunks_exact_mut(b).zip(y.chunks_exact(2 * b)) {
-                gamma.iter_mut().zip(y).for_each(|(g, y)| *g = 2.0 * y);
-            }
-            self.mean.clear();
-            self.mean.resize(n, 0.0);
+            self.joint_deviations(context, width, data_v, panel.clone());
+            self.smooth(context, width, data_u, b);
+            self.joint_gamma(context, panel.clone(), &mut value);
+            reset(&mut self.mean, n, 0.0);
+            let gamma = sized(&mut self.p, n * b);
             let factor = Factor { left: gamma, right: &self.packed_identity, dim: b, mean: &self.mean };
-            let block = Logits {
-                packed: &logits.packed[start * dim..],
-                m: b,
-                offset: logits.offset.map(|o| &o[panel.clone()]),
-                origin: [0, start],
-                kept: None,
-                ..*logits
-            };
-            let part = context.row_norms.part(0..n).times(factor);
-            mean += total.pull(context, &block, &law_of(Axis::Rows, part), [0..n, panel], 1.0, &mut self.part);
+            let law = law_of(Axis::Rows, probabilities.times(factor));
+            let (block, at) = (logits.of_cols(panel.clone()), [0..n, panel]);
+            mean += total.pull(context, &block, &law, at, 1.0, &mut self.partial);
         }
         // G = W o Gamma - <W, Gamma> W.
-        total.pull(context, logits, &law, [0..n, 0..m], -mean, &mut self.part);
+        let law = law_of(Axis::Rows, probabilities);
+        total.pull(context, logits, &law, [0..n, 0..m], -mean, &mut self.partial);
         value + 0.5 * mean
+    }
+
+    /// `X = [(W - T) K_v | T K_v]` of a panel of K_v's columns, `[N, 2 b]`.
+    fn joint_deviations(&mut self, context: &Context<'_>, width: f64, data_v: Matrix<'_>, panel: Range<usize>) {
+        let Context { batch, counts, logits, row_normalisers, .. } = *context;
+        let (n, m, b) = (batch.u.rows, batch.v.rows, panel.len());
+        // K_v, [M, b].
+        let kernel = Kernel { width, data: data_v, packed: &self.packed_data_v[panel.start * data_v.dim..] };
+        let k_v = sized(&mut self.k_v, m * b);
+        kernel.times(context, &self.identity, b, k_v, &mut self.ones, &mut self.partial.sums);
+        // W K_v and T K_v, [N, b].
+        let (wk, tk) = (sized(&mut self.p, n * b), sized(&mut self.t_k_v, n * b));
+        let law = law_of(Axis::Rows, row_normalisers.softmaxes(0..n));
+        let carry = Side::plain(Matrix::f32(k_v, b));
+        logits.pull(&law, Pull::plain([carry; 2], [Some(&mut *wk), None], &mut self.partial.sums));
+        counts.target_means(batch, true, k_v, b, tk, &mut self.lost);
+        for (i, x) in sized(&mut self.x, 2 * n * b).chunks_exact_mut(2 * b).enumerate() {
+            for k in 0..b {
+                let t = counts.row_share[i] * tk[i * b + k];
+                x[k] = wk[i * b + k] - t;
+                x[b + k] = t;
+            }
+        }
+    }
+
+    /// `Gamma = 2 K_u (W - T) K_v`, `[N, b]`, of a panel of columns; takes the targets' part off the value.
+    fn joint_gamma(&mut self, context: &Context<'_>, panel: Range<usize>, value: &mut f64) {
+        let (Context { batch, counts, .. }, b) = (context, panel.len());
+        let y = &self.y;
+        batch.pairs.visit(0..batch.u.rows, panel.clone(), |i, j, special| {
+            if special == Special::Positive {
+                let t = f64::from(counts.row_share[i]) / f64::from(counts.row_positives[i]);
+                let y = &y[i * 2 * b..][..2 * b];
+                *value -= t * (f64::from(y[j - panel.start]) + f64::from(y[b + j - panel.start]));
+            }
+        });
+        let gamma = sized(&mut self.p, batch.u.rows * b);
+        for (gamma, y) in gamma.chunks_exact_mut(b).zip(self.y.chunks_exact(2 * b)) {
+            gamma.iter_mut().zip(y).for_each(|(g, y)| *g = 2.0 * y);
+        }
     }
 }
 
-fn law_of(axis: Axis, part: Part<'_>) -> Law<'_> {
+fn law_of(axis: Axis, softmaxes: Softmaxes<'_>) -> Law<'_> {
     match axis {
-        Axis::Cols => Law::Softmax { rows: None, cols: Some(part) },
-        Axis::Rows => Law::Softmax { rows: Some(part), cols: None },
+        Axis::Cols => Law::Softmax { rows: None, cols: Some(softmaxes) },
+        Axis::Rows => Law::Softmax { rows: Some(softmaxes), cols: None },
     }
 }

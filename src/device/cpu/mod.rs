@@ -2,10 +2,13 @@
 
 mod attention;
 mod awake;
+mod buffers;
 mod contrast;
 mod conv;
 mod fused;
 mod gemm;
+mod kept;
+mod law;
 mod layers;
 mod mmd;
 mod norm;
@@ -14,6 +17,8 @@ pub(crate) mod search;
 mod shuffled;
 mod simd;
 mod sweep;
+mod tally;
+mod tile;
 
 pub use simd::{Isa, Lane};
 
@@ -473,6 +478,14 @@ impl FromF32 for bf16 {
 impl FromF32 for f16 {
     fn from_f32(x: f32) -> Self {
         f16::from_f32(x)
+    }
+}
+
+/// An output, and whether results are added to what is there.
+fn split<T>(out: Write<T>) -> (T, bool) {
+    match out {
+        Write::Set(out) => (out, false),
+        Write::Add(out) => (out, true),
     }
 }
 

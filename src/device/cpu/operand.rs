@@ -5,17 +5,111 @@
 //! | embeddings | read as the tilting wants them | as they are stored; 1/\|row\| multiplies logits and G instead |
 //! | logits, exponentials, sums | f32 | f32 |
 //! | G as an operand | the tile itself | rounded to bf16, once along rows and once along columns |
+//!
+//! A [`Side`] is rows with what a tilting multiplies them by; a [`Similarity`] says how S follows from two of them. Rows are
+//! packed as right operands once a pass: [`pack_columns`] for S, [`pack_pieces`] for the products with G.
 
-use super::fused::{Buffer, COLS, Logits, ROWS, Side, TILE, blocks, stride};
+use super::buffers::{Buffer, Threads};
 use super::simd::{
     Affine, AsIs, Inner, Isa, LONG, Left, Op, Operand, Own, PAIRS, Pair, PairIsa, PairOp, Pairs, Register, Right,
-    SHORT, Simd, SquaredDistance, Vector, WIDEST, differences, pack_pairs, pack_part, product_part,
+    SHORT, Simd, SquaredDistance, Vector, WIDEST, differences, pack_pairs, pack_part, pack_transposed, packed_len,
+    product_part,
 };
-use crate::objective::Storage;
+use super::tile::{COLS, Place, ROWS, TILE, blocks};
+use super::together;
+use crate::objective::{Matrix, Storage};
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use kernels::law::{Num, Product};
+use rayon::prelude::*;
 use std::fmt::Debug;
 use std::ops::Range;
+
+/// One side's embeddings, read as f32 the way a tilting wants them.
+#[derive(Clone, Copy, Debug)]
+pub struct Side<'a> {
+    pub rows: Matrix<'a>,
+    /// Multiplies each row, `[rows]`, or empty: 1/|row|, 0 for a zero row.
+    pub inverse: &'a [f32],
+}
+
+impl<'a> Side<'a> {
+    /// Rows as they are.
+    pub fn plain(rows: Matrix<'a>) -> Self {
+        Side { rows, inverse: &[] }
+    }
+
+    /// Rows `range` as a side of their own.
+    pub fn slice(&self, range: Range<usize>) -> Side<'a> {
+        let inverse = self.inverse_of(range.clone());
+        Side { rows: self.rows.slice(range), inverse }
+    }
+
+    /// 1/|row| of rows `range`, or nothing.
+    pub fn inverse_of(&self, range: Range<usize>) -> &'a [f32] {
+        part_of(self.inverse, range)
+    }
+
+    /// Rows `range` as f32 into `out`, `[range, D]`.
+    pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
+        let dim = self.rows.dim;
+        let at = range.start * dim..range.end * dim;
+        match self.rows.data {
+            Storage::F32(x) => out.copy_from_slice(&x[at]),
+            Storage::Bf16(x) => x[at].convert_to_f32_slice(out),
+            Storage::F16(x) => x[at].convert_to_f32_slice(out),
+        }
+        if !self.inverse.is_empty() {
+            for (row, &inverse) in out.chunks_exact_mut(dim).zip(&self.inverse[range]) {
+                row.iter_mut().for_each(|x| *x *= inverse);
+            }
+        }
+    }
+}
+
+/// How logits follow from embeddings: `S = scale * product(u, v) + offset`.
+#[derive(Clone, Copy, Debug)]
+pub struct Similarity<'a, T> {
+    pub u: Side<'a>,
+    /// v packed by [`pack_columns`].
+    pub packed: &'a [T],
+    /// 1/|row| of v, or empty: for pairs, whose rows are packed as they are stored.
+    pub inverse_v: &'a [f32],
+    /// Number of columns.
+    pub m: usize,
+    pub product: Product,
+    pub scale: f32,
+    /// Added to column j, `[M]`.
+    pub offset: Option<&'a [f32]>,
+}
+
+impl<T: Element> Similarity<'_, T> {
+    /// Number of rows.
+    pub fn n(&self) -> usize {
+        self.u.rows.rows
+    }
+
+    /// That of rows `range` alone.
+    pub fn of_rows(&self, range: Range<usize>) -> Self {
+        Similarity { u: self.u.slice(range), ..*self }
+    }
+
+    /// That of columns `range` alone, which start where a packed panel does.
+    pub fn of_cols(&self, range: Range<usize>) -> Self {
+        Similarity {
+            packed: &self.packed[range.start * T::count(self.u.rows.dim)..],
+            inverse_v: part_of(self.inverse_v, range.clone()),
+            m: range.len(),
+            offset: self.offset.map(|offset| &offset[range]),
+            ..*self
+        }
+    }
+}
+
+/// Those of `range`, where there are any.
+fn part_of(inverse: &[f32], range: Range<usize>) -> &[f32] {
+    if inverse.is_empty() { inverse } else { &inverse[range] }
+}
 
 /// How far apart rows of `depth` elements lie as the left operand of S: were it a multiple of 4096 bytes, all would share
 /// one set of the first-level cache, which has fewer lines than the micro-kernel reads rows.
@@ -34,7 +128,7 @@ pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync {
     /// Rows `range` of a side as an operand of S, `[range, count(D)]`.
     fn read(side: &Side<'_>, range: Range<usize>, out: &mut [Self]);
     /// Rows `range` of u as [`Operands::tile`] takes them, [`left_stride`] apart.
-    fn read_left(logits: &Logits<'_, Self>, range: Range<usize>, out: &mut [Self]);
+    fn read_left(similarity: &Similarity<'_, Self>, range: Range<usize>, out: &mut [Self]);
     /// Runs `op`, compiled for this instruction set.
     fn run<O: ElementOp<Self>>(isa: Self::Isa, op: O) -> O::Out;
 }
@@ -49,19 +143,14 @@ pub trait ElementOp<T> {
 
 /// An [`Element`] under an instruction set.
 pub trait Operands<S: Simd>: Element + Operand<S> {
-    /// The tile of S at `rows` x `cols`, rows [`stride`] apart, of rows of u. What surplus columns hold means nothing.
-    fn tile(logits: &Logits<'_, Self>, u: &[Self], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>);
+    /// The tile of S at `place`, of rows of u. What surplus columns hold means nothing.
+    fn tile(similarity: &Similarity<'_, Self>, u: &[Self], s: &mut [f32], place: &Place);
     /// Packs rows `range` of `side` as the right operand of a product with G.
     fn pack_rows(side: &Side<'_>, range: Range<usize>, natural: &mut Buffer, packed: &mut [Self]);
     /// The tile of G as the left operand of a product with v's rows, and its transpose with u's. `inverse` are those of
     /// the tile's rows and columns; `halves` grow as needed.
-    fn lefts<'g>(
-        g: &'g [f32],
-        rows: usize,
-        cols: usize,
-        inverse: [&[f32]; 2],
-        halves: &'g mut [Buffer; 2],
-    ) -> [Left<'g, Self>; 2];
+    fn lefts<'g>(g: &'g [f32], place: &Place, inverse: [&[f32]; 2], halves: &'g mut [Buffer; 2])
+    -> [Left<'g, Self>; 2];
     /// `c (+)= left right`, or `left (right - own)`, for `n` columns, see [`product_part`] and [`differences`].
     fn product(
         left: Left<'_, Self>,
@@ -98,10 +187,10 @@ impl Element for f32 {
         side.read(range, out);
     }
     /// With the scale, if a product is linear in them.
-    fn read_left(logits: &Logits<'_, f32>, range: Range<usize>, out: &mut [f32]) {
-        read_apart(&logits.u, range, left_stride(logits.u.rows.dim), out);
-        if logits.product == Product::Inner {
-            out.iter_mut().for_each(|x| *x *= logits.scale);
+    fn read_left(similarity: &Similarity<'_, f32>, range: Range<usize>, out: &mut [f32]) {
+        read_apart(&similarity.u, range, left_stride(similarity.u.rows.dim), out);
+        if similarity.product == Product::Inner {
+            out.iter_mut().for_each(|x| *x *= similarity.scale);
         }
     }
     fn run<O: ElementOp<f32>>(isa: Isa, op: O) -> O::Out {
@@ -132,30 +221,31 @@ impl<O: ElementOp<f32>> Op for OfSingles<O> {
 
 impl<S: Simd> Operands<S> for f32 {
     #[inline(always)]
-    fn tile(logits: &Logits<'_, f32>, u: &[f32], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
-        let dim = logits.u.rows.dim;
+    fn tile(similarity: &Similarity<'_, f32>, u: &[f32], s: &mut [f32], place: &Place) {
+        let Place { rows, cols } = place;
+        let dim = similarity.u.rows.dim;
         let left = Left { data: u, row: left_stride(dim), col: 1, rows: rows.len(), depth: dim };
-        let right = Right { packed: &logits.packed[cols.start * dim..], total: dim, first: 0 };
-        let (n, ldc) = (cols.len(), stride(cols));
-        let factors = |scale: f32| {
-            let mut factors = Factors::new(scale);
-            if let Some(offset) = logits.offset {
-                factors.offset[..n].copy_from_slice(&offset[cols.clone()]);
+        let right = Right { packed: &similarity.packed[cols.start * dim..], total: dim, first: 0 };
+        let (n, ldc) = (cols.len(), place.stride());
+        let multipliers = |scale: f32| {
+            let mut multipliers = Multipliers::new(scale);
+            if let Some(offset) = similarity.offset {
+                multipliers.offset[..n].copy_from_slice(&offset[cols.clone()]);
             }
-            factors
+            multipliers
         };
-        match logits.product {
+        match similarity.product {
             // Rows of u came with the scale.
-            Product::Inner if logits.offset.is_none() => {
+            Product::Inner if similarity.offset.is_none() => {
                 product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, AsIs);
             }
             Product::Inner => {
-                let factors = factors(1.0);
-                product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
+                let multipliers = multipliers(1.0);
+                product_part::<S, f32, Inner, _, SHORT>(left, right, n, s, ldc, false, multipliers.finish());
             }
             Product::SquaredDistance => {
-                let factors = factors(logits.scale);
-                product_part::<S, f32, SquaredDistance, _, SHORT>(left, right, n, s, ldc, false, factors.finish());
+                let multipliers = multipliers(similarity.scale);
+                product_part::<S, f32, SquaredDistance, _, SHORT>(left, right, n, s, ldc, false, multipliers.finish());
             }
         }
     }
@@ -176,8 +266,8 @@ impl<S: Simd> Operands<S> for f32 {
     }
 
     #[inline(always)]
-    fn lefts<'g>(g: &'g [f32], rows: usize, cols: usize, _: [&[f32]; 2], _: &'g mut [Buffer; 2]) -> [Left<'g, f32>; 2] {
-        let stride = stride(&(0..cols));
+    fn lefts<'g>(g: &'g [f32], place: &Place, _: [&[f32]; 2], _: &'g mut [Buffer; 2]) -> [Left<'g, f32>; 2] {
+        let (rows, cols, stride) = (place.rows.len(), place.cols.len(), place.stride());
         [
             Left { data: g, row: stride, col: 1, rows, depth: cols },
             Left { data: g, row: 1, col: stride, rows: cols, depth: rows },
@@ -308,8 +398,8 @@ impl Element for Pair {
             }
         }
     }
-    fn read_left(logits: &Logits<'_, Pair>, range: Range<usize>, out: &mut [Pair]) {
-        read_apart(&logits.u, range, left_stride(Pair::count(logits.u.rows.dim)), out);
+    fn read_left(similarity: &Similarity<'_, Pair>, range: Range<usize>, out: &mut [Pair]) {
+        read_apart(&similarity.u, range, left_stride(Pair::count(similarity.u.rows.dim)), out);
     }
     fn run<O: ElementOp<Pair>>(isa: PairIsa, op: O) -> O::Out {
         isa.run(OfPairs(op))
@@ -328,20 +418,21 @@ impl<O: ElementOp<Pair>> PairOp for OfPairs<O> {
 
 impl<S: Pairs> Operands<S> for Pair {
     #[inline(always)]
-    fn tile(logits: &Logits<'_, Pair>, u: &[Pair], s: &mut [f32], rows: &Range<usize>, cols: &Range<usize>) {
-        let depth = Pair::count(logits.u.rows.dim);
+    fn tile(similarity: &Similarity<'_, Pair>, u: &[Pair], s: &mut [f32], place: &Place) {
+        let Place { rows, cols } = place;
+        let depth = Pair::count(similarity.u.rows.dim);
         let left = Left { data: u, row: left_stride(depth), col: 1, rows: rows.len(), depth };
-        let right = Right { packed: &logits.packed[cols.start * depth..], total: depth, first: 0 };
-        let mut factors = Factors::new(logits.scale);
-        if !logits.u.inverse.is_empty() {
-            factors.rows.iter_mut().zip(&logits.u.inverse[rows.clone()]).for_each(|(f, x)| *f *= x);
-            factors.cols[..cols.len()].copy_from_slice(&logits.inverse_v[cols.clone()]);
+        let right = Right { packed: &similarity.packed[cols.start * depth..], total: depth, first: 0 };
+        let mut multipliers = Multipliers::new(similarity.scale);
+        if !similarity.u.inverse.is_empty() {
+            multipliers.rows.iter_mut().zip(&similarity.u.inverse[rows.clone()]).for_each(|(f, x)| *f *= x);
+            multipliers.cols[..cols.len()].copy_from_slice(&similarity.inverse_v[cols.clone()]);
         }
-        if let Some(offset) = logits.offset {
-            factors.offset[..cols.len()].copy_from_slice(&offset[cols.clone()]);
+        if let Some(offset) = similarity.offset {
+            multipliers.offset[..cols.len()].copy_from_slice(&offset[cols.clone()]);
         }
-        let finish = factors.finish();
-        product_part::<S, Pair, Inner, _, PAIRS>(left, right, cols.len(), s, stride(cols), false, finish);
+        let finish = multipliers.finish();
+        product_part::<S, Pair, Inner, _, PAIRS>(left, right, cols.len(), s, place.stride(), false, finish);
     }
 
     #[inline(always)]
@@ -353,20 +444,20 @@ impl<S: Pairs> Operands<S> for Pair {
     #[inline(always)]
     fn lefts<'g>(
         g: &'g [f32],
-        rows: usize,
-        cols: usize,
+        place: &Place,
         [by_row, by_col]: [&[f32]; 2],
         halves: &'g mut [Buffer; 2],
     ) -> [Left<'g, Pair>; 2] {
-        let (stride, lanes) = (stride(&(0..cols)), <S::F32 as Register<f32>>::LANES);
+        let (rows, cols, stride) = (place.rows.len(), place.cols.len(), place.stride());
+        let lanes = <S::F32 as Register<f32>>::LANES;
         let wide = cols.next_multiple_of(2 * lanes);
-        let mut factors = Factors::new(1.0);
-        factors.rows.iter_mut().zip(by_row).for_each(|(f, &x)| *f = x);
-        factors.cols.iter_mut().zip(by_col).for_each(|(f, &x)| *f = x);
+        let mut multipliers = Multipliers::new(1.0);
+        multipliers.rows.iter_mut().zip(by_row).for_each(|(f, &x)| *f = x);
+        multipliers.cols.iter_mut().zip(by_col).for_each(|(f, &x)| *f = x);
         let [along_rows, along_cols]: [&mut [Pair]; 2] = halves.each_mut().map(|buffer| buffer.elements(TILE / 2));
         for (i, row) in g.chunks_exact(stride).take(rows).enumerate() {
             let to = along_rows[i * stride / 2..][..wide / 2].chunks_exact_mut(lanes);
-            let pairs = row.chunks_exact(2 * lanes).zip(factors.cols.chunks_exact(2 * lanes));
+            let pairs = row.chunks_exact(2 * lanes).zip(multipliers.cols.chunks_exact(2 * lanes));
             for (to, (g, factor)) in to.zip(pairs) {
                 let [first, second] = [0, lanes].map(|at| (&g[at..], &factor[at..]));
                 S::halves(scaled::<S>(first), scaled::<S>(second), to);
@@ -374,7 +465,7 @@ impl<S: Pairs> Operands<S> for Pair {
         }
         for (i, rows) in g.chunks(2 * stride).take(Pair::count(rows)).enumerate() {
             let (low, high) = rows.split_at(stride);
-            let [first, second] = [2 * i, 2 * i + 1].map(|row| S::F32::splat(factors.rows[row]));
+            let [first, second] = [2 * i, 2 * i + 1].map(|row| S::F32::splat(multipliers.rows[row]));
             let to = along_cols[i * stride..][..wide].chunks_exact_mut(lanes);
             for (at, to) in (0..wide).step_by(lanes).zip(to) {
                 let low = S::F32::load(&low[at..]).mul(first);
@@ -413,15 +504,15 @@ fn stored<'a>(side: &Side<'a>, range: Range<usize>) -> &'a [bf16] {
 }
 
 /// What the numbers of a tile are multiplied by and what is added, padded to whole registers.
-struct Factors {
+struct Multipliers {
     rows: [f32; ROWS],
     cols: [f32; COLS],
     offset: [f32; COLS],
 }
 
-impl Factors {
+impl Multipliers {
     fn new(rows: f32) -> Self {
-        Factors { rows: [rows; ROWS], cols: [1.0; COLS], offset: [0.0; COLS] }
+        Multipliers { rows: [rows; ROWS], cols: [1.0; COLS], offset: [0.0; COLS] }
     }
     fn finish(&self) -> Affine<'_> {
         Affine { rows: &self.rows, cols: &self.cols, offset: &self.offset }
@@ -452,5 +543,76 @@ fn carry<S: Simd, T: Operands<S>>(
         for (out, spill) in out.chunks_exact_mut(dim).zip(spill.chunks_exact(wide)) {
             out.iter_mut().zip(spill).for_each(|(o, s)| *o += s);
         }
+    }
+}
+
+/// Packs the transpose of all rows of `side` into `out`: the right operand of a product with its rows.
+pub fn pack_columns<T: Element>(isa: T::Isa, side: &Side<'_>, out: &mut Buffer, threads: &Threads) {
+    let (rows, depth) = (side.rows.rows, T::count(side.rows.dim));
+    let out: &mut [T] = out.elements(packed_len(depth, rows));
+    out.par_chunks_mut(COLS * depth).with_min_len(together(COLS * depth)).enumerate().for_each(|(b, out)| {
+        let range = b * COLS..rows.min((b + 1) * COLS);
+        threads.with(|ws| {
+            let natural: &mut [T] = ws.natural.elements(range.len() * depth);
+            T::read(side, range.clone(), natural);
+            T::run(isa, PackTransposed { natural, depth, n: range.len(), out });
+        });
+    });
+}
+
+/// [`pack_transposed`].
+pub struct PackTransposed<'a, T> {
+    pub natural: &'a [T],
+    pub depth: usize,
+    pub n: usize,
+    pub out: &'a mut [T],
+}
+
+impl<T: Element> ElementOp<T> for PackTransposed<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        pack_transposed::<S, T>(self.natural, self.depth, self.depth, self.n, self.out);
+    }
+}
+
+/// Packs all rows of `side` as the right operands of products with G, `length` rows a piece; nothing if not `wanted`.
+pub fn pack_pieces<'b, T: Element>(
+    isa: T::Isa,
+    side: &Side<'_>,
+    length: usize,
+    wanted: bool,
+    out: &'b mut Buffer,
+    threads: &Threads,
+) -> impl Iterator<Item = &'b [T]> {
+    let (rows, each) = (side.rows.rows, packed_len(T::count(length), side.rows.dim));
+    let out: &mut [T] = out.elements(if wanted { rows.div_ceil(length) * each } else { 0 });
+    out.par_chunks_mut(each).with_min_len(together(each)).enumerate().for_each(|(piece, out)| {
+        let range = piece * length..rows.min((piece + 1) * length);
+        threads.with(|ws| T::run(isa, PackRows { side, range, natural: &mut ws.natural, out }));
+    });
+    out.chunks(each)
+}
+
+/// Rows of a side on their way into a right operand of a product with G.
+struct PackRows<'a, T> {
+    side: &'a Side<'a>,
+    range: Range<usize>,
+    natural: &'a mut Buffer,
+    out: &'a mut [T],
+}
+
+impl<T: Element> ElementOp<T> for PackRows<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self)
+    where
+        T: Operands<S>,
+    {
+        let len = packed_len(T::count(self.range.len()), self.side.rows.dim);
+        T::pack_rows(self.side, self.range, self.natural, &mut self.out[..len]);
     }
 }

@@ -1,7 +1,6 @@
 //! Scores of queries with many items: a tile of them at a time, which exact search reduces, and exact ones.
 
-use super::fused::PackTransposed;
-use super::operand::{Element, ElementOp, Operands};
+use super::operand::{Element, ElementOp, Operands, PackTransposed};
 pub use super::simd::Pair;
 use super::simd::{self, Isa, Left, Op, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
 use super::{in_eight, inner};

@@ -1,9 +1,10 @@
 //! The joint loss with a sampled normaliser (Remark 3.9): only the diagonal and K shuffled pairings
 //! of the batch are ever looked at, O(N D K) work.
 
-use super::contrast::{Accumulated, Tilted};
-use super::fused::{Side, grow};
-use crate::objective::{Batch, Gradients, Loss, Value, Write, pairing};
+use super::buffers::sized;
+use super::contrast::{Accumulated, Tilted, put};
+use super::operand::Side;
+use crate::objective::{Batch, Gradients, Loss, Value, pairing};
 use kernels::law::Product;
 use rayon::prelude::*;
 
@@ -46,10 +47,7 @@ pub fn evaluate(
     let share = &prepared.row_share;
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     let total = (pairings as usize + 1) * n;
-    for (buffer, len) in [(&mut own.u, n * dim), (&mut own.v, n * dim), (&mut own.logits, total)] {
-        grow(buffer, len);
-    }
-    let (u, v) = (&mut own.u[..n * dim], &mut own.v[..n * dim]);
+    let (u, v) = (sized(&mut own.u, n * dim), sized(&mut own.v, n * dim));
     read_all(&tilted.u, u);
     read_all(&tilted.v, v);
     own.forth.clear();
@@ -68,7 +66,7 @@ pub fn evaluate(
         debug_assert!(x.len() >= (i as usize + 1) * dim);
         i as usize * dim..(i as usize + 1) * dim
     };
-    let logits = &mut own.logits[..total];
+    let logits = sized(&mut own.logits, total);
     logits.par_iter_mut().enumerate().for_each(|(at, s)| {
         let (x, y) = (&u[row(u, (at % n) as u32)], &v[row(v, forth[at])]);
         let pairs = x.iter().zip(y).map(|(&x, &y)| (f64::from(x), f64::from(y)));
@@ -112,14 +110,10 @@ pub fn evaluate(
             });
             tilted.finish(side, out, threads);
         };
-    finish(&tilted.u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.grad_u));
-    finish(&tilted.v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.grad_v));
+    finish(&tilted.u, [u, v], forth, true, Accumulated::new(gradients.u, &mut scratch.pulled.grad_u));
+    finish(&tilted.v, [v, u], back, false, Accumulated::new(gradients.v, &mut scratch.pulled.grad_v));
     let column = |j: usize| (0..total).step_by(n).map(|first| g(first + back[first + j] as usize)).sum::<f64>() as f32;
-    match gradients.offset_v {
-        Some(Write::Set(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o = column(j)),
-        Some(Write::Add(out)) => out.iter_mut().enumerate().for_each(|(j, o)| *o += column(j)),
-        None => {}
-    }
+    put(gradients.offset_v, column);
     Value { loss: value, grad_tau: -gs / tilted.tau, grad_bias: 0.0 }
 }
 
