@@ -587,6 +587,19 @@ fn train_writes_its_files_and_certifies_itself() {
     for key in ["step", "epoch", "loss", "tau", "grad_norm", "samples_per_s"] {
         assert!(lines.iter().all(|line| line[key].is_number()), "{key}");
     }
+    // What people are told is what the files say.
+    let said = run(dir.path(), &["train", "--quick", "--out", "run", "--resume"]);
+    let said = String::from_utf8(said.stdout).unwrap();
+    for (name, side) in [("E[u|v]", "u_given_v"), ("E[v|u]", "v_given_u")] {
+        let line: Vec<&str> = said.lines().find(|line| line.starts_with(name)).unwrap().split_whitespace().collect();
+        let [error, best, signal] =
+            ["err", "optimum", "signal"].map(|what| theory[format!("{what}_{side}")].as_f64().unwrap());
+        let excess = 100.0 * (error - best) / signal;
+        for (said, number, digit) in [(1, error, 1e-6), (2, best, 1e-6), (3, signal, 1e-6), (4, excess, 1e-3)] {
+            let said: f64 = line[said].trim_end_matches('%').parse().unwrap();
+            assert!((said - number).abs() <= 0.51 * digit, "{line:?}: {said} for {number}");
+        }
+    }
     // The resolved settings reproduce the run.
     let again = json(dir.path(), &["train", "--config", "run/config.toml", "--out", "again", "--json"]);
     assert_eq!(again["loss"], summary["loss"]);
@@ -611,6 +624,13 @@ fn embed_and_pairs_work_together() {
         let recall = summary["recall"][key].as_f64().unwrap();
         // 200 held out: chance is half a percent.
         assert!(recall > 0.01 && recall <= 1.0, "{summary}");
+    }
+    // The settings name the files wherever they are read from.
+    let config = std::fs::read_to_string(dir.path().join("run/config.toml")).unwrap();
+    for side in ["u", "v"] {
+        let line = config.lines().find(|line| line.starts_with(&format!("{side} = "))).unwrap();
+        let named = Path::new(line.split_once(" = ").unwrap().1.trim_matches(['"', '\'']));
+        assert!(named.is_absolute() && named.exists(), "{line}");
     }
     // What does not fit the model: one line, and no file.
     let mut nan = vec![0f32; 7 * 12];

@@ -292,6 +292,23 @@ fn distances_do_not_pay_for_a_row_far_away() {
     }
 }
 
+/// A row whose length no f32 inverts has no direction: it is taken for a row of zeros.
+#[test]
+fn a_row_too_short_for_its_inverse_is_a_row_of_zeros() {
+    let rows = [[1f32, 0.5], [1e-41, 2e-41], [-0.5, 2.0]];
+    let zeros = [[1f32, 0.5], [0.0, 0.0], [-0.5, 2.0]];
+    for objective in [Objective::CLIP, Objective::Joint, Objective::Sigmoid { bias: -1.0 }] {
+        let loss = Loss::new(Tilting::Cosine, objective, 0.5);
+        let of = |x: &[[f32; 2]]| {
+            let x = Matrix::f32(x.as_flattened(), 2);
+            evaluate(&mut Cpu::<f32>::new(), &loss, &Batch::new(x, x))
+        };
+        let [short, zero] = [of(&rows), of(&zeros)];
+        assert_eq!(short.value, zero.value, "{objective:?}");
+        assert_eq!((&short.u[..], &short.u[2..4]), (&zero.u[..], &[0.0; 2][..]), "{objective:?}");
+    }
+}
+
 /// Where all of a row's positives have one logit, what their targets leave is as small as the rest of its softmax.
 #[test]
 fn several_positives_that_are_all_there_is() {
@@ -373,6 +390,90 @@ fn joint_mmd_of_a_model_that_knows_nothing() {
         let got = Cpu::<f32>::new().loss(&case.loss(), &batch, Gradients::default()).unwrap();
         let off = (got.loss - want.loss).abs() / want.loss.abs();
         assert!(off < 1e-5, "{off:e} of {}", want.loss);
+    }
+}
+
+// A Gram matrix is cut into panels of 128 columns, or rows: what belongs to a pair must be that of its own panel. The large
+// shapes of `matches_the_reference` leave the Gaussian kernel out.
+#[test]
+fn panels_of_a_kernel_have_their_own_pairs() {
+    let mut engine = Cpu::<f32>::new();
+    for objective in [Objective::Mmd { lambda_u: 0.8, lambda_v: 1.3 }, Objective::JointMmd] {
+        for (&tilting, (n, m)) in Tilting::ALL.iter().zip([(19, 150), (150, 19), (23, 257)]) {
+            let case = Case { moment: Moment::Gaussian, ..Case::new(tilting, objective, n, m, 4) };
+            for case in options(case).into_iter().filter(|case| case.moment == Moment::Gaussian) {
+                let data = case.data();
+                let (loss, batch) = (case.loss(), data.batch(&case));
+                let want = reference::loss(&loss, &batch).unwrap();
+                let off = error(&evaluate(&mut engine, &loss, &batch), &want, &case, &data);
+                assert!(off < 1e-5, "{off:e}: {case:?}");
+            }
+        }
+    }
+}
+
+// d tau takes the offsets out of the logits by column sums that are made for it alone where nobody asks for them.
+#[test]
+fn what_is_not_asked_for_changes_nothing() {
+    for &objective in OBJECTIVES {
+        if matches!(objective, Objective::JointShuffled { .. }) {
+            continue;
+        }
+        for &tilting in Tilting::ALL {
+            let case = Case { offset: true, ..Case::new(tilting, objective, 37, 41, 6) };
+            let data = case.data();
+            let (loss, batch) = (case.loss(), data.batch(&case));
+            let mut engine = Cpu::<f32>::new();
+            let all = evaluate(&mut engine, &loss, &batch);
+            for asked in 0..7 {
+                let mut got = [vec![f32::NAN; 37 * 6], vec![f32::NAN; 41 * 6], vec![f32::NAN; 41]];
+                let mut at = 0;
+                let [u, v, offset_v] = got.each_mut().map(|out| {
+                    at += 1;
+                    (asked >> (at - 1) & 1 == 1).then_some(Write::Set(&mut out[..]))
+                });
+                let value = engine.loss(&loss, &batch, Gradients { u, v, offset_v }).unwrap();
+                let [ours, theirs] =
+                    [value, all.value].map(|value| [value.loss, tau_of(&case, value), value.grad_bias]);
+                let off = relative(&ours, &theirs, 0.1);
+                assert!(off < 2e-6, "{asked:03b}: {off:e}, {case:?}");
+                for (k, (got, all)) in got.iter().zip([&all.u, &all.v, &all.offset]).enumerate() {
+                    if asked >> k & 1 == 1 {
+                        let off = relative(&wide(got), &wide(all), 1e-3);
+                        assert!(off < 2e-6, "{asked:03b}: {off:e} of gradient {k}, {case:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a step in log tau changes.
+fn tau_of(case: &Case, value: Value) -> f64 {
+    case.tau * value.grad_tau
+}
+
+// Offsets belong to the logits that one number stands for in all exponentials, where they lie close enough.
+#[test]
+fn offsets_may_be_of_any_size() {
+    for &objective in OBJECTIVES {
+        // Sigmoids of far logits are certain, and a shuffled loss takes no offset.
+        if matches!(objective, Objective::JointShuffled { .. } | Objective::Sigmoid { .. }) {
+            continue;
+        }
+        for &tilting in Tilting::ALL {
+            for shift in [[300.0, 300.0], [-300.0, -300.0], [0.0, 200.0]] {
+                let case = Case { offset: true, ..Case::new(tilting, objective, 31, 34, 6) };
+                let mut data = case.data();
+                data.offset.iter_mut().enumerate().for_each(|(j, x)| *x += shift[j % 2]);
+                let (loss, batch) = (case.loss(), data.batch(&case));
+                let want = reference::loss(&loss, &batch).unwrap();
+                let got = evaluate(&mut Cpu::<f32>::new(), &loss, &batch);
+                // A logit has a rounding of 300 in it.
+                let off = error(&got, &want, &case, &data);
+                assert!(off < 3e-4, "{off:e} at {shift:?}: {case:?}");
+            }
+        }
     }
 }
 
@@ -614,6 +715,8 @@ fn refuses_bad_input<E: Engine>(make: impl Fn() -> E) {
         x.iter().enumerate().map(|(i, &x)| if i == k { f32::NAN } else { x }).collect()
     };
     let (bad_u, bad_v, bad_x) = (nan_at(&data.u, 7), nan_at(&data.v, 0), nan_at(&data.x, 11));
+    // More than one task looks at.
+    let (bad_y, far) = (nan_at(&data.y, 6), nan_at(&vec![1.0; 70_000 * d], 66_666 * d + 2));
     let infinite = [half::f16::INFINITY; 12];
     let refused = |what: &str, loss: Loss, batch: Batch<'_>| {
         let (mut u, mut v, mut offset) = (vec![7.0f32; n * d], vec![7.0f32; m * d], vec![7.0f32; m]);
@@ -642,6 +745,7 @@ fn refuses_bad_input<E: Engine>(make: impl Fn() -> E) {
 
     refused("u row 2", good, Batch { u: Matrix::f32(&bad_u, d), ..batch });
     refused("v row 0", good, Batch { v: Matrix::f32(&bad_v, d), ..batch });
+    refused("u row 66666", good, Batch { u: Matrix::f32(&far, d), ..batch });
     refused("u row 0", good, Batch { u: Matrix { data: Storage::F16(&infinite), rows: n, dim: d }, ..batch });
     refused("u", good, Batch { u: Matrix::f32(&[], d), ..batch });
     refused("u", good, Batch { u: Matrix { dim: 0, ..batch.u }, ..batch });
@@ -690,7 +794,8 @@ fn refuses_bad_input<E: Engine>(make: impl Fn() -> E) {
         refused("rows of data of v", mmd, moments(Moments::Features { u: x, v: Matrix::f32(&data.y, 4) }));
         refused("data of v", mmd, moments(Moments::Features { u: x, v: Matrix::f32(&[], 2) }));
         refused("data of u row 3", mmd, moments(Moments::Features { u: Matrix::f32(&bad_x, 3), v: y }));
-        for width in [0.0, -1.0, f64::NAN] {
+        refused("data of v row 3", mmd, moments(Moments::Features { u: x, v: Matrix::f32(&bad_y, 2) }));
+        for width in [0.0, -1.0, f64::NAN, 1e-30] {
             let kernel = DataKernel::Gaussian { width };
             refused("kernel width", mmd, moments(Moments::Gram { kernel, u: x, v: y }));
         }

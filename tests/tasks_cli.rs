@@ -289,6 +289,10 @@ fn classify_finds_the_likeliest_label() {
     let mut eleventh = truth.clone();
     eleventh[17] = 10;
     write_npy_i64(at("eleventh.npy"), &[rows], &eleventh).unwrap();
+    // A file of something else, of which there would be a weight for each.
+    let mut vast = truth.clone();
+    vast[17] = 1 << 20;
+    write_npy_i64(at("vast.npy"), &[rows], &vast).unwrap();
     write_npy_f32(at("ones.npy"), &[4], &[1.0; 4]).unwrap();
     let with = |extra: &[&'static str]| {
         let files = ["classify", "--model", "model", "--input", "data/u.npy"];
@@ -304,6 +308,7 @@ fn classify_finds_the_likeliest_label() {
             ("negative.npy", written(&["--labels", "negative.npy"])),
             ("-3", written(&["--labels", "negative.npy", "--fine-tune"])),
             ("eleventh.npy", written(&["--labels", "eleventh.npy"])),
+            ("vast.npy", written(&["--labels", "vast.npy", "--fine-tune"])),
             ("--classes", written(&["--labels", "data/labels.npy", "--fine-tune", "--classes", "data/v.npy"])),
             ("missing.npy", written(&["--labels", "missing.npy"])),
             ("ones.npy", written(&["--classes", "ones.npy"])),
@@ -392,6 +397,27 @@ fn sample_draws_from_the_conditional() {
     );
 }
 
+// Where a run held pairs out, those are drawn from and not what was learned from; the first of them is item 0.
+#[test]
+fn sample_draws_from_the_pairs_held_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let [u, v] = [3, 4].map(|seed| rows(seed, 160, 3));
+    for (name, x) in [("u.npy", &u[..]), ("v.npy", &v[..]), ("last.npy", &u[144 * 3..]), ("given.npy", &v[..6])] {
+        write_npy_f32(at(name), &[x.len() / 3, 3], x).unwrap();
+    }
+    let files = ["pairs", "--u", "u.npy", "--v", "v.npy", "--held-out", "0.1", "--batch", "48", "--dim", "4"];
+    train(dir.path(), "model", &files);
+    let draw = |extra: &[&str]| {
+        let files = ["sample", "--model", "model", "--given", "given.npy", "--count", "40", "--json"];
+        json(dir.path(), &[&files[..], extra].concat())
+    };
+    let (own, last) = (draw(&[]), draw(&["--items", "last.npy"]));
+    assert_eq!(own["items"], 16);
+    assert_eq!(own["indices"], last["indices"]);
+    assert_eq!(own["weights"], last["weights"]);
+}
+
 // Without --items the run's own pairs are drawn from, whatever files they are in.
 #[test]
 fn sample_writes_over_none_of_the_runs_pairs() {
@@ -447,6 +473,21 @@ fn reproduce_writes_every_figure() {
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{name}");
         assert!(String::from_utf8(read("csv")).unwrap().lines().count() > 1, "{name}");
         assert!(page.contains(name), "{name} is in the report");
+    }
+    // Headings stand over what they say: the closed forms of the three models, and what was learned near them.
+    let tilting = &record["figures"][4]["tables"][0];
+    for (name, want) in [("A", [4.0 / 9.0, 4.0 / 5.0, 1.0 / 3.0]), ("B", [0.0, 8.0 / 15.0, 0.0])] {
+        let column = |what: &str| {
+            let columns = tilting["columns"].as_array().unwrap();
+            let at = columns.iter().position(|c| *c == format!("{name}, {what}")).unwrap();
+            let cell = |row: &Value| row[at].as_str().unwrap().parse::<f64>().unwrap();
+            tilting["rows"].as_array().unwrap().iter().map(cell).collect::<Vec<_>>()
+        };
+        let (theory, learned) = (column("theory"), column("learned"));
+        for ((theory, learned), want) in theory.iter().zip(&learned).zip(want) {
+            assert!((theory - want).abs() < 1e-4 && (learned - want).abs() < 0.03, "{name}: {theory} {learned} {want}");
+        }
+        assert!(name == "B" || theory.iter().zip(&learned).any(|(a, b)| a != b));
     }
     let mut names: Vec<_> = fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name()).collect();
     names.sort();

@@ -6,7 +6,7 @@
 use contrastive::Cpu;
 use contrastive::checkpoint::{Checkpoint, Metrics, Origin, Record};
 use contrastive::config::{Config, ConfigError, Partial};
-use contrastive::data::{Npy, Side, Source, gp, permute, tensors, write_npy_f32};
+use contrastive::data::{Memory, Npy, Side, Source, gp, permute, tensors, write_npy_f32};
 use contrastive::experiments::{self, Error, Model, Outcome};
 use contrastive::nn::{EncoderSpec, Network};
 use contrastive::objective::{Batch, Loss, Matrix, Objective, Precision, reference};
@@ -138,7 +138,11 @@ fn metrics_beyond_the_checkpoint_are_written_again() {
     run(&config, whole.path(), false, None).unwrap();
     run(&config, killed.path(), false, Some(9)).unwrap();
     let mut file = fs::OpenOptions::new().append(true).open(killed.path().join("metrics.jsonl")).unwrap();
-    write!(file, "{{\"step\":10,\"loss\":1}}\n{{\"step\":12,\"loss\":1}}\n{{\"step\":8,\"lo").unwrap();
+    write!(
+        file,
+        "{{\"step\":9,\"loss\":1}}\n{{\"step\":10,\"loss\":1}}\n{{\"step\":12,\"loss\":1}}\n{{\"step\":8,\"lo"
+    )
+    .unwrap();
     drop(file);
     run(&config, killed.path(), true, None).unwrap();
     assert_eq!(metrics(whole.path()), metrics(killed.path()));
@@ -157,6 +161,32 @@ fn metrics_beyond_the_checkpoint_are_written_again() {
     assert!(first > 0.0 && seconds(killed.path()) == first && speed > 0.0);
     assert!(summary(killed.path())["samples_per_s"].as_f64().unwrap() == speed);
     assert!(before == (model(killed.path()), metrics(killed.path()), summary(killed.path())["loss"].clone()));
+}
+
+// The mean over the steps of the epoch that was begun, also where it was not ended.
+#[test]
+fn the_loss_of_a_stopped_run_is_of_the_steps_it_made() {
+    let config = Config { log_every: 1, ..settings(BUSY) };
+    for (until, last) in [(3, 3), (7, 7), (9, 2)] {
+        let dir = tempfile::tempdir().unwrap();
+        let Outcome { report, stopped } = run(&config, dir.path(), false, Some(until)).unwrap();
+        let lines = metrics(dir.path());
+        assert!(stopped && lines.len() as u64 == until);
+        let losses = lines[lines.len() - last..].iter().map(|line| line["loss"].as_f64().unwrap());
+        let want = losses.sum::<f64>() / last as f64;
+        assert!((report.values["loss"].as_f64().unwrap() - want).abs() < 1e-12, "{until}: {report:?}, want {want}");
+    }
+}
+
+#[test]
+fn an_origin_tells_data_apart() {
+    let of = |u: &[f32], v: &[f32]| Origin::of(&Cpu::<f32>::new(), &Memory::new(u.to_vec(), 1, v.to_vec(), 1)).data;
+    // More rows than are looked at.
+    let (ones, mut other) = ([1f32; 300], [1f32; 300]);
+    other[299] = 2.0;
+    let all = [of(&ones, &ones), of(&ones[..299], &ones[..299]), of(&other, &ones), of(&ones, &other)];
+    assert!((0..4).all(|i| (0..i).all(|j| all[i] != all[j])), "{all:?}");
+    assert_eq!(of(&ones, &ones), all[0]);
 }
 
 #[test]
@@ -220,6 +250,20 @@ fn a_broken_checkpoint_is_an_error_and_no_panic() {
         tensors::write(&path, &arenas, &metadata).unwrap();
         let error = run(&config, dir.path(), true, None).unwrap_err();
         assert!(error.is_input() && error.to_string().contains(&format!("no usable {key}")), "{error}");
+    }
+    // Moments that are not those of these parameters, and what no run has left.
+    for (at, name) in [(0, "param"), (1, "adam_m"), (2, "adam_v")] {
+        let (shape, mut broken) = (arenas[at].1, arenas[at].2.to_vec());
+        let write = |shape: &[usize], data: &[f32]| {
+            let mut arenas = arenas.clone();
+            arenas[at] = (name, shape, data);
+            tensors::write(&path, &arenas, &metadata).unwrap();
+            let error = run(&config, dir.path(), true, None).unwrap_err();
+            assert!(error.is_input() && error.to_string().contains("no usable "), "{name}: {error}");
+        };
+        write(&[shape[0] - 1], &broken[1..]);
+        broken[3] = f32::NAN;
+        write(shape, &broken);
     }
 }
 
@@ -413,6 +457,16 @@ fn every_objective_and_tilting_learns() {
 
 // The shuffled joint loss draws new pairings each step, and learns what the whole one learns.
 #[test]
+fn every_step_draws_pairings_of_its_own() {
+    let seed = |seed, step| match (Config { seed, ..settings(SHUFFLED) }).loss(step).unwrap().objective {
+        Objective::JointShuffled { pairings: 3, seed } => seed,
+        other => panic!("{other:?}"),
+    };
+    let seeds: Vec<u64> = (0..3).flat_map(|run| (0..30).map(move |step| seed(run, step))).collect();
+    assert!((0..90).all(|i| (0..i).all(|j| seeds[i] != seeds[j])), "{seeds:?}");
+}
+
+#[test]
 fn shuffled_pairings_learn_too() {
     let source = gp::gp().sample(1, 1000);
     let text = "samples = 1000\nbatch = 200\nepochs = 40\nlr = 0.01\nobjective = 'joint'\n";
@@ -521,6 +575,7 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         ("lambda_u = 1e39", "lambda_u"),
         ("objective = 'sigmoid'\nbias = 1e39", "bias"),
         ("lr = 1e-60", "lr"),
+        ("[adam]\nweight_decay = -0.1", "adam.weight_decay"),
         ("kernel = 'gaussian:1e-320'", "kernel"),
     ] {
         let error = value(toml);
@@ -570,6 +625,15 @@ fn pairs_are_learned_embedded_and_retrieved() {
     }
     assert!(summary["tau"].as_f64().unwrap() != 0.07, "the temperature is trained");
 
+    // Recall over training is of the pairs it names: here more are learned by heart than are found among new ones.
+    let lines = metrics(&dir);
+    let mut apart = lines.iter().filter(|line| line.get("recall_train_u_to_v_at_1").is_some());
+    assert!(apart.any(|line| line["recall_train_u_to_v_at_1"] != line["recall_test_u_to_v_at_1"]));
+    // A share of less than a pair is of one.
+    let few = Config { held_out: 1e-4, epochs: 1, ..config.clone() };
+    run(&few, &data.path().join("few"), false, None).unwrap();
+    assert_eq!(self::summary(&data.path().join("few"))["recall"]["u_to_v_at_5"], 1.0);
+
     // The model alone embeds as its tensors say, more rows than a chunk holds at once included.
     let x = noise(5, 1500, 9);
     let (input, output) = (data.path().join("x.npy"), data.path().join("e.npy"));
@@ -592,6 +656,27 @@ fn pairs_are_learned_embedded_and_retrieved() {
         .unwrap_err()
         .to_string();
     assert!(message.contains("x.npy: found 9 columns, expected 6"), "{message}");
+
+    // Settings of another model beside its tensors.
+    let mlp = EncoderSpec::Mlp { hidden: vec![], activation: contrastive::device::Activation::Relu };
+    for other in [
+        Config { encoder_v: mlp.clone(), ..config.clone() },
+        Config { encoder_u: mlp, ..config.clone() },
+        Config { dim: 5, ..config.clone() },
+        Config { tilting: "dot".into(), ..config.clone() },
+    ] {
+        fs::write(dir.join("config.toml"), other.to_toml()).unwrap();
+        let message = Model::load(&dir).err().expect("another model").to_string();
+        assert!(message.contains("model.safetensors: found"), "{message}");
+    }
+    // Tensors of the right names and other shapes.
+    fs::write(dir.join("config.toml"), config.to_toml()).unwrap();
+    let (mut found, metadata) = tensors::read(&dir.join("model.safetensors")).unwrap();
+    found.iter_mut().filter(|t| t.name == "v.0.weight").for_each(|t| t.shape.reverse());
+    let entries: Vec<_> = found.iter().map(|t| (&t.name[..], &t.shape[..], &t.data[..])).collect();
+    tensors::write(&dir.join("model.safetensors"), &entries, &metadata).unwrap();
+    let message = Model::load(&dir).err().expect("another shape").to_string();
+    assert!(message.contains("no tensor v.0.weight of shape"), "{message}");
 }
 
 // As in the paper's ocean: u are the numbers of a flow, v is where it carries a particle. Here z' = i w z + i a e^{i b t}
@@ -795,6 +880,7 @@ fn quick_gaussian2d_learns_the_closed_forms_of_three_models() {
     for (toml, a, b) in [
         ("", 4.0 / 9.0, 0.0),
         ("tilting = 'l2'\nlambda_u = 2.0\nlambda_v = 0.0\n", 4.0 / 5.0, 8.0 / 15.0),
+        ("tilting = 'l2'\nlambda_u = 0.0\nlambda_v = 2.0\n", 4.0 / 5.0, 6.0 / 5.0),
         ("objective = 'joint'\n", 1.0 / 3.0, 0.0),
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -818,6 +904,7 @@ fn models_without_a_closed_form_train_without_a_certificate() {
         ("[encoder_v]\nkind = 'linear'\nbias = true\n", 0),
         ("[encoder_v]\nkind = 'identity'\n", 0),
         ("objective = 'mmd'\n", 4),
+        ("smoothing = 0.1\n", 4),
         ("tilting = 'l2'\n", 4),
         ("tilting = 'l2'\nlambda_u = 2.0\nlambda_v = 0.0\n", 7),
         ("dim = 9\n", 7),

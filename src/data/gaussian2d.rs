@@ -169,5 +169,12 @@ pub(super) mod tests {
         assert!(Gaussian::new(1, 1, vec![f64::NAN], vec![0.0], vec![1.0]).is_err());
         assert!(Gaussian::new(2, 1, vec![1.0], vec![1.0], vec![1.0]).unwrap_err().to_string().contains("[4, 2, 1]"));
         assert!(Gaussian::new(0, 1, vec![], vec![], vec![1.0]).is_err());
+        // Only the lower triangles are factored: what is above them would go unseen.
+        let (wide, one, none) = (vec![1.0, 0.5, 0.0, 1.0], vec![1.0], vec![0.0; 2]);
+        for lopsided in
+            [Gaussian::new(2, 1, wide.clone(), none.clone(), one.clone()), Gaussian::new(1, 2, one, none, wide)]
+        {
+            assert!(lopsided.unwrap_err().to_string().contains("not symmetric"));
+        }
     }
 }

@@ -591,4 +591,33 @@ mod tests {
         let missing = folder.path().join("no/such/file");
         assert!(write_atomic(&missing, |_| Ok(())).unwrap_err().to_string().contains("file"));
     }
+
+    // What is mapped or open stays what it was, as the new file takes the old one's name and not its place.
+    #[cfg(unix)]
+    #[test]
+    fn a_file_is_replaced_and_not_written_over() {
+        use std::io::Read;
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let [path, ordinary] = ["a", "b"].map(|name| folder.path().join(name));
+        std::fs::write(&ordinary, "").unwrap();
+        write_atomic(&path, |w| w.write_all(b"old")).unwrap();
+        let mut open = File::open(&path).unwrap();
+        write_atomic(&path, |w| w.write_all(b"new and longer")).unwrap();
+        let mut text = String::new();
+        open.read_to_string(&mut text).unwrap();
+        assert_eq!((&text[..], &std::fs::read(&path).unwrap()[..]), ("old", &b"new and longer"[..]));
+        let mode = |path| std::fs::metadata(path).unwrap().mode();
+        assert_eq!(mode(&path), mode(&ordinary), "others may read it as they may any file");
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn temporary_files_of_the_dead_are_taken_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = [".contrastive-model-x1", ".contrastive-config-y2", ".contrastive-other-z3", "model"];
+        names.iter().for_each(|name| std::fs::write(folder.path().join(name), "").unwrap());
+        remove_temporary(folder.path(), ["model", "config"].into_iter());
+        assert_eq!(names.map(|name| folder.path().join(name).exists()), [false, false, true, true]);
+    }
 }

@@ -443,6 +443,13 @@ mod tests {
     }
 
     #[test]
+    fn no_two_samples_are_one() {
+        let ocean = Ocean::new(5, Recording::QUICK);
+        let first: Vec<f32> = (0..40).map(|i| ocean.coefficients(i)[0]).collect();
+        assert!((0..40).all(|i| (0..i).all(|j| first[i] != first[j])), "{first:?}");
+    }
+
+    #[test]
     fn samples_depend_on_seed_and_index_alone() {
         let ocean = |seed| Ocean::new(seed, Recording { positions: 8, every: 3 });
         let many = ocean(3).sample(37);

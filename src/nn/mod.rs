@@ -604,4 +604,29 @@ mod tests {
             assert!(error.starts_with("encoder_u: found ") && error.contains(part), "{error}");
         }
     }
+
+    // Twice a multiply-add forward and twice that backward; a causal query sees half of the keys, and itself.
+    #[test]
+    fn operations_of_a_step_are_counted() {
+        let linear = EncoderSpec::Linear { bias: true };
+        let transformer = |causal| EncoderSpec::Transformer { sequence: [5, 2], width: 4, heads: 2, depth: 3, causal };
+        let flops = |v: &EncoderSpec| Network::build([&linear, v], [7, 10], 3).unwrap().step_flops(11);
+        let step = |v: f64| 6.0 * 11.0 * (7.0 * 3.0 + v) + 8.0 * 11.0 * 11.0 * 3.0;
+        assert_eq!(flops(&linear), step(10.0 * 3.0));
+        for (causal, seen) in [(true, 3.0), (false, 5.0)] {
+            let block = 12.0 * 4.0 * 4.0 + 2.0 * seen * 4.0;
+            assert_eq!(flops(&transformer(causal)), step(5.0 * (2.0 * 4.0 + 3.0 * block) + 4.0 * 3.0));
+        }
+    }
+
+    #[test]
+    fn a_kernel_may_be_as_large_as_its_padded_image() {
+        let build = |kernel| {
+            let conv = ConvSpec { channels: 2, kernel, padding: 1, pool: Pool::Max, pool_size: 1 };
+            let spec = EncoderSpec::Cnn { image: [1, 3, 4], conv: vec![conv], activation: Activation::Relu };
+            Encoder::build(&spec, "u", 12, 2, &mut Layout::default())
+        };
+        assert!(build(5).is_ok());
+        assert!(build(6).unwrap_err().to_string().contains("kernel 6"));
+    }
 }

@@ -55,6 +55,8 @@ fn every_number_is_in_the_files() {
     assert!(rows.contains(&r#"0,"<a & ""b"">",0,"line, dashed",line,-2.25,7.75,,"#), "{csv}");
     assert!(csv.contains(",errors,10,2,3,\n") && csv.contains(",image,1,0,1,\n") && csv.contains(",arrows,0,0,1,2\n"));
     assert!(csv.contains(",level,0.5,,,\n"), "{csv}");
+    // The third row's second number, which is not the second row's third.
+    assert!(csv.contains(",contours,1,2,-3,\n") && !csv.contains(",contours,2,1,-3,"), "{csv}");
     let json = figure().json();
     assert_eq!(json["panels"][0]["marks"][0]["shape"]["Line"][2][1], 7.75);
     assert!(json["panels"][0]["marks"][0]["shape"]["Line"][1][0].is_null());
@@ -155,5 +157,58 @@ fn the_page_needs_no_network_and_says_all() {
         "0 of 1 hold",
     ] {
         assert!(page.contains(text), "{text}");
+    }
+}
+
+// Where ticks and their labels are is what says where anything is.
+#[test]
+fn marks_are_drawn_where_their_numbers_are() {
+    let ends = |label: &str| Axis { range: Some([0.0, 10.0]), ..axis(label, false) };
+    let mark = |i, shape| Mark { label: String::new(), style: Style::Series(i), shape };
+    let errors = vec![mark(0, Shape::Errors(vec![[4.0, 7.0, 1.5]]))];
+    let bars = vec![mark(1, Shape::Bars(vec![2.0, 5.0])), mark(2, Shape::Bars(vec![8.0, 1.0]))];
+    let panel = |marks| Panel { x: ends("below"), y: ends("beside"), marks, ..Panel::default() };
+    let svg = Figure { panels: vec![panel(errors)], tables: vec![], criteria: vec![], columns: 1, ..figure() }.svg();
+    let document = resvg::usvg::roxmltree::Document::parse(&svg).unwrap();
+    let number = |node: resvg::usvg::roxmltree::Node<'_, '_>, name: &str| -> f64 {
+        node.attribute(name).unwrap().parse().unwrap()
+    };
+    let text = |content: &str, anchor: &str| {
+        let found = |n: &resvg::usvg::roxmltree::Node<'_, '_>| {
+            n.has_tag_name("text") && n.text() == Some(content) && n.attribute("text-anchor") == Some(anchor)
+        };
+        let node = document.descendants().find(found).unwrap();
+        [number(node, "x"), number(node, "y")]
+    };
+    // Labels of x stand in the middle of their ticks, those of y end beside theirs, four units below.
+    let x = |at: f64| text("2", "middle")[0] + (at - 2.0) / 6.0 * (text("8", "middle")[0] - text("2", "middle")[0]);
+    let y = |at: f64| text("2", "end")[1] - 4.0 + (at - 2.0) / 6.0 * (text("8", "end")[1] - text("2", "end")[1]);
+    assert!(x(8.0) > x(2.0) + 50.0 && y(8.0) < y(2.0) - 50.0, "right and up");
+    let [below, beside] = ["below", "beside"].map(|label| text(label, "middle"));
+    assert!(below[1] > y(0.0) && below[0] > x(0.0) && beside[0] < x(0.0) && beside[1] < y(0.0), "{below:?} {beside:?}");
+    let near = |a: f64, b: f64| (a - b).abs() < 0.02;
+    let point = document.descendants().find(|n| n.has_tag_name("circle")).unwrap();
+    assert!(near(number(point, "cx"), x(4.0)) && near(number(point, "cy"), y(7.0)));
+    let bar = document.descendants().find(|n| n.attribute("stroke-width") == Some("1.4")).unwrap();
+    let path = bar.attribute("d").unwrap();
+    let after =
+        |sign: char| -> f64 { path.split_once(sign).unwrap().1.split(['M', ' ']).next().unwrap().parse().unwrap() };
+    let high: f64 = path[1..].split(['H', ' ']).nth(1).unwrap().parse().unwrap();
+    assert!(near(high, y(8.5)) && near(after('V'), y(5.5)), "{path}");
+
+    let svg = Figure { panels: vec![panel(bars)], tables: vec![], criteria: vec![], columns: 1, ..figure() }.svg();
+    let document = resvg::usvg::roxmltree::Document::parse(&svg).unwrap();
+    let drawn: Vec<_> = document
+        .descendants()
+        .filter(|n| n.has_tag_name("rect") && n.ancestors().any(|a| a.has_tag_name("g")))
+        .collect();
+    let [first, second] = [0, 2].map(|at| [drawn[at], drawn[at + 1]]);
+    for (bars, heights) in [(first, [2.0, 5.0]), (second, [8.0, 1.0])] {
+        for (bar, height) in bars.into_iter().zip(heights) {
+            assert!(near(number(bar, "height"), y(0.0) - y(height)) && near(number(bar, "y"), y(height)));
+        }
+    }
+    for (left, right) in first.into_iter().zip(second) {
+        assert!(number(left, "x") + number(left, "width") <= number(right, "x"), "bars stand beside each other");
     }
 }

@@ -294,4 +294,26 @@ mod tests {
             assert!(off < 0.02 * (n * classes) as f64, "{off}");
         }
     }
+
+    #[test]
+    fn classes_that_are_no_numbers_are_refused() {
+        let (input, classes) = ([1f32], [0.5f32, f32::NAN]);
+        let [input, classes] = [&input[..], &classes].map(|data| Table { data, dim: 1 });
+        for (inputs, classes, what) in [(&input, &classes, "classes row 1"), (&classes, &input, "inputs row 1")] {
+            let error = classify(Tilting::Dot, 1.0, inputs, classes, None).unwrap_err().to_string();
+            assert!(error.starts_with(what), "{error}");
+        }
+    }
+
+    // Four points on the axes: covariance diag(2, 1/2), 5/4 on average, of which chance has 10 * 2/4 parts to one.
+    #[test]
+    fn few_rows_are_taken_for_nearly_even() {
+        let rows = [3f32, 1.0, -1.0, 1.0, 1.0, 2.0, 1.0, 0.0];
+        let spread = Spread::of(&Table { data: &rows, dim: 2 });
+        assert_eq!(spread.mean, [1.0, 1.0]);
+        let want = [2.0f64, 0.5].map(|own| ((own + 5.0 * 1.25) / 6.0).sqrt().recip());
+        for (got, want) in spread.t.iter().zip([want[0], 0.0, 0.0, want[1]]) {
+            assert!((got - want).abs() < 1e-12, "{:?}, want {want}", spread.t);
+        }
+    }
 }

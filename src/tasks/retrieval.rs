@@ -792,4 +792,24 @@ mod tests {
         let found = top_k(Tilting::L2, &Table { data: &far, dim: 1 }, &Table { data: &far, dim: 1 }, 2).unwrap();
         assert_eq!(found.indices, [0, 2, 1, 3, 0, 2, 1, 3]);
     }
+
+    // Ones beside 2^24 are lost to f32: item 0 scores 10 and is given 0, item 1 scores 5.
+    #[test]
+    fn ranks_are_those_of_f64_under_dot() {
+        let large = (1u32 << 24) as f32;
+        let q = [1f32; 24];
+        let mut x = [1f32; 24];
+        (x[0], x[11]) = (large, -large);
+        x[12..].copy_from_slice(&[5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let [queries, items] = [&q[..], &x].map(|data| Table { data, dim: 12 });
+        assert_eq!(own_ranks(Tilting::Dot, &queries, &items).unwrap(), [0, 1]);
+    }
+
+    #[test]
+    fn cosines_of_nothing_are_zero_and_have_no_sign() {
+        assert_eq!(exact(Tilting::Cosine, &[0.0, 0.0], &[1.0, 2.0]).to_bits(), 0);
+        assert_eq!(exact(Tilting::Cosine, &[1.0, 2.0], &[0.0, 0.0]).to_bits(), 0);
+        // Below 0, but its square is below f64.
+        assert_eq!(exact(Tilting::Cosine, &[3e38, 0.0, 1e-45], &[0.0, 3e38, -1e-45]).to_bits(), 0);
+    }
 }

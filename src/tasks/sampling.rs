@@ -266,4 +266,14 @@ mod tests {
         assert!(sample(Tilting::Dot, 1.0, &one, &bad, 3, 1).unwrap_err().to_string().starts_with("items row 1"));
         assert!(sample(Tilting::Dot, 1.0, &bad, &one, 3, 1).unwrap_err().to_string().starts_with("queries row 1"));
     }
+
+    // Equal queries in one call: with one stream of random numbers their draws would be the same.
+    #[test]
+    fn queries_draw_by_streams_of_their_own() {
+        let (q, x) = ([1f32; 2], [0f32, 0.1, 0.2, 0.3, 0.4, 0.5]);
+        let [queries, items] = [&q[..], &x].map(|data| Table { data, dim: 1 });
+        let got = sample(Tilting::Dot, 1.0, &queries, &items, 30, 1).unwrap();
+        assert_eq!(got.ess[0], got.ess[1]);
+        assert_ne!(got.indices[..30], got.indices[30..]);
+    }
 }

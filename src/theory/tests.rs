@@ -529,3 +529,10 @@ fn draws_of_a_conditional_have_its_mean_and_covariance() {
         assert!((drawn - mean[i]).abs() < 4.5 * (conditional.cov[i * 4] / count as f64).sqrt());
     }
 }
+
+#[test]
+fn either_side_may_be_too_large_for_f64() {
+    let theory = Theory::new(&gaussian2d());
+    let has = |g: f64, h: f64| theory.l2(&[g], &[h], 1, 1.0).has_conditionals();
+    assert!(has(1.0, 2.0) && !has(1e8, 1e-8) && !has(1e-8, 1e8));
+}

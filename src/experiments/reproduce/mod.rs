@@ -246,3 +246,60 @@ fn mean_error(x: &[f64]) -> [f64; 2] {
     let squares: f64 = x.iter().map(|x| (x - mean).powi(2)).sum();
     [mean, if x.len() > 1 { (squares / (n - 1.0) / n).sqrt() } else { 0.0 }]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn criteria_hold_where_they_should() {
+        assert!(near("", 1.029, 1.0, 0.03).passed && !near("", 1.031, 1.0, 0.03).passed);
+        assert!(near("", -1.029, -1.0, 0.03).passed && !near("", 1.0, -1.0, 0.03).passed);
+        assert_eq!(near("a", 0.0, 0.44444, 0.03).claim, "a is 0.4444 within 3%");
+        assert!(below("", 1.0, 2.0).passed && !below("", 2.0, 2.0).passed);
+        assert!(above("", 3.0, 2.0).passed && !above("", 2.0, 2.0).passed);
+        assert!(falls("", &[3.0, 2.0, 1.0]).passed && !falls("", &[3.0, 1.0, 1.0]).passed && falls("", &[1.0]).passed);
+        // What is no number holds nowhere, wherever it stands.
+        for series in [[1.0, f64::NAN, 0.5], [f64::NAN, 1.0, 0.5], [1.0, 0.5, f64::NAN]] {
+            assert!(largest(series).is_nan() && !below("", largest(series), 2.0).passed && !falls("", &series).passed);
+        }
+        assert_eq!((largest([]), largest([0.5, 2.0, 1.0])), (0.0, 2.0));
+        assert!(!near("", f64::NAN, 1.0, 0.5).passed && !above("", f64::NAN, 1.0).passed);
+    }
+
+    #[test]
+    fn numbers_have_four_digits() {
+        let known = [
+            (0.0, "0"),
+            (4.0 / 9.0, "0.4444"),
+            (-2.0 / 3.0, "-0.6667"),
+            (2.5, "2.5"),
+            (31.41592, "31.42"),
+            (31415.92, "31416"),
+            (1e5, "1e5"),
+            (2e-7, "2e-7"),
+            (1.23456e-4, "1.235e-4"),
+            (f64::INFINITY, "inf"),
+        ];
+        for (x, text) in known {
+            assert_eq!(short(x), text);
+        }
+    }
+
+    #[test]
+    fn sums_are_their_definitions() {
+        assert_eq!(mean_error(&[1.0, 3.0]), [2.0, 1.0]);
+        assert_eq!(mean_error(&[5.0]), [5.0, 0.0]);
+        assert_eq!(linspace([-1.0, 2.0], 4), [-1.0, 0.0, 1.0, 2.0]);
+        assert_eq!((norm(&[3.0, -4.0]), distance(&[3.0, 0.0], &[0.0, 4.0])), (5.0, 1.25));
+    }
+
+    #[test]
+    fn jobs_are_answered_in_order() {
+        let jobs: Vec<usize> = (0..50).collect();
+        assert_eq!(
+            parallel(&jobs, |&job| Ok(job * job)).unwrap(),
+            jobs.iter().map(|job| job * job).collect::<Vec<_>>()
+        );
+    }
+}
