@@ -11,6 +11,14 @@ use core::marker::PhantomData;
 /// The type is `repr(C)` and made of scalars, device pointers and [`TensorMap`]s only: its bytes are copied to the card.
 pub unsafe trait Args: Copy + 'static {}
 
+/// The arguments of up to N pieces of work in one launch: block z does the z-th. The grid is as large as the largest wants;
+/// blocks that another does not want return.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Each<A, const N: usize>(pub [A; N]);
+// SAFETY: as its arguments.
+unsafe impl<A: Args, const N: usize> Args for Each<A, N> {}
+
 /// Which PTX module holds a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Module {
@@ -125,7 +133,7 @@ pub struct Tally {
     pub slots: *mut [f32; 4],
     /// `[2 splits, n]`: sum of all logits that count, and how many are ignored; of the kernels that make it.
     pub all: *mut [f32; 2],
-    /// Column tiles of a block; the grid is (splits, row tiles).
+    /// Column tiles of a block; the grid is (splits, row tiles, sides).
     pub tiles: u32,
     /// To a multiple of 8 bytes.
     pub reserved: u32,
@@ -462,6 +470,19 @@ pub struct Normalise {
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Normalise {}
 
+/// [`Merge`] and [`Normalise`] of a side whose softmaxes are of rows: tallies stay in registers, so that neither's `row` and
+/// `row_all` and no `block` are there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Soften {
+    /// Slots into tallies.
+    pub merge: Merge,
+    /// Tallies into norms, targets and the loss.
+    pub normalise: Normalise,
+}
+// SAFETY: scalars and device pointers.
+unsafe impl Args for Soften {}
+
 /// `out[i] (+)= sum_p parts[p, i]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -498,9 +519,16 @@ pub struct Totals {
     pub n: u32,
     /// Columns, 1 to 4.
     pub columns: u32,
+    /// Blocks that share the rows.
+    pub blocks: u32,
+    /// To a multiple of 8 bytes.
+    pub reserved: u32,
 }
 // SAFETY: scalars and device pointers.
 unsafe impl Args for Totals {}
+
+/// Sums of one launch of [`Totals`]: losses by rows and by columns, and two over all pairs.
+pub const TOTALS: usize = 4;
 
 /// `out[p, k] = scale sum of x[i, k] over rows i of part p`.
 #[repr(C)]
@@ -552,14 +580,15 @@ pub const HOPPER_SHARED_PULL: u32 = HOPPER_STAGES_PULL * HOPPER_STAGE + HOPPER_G
 /// Shared memory of the one without sums.
 pub const HOPPER_SHARED_TURNS: u32 = HOPPER_STAGES_TURNS * HOPPER_STAGE_HALF + HOPPER_G;
 
-/// [`Tally`] with its maps, 128-byte swizzle: u in boxes of 64 k x 128 rows, v of 64 k x 256 rows.
+/// [`Tally`] of up to two sides, as in [`Each`], with their maps, 128-byte swizzle: u in boxes of 64 k x 128 rows, v of 64 k x
+/// 256 rows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HopperTally {
-    /// u, v.
-    pub maps: [TensorMap; 2],
+    /// u, v of each.
+    pub maps: [[TensorMap; 2]; 2],
     /// The rest; `tiles` counts tiles of [`HOPPER_COLS`], slots are `[splits, n]`.
-    pub tally: Tally,
+    pub tallies: [Tally; 2],
 }
 // SAFETY: scalars, device pointers and maps.
 unsafe impl Args for HopperTally {}

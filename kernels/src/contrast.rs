@@ -18,8 +18,9 @@
 //!   `pos = 0` and `t` holds `-(1 - P)` made from the sum over negatives, because P may round to one,
 //! * 0 at an ignored pair.
 
-use crate::abi::{ANCHOR, COLUMN_PULL, COLUMN_TALLY, HOLE, Logits, Norm, Pull, SPAN, TILE, TILE_SHARED, Tally};
+use crate::abi::{ANCHOR, COLUMN_PULL, COLUMN_TALLY, Each, HOLE, Logits, Norm, Pull, SPAN, TILE, TILE_SHARED, Tally};
 use crate::law::{self, Num, Softmax};
+use crate::rows::own;
 use crate::simt::*;
 use crate::tile::{Acc, ByK, Halves, Place, product};
 
@@ -903,15 +904,19 @@ unsafe fn products<T: Half>(l: &Logits, row: u32, col: u32) -> Acc {
     unsafe { product::<T, _, _>(u, v, row, col, l.depth) }
 }
 
-/// [`Tally`] of a row tile against `tiles` column tiles; grid (splits, row tiles), two slots a split; with ALL,
+/// [`Tally`] of a row tile against `tiles` column tiles; grid (splits, row tiles, sides), two slots a split; with ALL,
 /// [`Tally::all`] too.
 ///
 /// # Safety
 /// The launch contract: all of [`Tally`]'s arrays have the extents stated there.
 #[inline(always)]
-pub unsafe fn tally<T: Half, const ALL: bool>(a: &Tally) {
+pub unsafe fn tally<T: Half, const ALL: bool>(each: &Each<Tally, 2>) {
+    let a = &own(&each.0);
     let l = &a.logits;
     let row = block_y() * TILE;
+    if row >= l.n || block_x() * a.tiles * TILE >= l.m {
+        return;
+    }
     let mut tile = Portable { acc: [[0.0; 4]; 16], place: Place::of_lane(), chunk: None };
     // SAFETY: the launch contract; slots are this warp's own.
     unsafe {

@@ -87,9 +87,9 @@ macro_rules! entries {
 entries! {
     Portable not(hopper): {
         /// Row tallies of bf16 logits.
-        tally_bf16 / TALLY_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, false>;
+        tally_bf16 / TALLY_BF16 (abi::Each<abi::Tally, 2>), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, false>;
         /// Row tallies of bf16 logits, sums over all of them too.
-        tally_all_bf16 / TALLY_ALL_BF16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, true>;
+        tally_all_bf16 / TALLY_ALL_BF16 (abi::Each<abi::Tally, 2>), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<Bf16, true>;
         /// A chunk of G of the softmax losses, bf16.
         pull_softmax_bf16 / PULL_SOFTMAX_BF16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<Bf16, false>;
         /// A chunk of G of the softmax losses with its sums, bf16.
@@ -135,9 +135,9 @@ entries! {
         /// Column sums of bf16.
         sum_columns_bf16 / SUM_COLUMNS_BF16 (abi::SumColumns), threads 256, blocks 1, shared 1024, rows::sum_columns::<Bf16, true>;
         /// Row tallies of f16 logits.
-        tally_f16 / TALLY_F16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, false>;
+        tally_f16 / TALLY_F16 (abi::Each<abi::Tally, 2>), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, false>;
         /// Row tallies of f16 logits, sums over all of them too.
-        tally_all_f16 / TALLY_ALL_F16 (abi::Tally), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, true>;
+        tally_all_f16 / TALLY_ALL_F16 (abi::Each<abi::Tally, 2>), threads 256, blocks 1, shared abi::TALLY_SHARED, contrast::tally::<F16, true>;
         /// A chunk of G of the softmax losses, f16.
         pull_softmax_f16 / PULL_SOFTMAX_F16 (abi::Pull), threads 256, blocks 1, shared abi::PULL_SHARED, contrast::pull_softmax::<F16, false>;
         /// A chunk of G of the softmax losses with its sums, f16.
@@ -176,10 +176,12 @@ entries! {
         total / TOTAL (abi::Total), threads 256, blocks 1, shared 2048, rows::total;
         /// Tallies into norms, targets and the loss.
         normalise / NORMALISE (abi::Normalise), threads 256, blocks 1, shared 2048, rows::normalise;
+        /// Slots of tallies of rows' softmaxes into norms, targets and the loss.
+        soften / SOFTEN (abi::Each<abi::Soften, 2>), threads 256, blocks 1, shared 2048, rows::soften;
         /// Slots into their sum.
         fold / FOLD (abi::Fold), threads 256, blocks 1, shared 0, rows::fold;
         /// Column sums in f64.
-        totals / TOTALS (abi::Totals), threads 256, blocks 1, shared 2048, rows::totals;
+        totals / TOTALS (abi::Each<abi::Totals, { abi::TOTALS }>), threads 256, blocks 1, shared 2048, rows::totals;
         /// A convolution of numbers rounded to bf16.
         conv_bf16 / CONV_BF16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::forward::<Bf16>;
         /// A convolution's gradient in its input, bf16.

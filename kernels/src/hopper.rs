@@ -23,6 +23,7 @@ use crate::contrast::{
     Columns, FactoredLaw, Fragments, Law, PlainLaw, RowTallies, Shares, SigmoidLaw, SoftmaxLaw, Take, Walk, anchor, anchored,
     anchored_weight, apart, exponentials, near, optional, pull, pull_anchored, pull_plain_pairs, rows_of, spans_of,
 };
+use crate::rows::own;
 use crate::simt::*;
 
 /// k of a slice.
@@ -380,20 +381,24 @@ fn warpgroup_barrier() {
 }
 
 /// [`crate::abi::Tally`] of a row tile against `tiles` column tiles of 256, or those of them whose plain pairs nobody has
-/// tallied; grid (splits, row tiles), one slot a split; with ALL, [`crate::abi::Tally::all`] too.
+/// tallied; grid (splits, row tiles, sides), one slot a split; with ALL, [`crate::abi::Tally::all`] too.
 ///
 /// # Safety
 /// The launch contract; `at` is the address of the argument.
 #[inline(always)]
 pub unsafe fn tally<T: Half, const ALL: bool>(a: &HopperTally, at: u64) {
     const STAGES: u32 = HOPPER_STAGES_GEMM;
-    let (a, maps) = (&a.tally, [at, at + 128]);
+    let maps = at + u64::from(block_z()) * 256;
+    let (a, maps) = (&own(&a.tallies), [maps, maps + 128]);
     let base = shared_base();
     let bars = base + STAGES * STAGE;
     let row = block_y() * HOPPER_ROWS;
     let l = &a.logits;
     let first = block_x() * a.tiles;
     let end = (first + a.tiles).min(l.m.div_ceil(HOPPER_COLS));
+    if row >= l.n || first >= end {
+        return;
+    }
     // SAFETY: the launch contract.
     unsafe {
         set_up::<STAGES>(bars, 8);

@@ -3,13 +3,29 @@
 //!
 //! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
 
-use crate::abi::{Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, SumColumns, Total, Totals, Weigh};
+use crate::abi::{
+    Each, Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, Soften, SumColumns, TOTALS, Total, Totals,
+    Weigh,
+};
 use crate::contrast::{NEAR, anchor, anchored, optional};
 use crate::law;
 use crate::simt::*;
 
 /// Rows of a block where a warp takes one.
 pub(crate) const WARPS: u32 = 8;
+
+/// The block's own of a launch's arguments: chosen number by number, as a place that is computed would be in local memory.
+#[inline(always)]
+pub(crate) fn own<A: Copy, const N: usize>(each: &[A; N]) -> A {
+    let (z, mut own, mut k) = (block_z() as usize, each[0], 1);
+    while k < N {
+        if z == k {
+            own = each[k];
+        }
+        k += 1;
+    }
+    own
+}
 
 /// A row's element as f32.
 #[inline(always)]
@@ -585,6 +601,45 @@ unsafe fn anchored_sum(a: &Merge, row: usize) -> f32 {
     sum
 }
 
+/// A row's slots as one tally, and its sums over all logits; `holds` as [`anchored`] says.
+#[inline(always)]
+unsafe fn merged(a: &Merge, row: u32, holds: bool) -> ([f32; 4], [f32; 2]) {
+    let at = |p: u32| p as usize * a.n as usize + row as usize;
+    // SAFETY: the launch contract.
+    unsafe {
+        let (mut max, mut p) = (HOLE, 0);
+        while p < a.slots {
+            max = law::Num::max(max, load(a.tallies.wrapping_add(at(p)))[0]);
+            p += 1;
+        }
+        // What the plain pairs add: a power of two that no f32 need hold, times a number of one octave.
+        let plain = if holds { anchored_sum(a, row as usize) } else { 0.0 };
+        let power = ((plain.to_bits() >> 23) as i32 - 127) as f32;
+        let (plain_max, plain) = if plain > 0.0 {
+            (anchor(a.scale * optional(a.live, 0, 1.0)) + power, plain * exp2(-power))
+        } else {
+            (HOLE, 0.0)
+        };
+        max = law::Num::max(max, plain_max);
+        let (mut negatives, mut positives, mut pulled) = (plain * exp2(plain_max - max), 0f32, 0f32);
+        let mut all = [0f32; 2];
+        let mut p = 0;
+        while p < a.slots {
+            let part: [f32; 4] = load(a.tallies.wrapping_add(at(p)));
+            let shrink = exp2(part[0] - max);
+            negatives = fma(part[1], shrink, negatives);
+            positives = fma(part[2], shrink, positives);
+            pulled += part[3];
+            if !a.all.is_null() {
+                let part: [f32; 2] = load(a.all.wrapping_add(at(p)));
+                all = [all[0] + part[0], all[1] + part[1]];
+            }
+            p += 1;
+        }
+        ([max, negatives, positives, pulled], all)
+    }
+}
+
 /// Slots of [`crate::contrast::tally`] into one tally a row; and the block's rows into one log-sum-exp.
 ///
 /// # Safety
@@ -597,41 +652,12 @@ pub unsafe fn merge(a: &Merge) {
     unsafe {
         let holds = anchored(a.flags, a.blocks);
         if row < a.n {
-            let at = |p: u32| p as usize * a.n as usize + row as usize;
-            let mut p = 0;
-            while p < a.slots {
-                max = law::Num::max(max, load(a.tallies.wrapping_add(at(p)))[0]);
-                p += 1;
-            }
-            // What the plain pairs add: a power of two that no f32 need hold, times a number of one octave.
-            let plain = if holds { anchored_sum(a, row as usize) } else { 0.0 };
-            let power = ((plain.to_bits() >> 23) as i32 - 127) as f32;
-            let (plain_max, plain) = if plain > 0.0 {
-                (anchor(a.scale * optional(a.live, 0, 1.0)) + power, plain * exp2(-power))
-            } else {
-                (HOLE, 0.0)
-            };
-            max = law::Num::max(max, plain_max);
-            let (mut negatives, mut positives, mut pulled) = (plain * exp2(plain_max - max), 0f32, 0f32);
-            let mut all = [0f32; 2];
-            let mut p = 0;
-            while p < a.slots {
-                let part: [f32; 4] = load(a.tallies.wrapping_add(at(p)));
-                let shrink = exp2(part[0] - max);
-                negatives = fma(part[1], shrink, negatives);
-                positives = fma(part[2], shrink, positives);
-                pulled += part[3];
-                if !a.all.is_null() {
-                    let part: [f32; 2] = load(a.all.wrapping_add(at(p)));
-                    all = [all[0] + part[0], all[1] + part[1]];
-                }
-                p += 1;
-            }
-            store(a.row.wrapping_add(row as usize), [max, negatives, positives, pulled]);
+            let (tally, all) = merged(a, row, holds);
+            store(a.row.wrapping_add(row as usize), tally);
             if !a.all.is_null() {
                 store(a.row_all.wrapping_add(row as usize), all);
             }
-            sum = negatives + positives;
+            (max, sum) = (tally[0], tally[1] + tally[2]);
         }
         // All 256 threads: the block's largest, then its sum.
         let (base, t) = (shared_base(), thread());
@@ -696,6 +722,30 @@ fn ln(x: f32) -> f32 {
 /// The launch contract: arrays of the extents stated in [`Normalise`]; grid ceil(n / 256).
 #[inline(always)]
 pub unsafe fn normalise(a: &Normalise) {
+    // SAFETY: the launch contract; `row_all` is there or null.
+    unsafe { normalise_rows(a, |row| (load(a.row.wrapping_add(row as usize)), optional(a.row_all, row, [0.0; 2]))) }
+}
+
+/// [`merge`] and [`normalise`] of softmaxes of rows.
+///
+/// # Safety
+/// The launch contract: arrays of the extents stated in [`Soften`]; grid (ceil(n / 256), 1, sides).
+#[inline(always)]
+pub unsafe fn soften(each: &Each<Soften, 2>) {
+    let a = &own(&each.0);
+    if block_x() * 256 >= a.merge.n {
+        return;
+    }
+    // SAFETY: the launch contract.
+    unsafe {
+        let holds = anchored(a.merge.flags, a.merge.blocks);
+        normalise_rows(&a.normalise, |row| merged(&a.merge, row, holds));
+    }
+}
+
+/// [`normalise`] of tallies, and sums over all logits, that `tallied` gives.
+#[inline(always)]
+unsafe fn normalise_rows(a: &Normalise, tallied: impl Fn(u32) -> ([f32; 4], [f32; 2])) {
     let row = block_x() * 256 + thread();
     let mut loss = 0f64;
     // SAFETY: the launch contract.
@@ -703,13 +753,12 @@ pub unsafe fn normalise(a: &Normalise) {
         let mut far = false;
         if row < a.n {
             let at = row as usize;
-            let [max, negatives, positives, pulled]: [f32; 4] = load(a.row.wrapping_add(at));
+            let ([max, negatives, positives, pulled], [all, ignored]) = tallied(row);
             let from = if a.joint.is_null() { max } else { load(a.joint)[0] };
             let below = anchor(a.scale * optional(a.live, 0, 1.0)) - from;
             far = below > NEAR || below.is_nan();
             let share: f32 = load(a.share.wrapping_add(at));
             let count = load(a.positives.wrapping_add(at)) as f32;
-            let [all, ignored] = if a.row_all.is_null() { [0.0, 0.0] } else { load(a.row_all.wrapping_add(at)) };
             let candidates = law::Num::max(a.opposite - ignored, 1.0);
             let sum = negatives + positives;
             // Means of logits over the positives and over all that count, in octaves from the largest.
@@ -785,9 +834,13 @@ pub unsafe fn fold(a: &Fold) {
 /// Sums of each column of `[n, 4]`, or of one of f64: block b sums rows b, b + blocks, .. of 256 into its slot.
 ///
 /// # Safety
-/// The launch contract: arrays of the extents stated in [`Totals`]; any grid.
+/// The launch contract: arrays of the extents stated in [`Totals`]; grid (blocks, 1, sums).
 #[inline(always)]
-pub unsafe fn totals(a: &Totals) {
+pub unsafe fn totals(each: &Each<Totals, TOTALS>) {
+    let a = &own(&each.0);
+    if block_x() >= a.blocks {
+        return;
+    }
     let mut sums = [0f64; 4];
     // SAFETY: the launch contract.
     unsafe {
@@ -805,7 +858,7 @@ pub unsafe fn totals(a: &Totals) {
                 }
                 c += 1;
             }
-            i += grid_x() as usize * 256;
+            i += a.blocks as usize * 256;
         }
         let mut c = 0;
         while c < 4 {

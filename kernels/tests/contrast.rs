@@ -3,7 +3,8 @@
 mod common;
 use common::*;
 use kernels::abi::{
-    ANCHOR, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, NO_SPAN, Pull, Residual, Tally, TensorMap,
+    ANCHOR, Each, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, NO_SPAN, Normalise, Pull, Residual,
+    Soften, Tally, TensorMap,
 };
 use kernels::entries as e;
 use kernels::simt::shim::MapSpec;
@@ -138,7 +139,7 @@ fn map(at: *const u16, [rows, cols]: [usize; 2], pitch: usize, tile_rows: u32) -
 
 /// The two mainloops: their tiles, and their slots a tile.
 enum TallyPath {
-    Portable(Kernel<Tally>),
+    Portable(Kernel<Each<Tally, 2>>),
     Hopper(Kernel<HopperTally>),
 }
 
@@ -154,12 +155,12 @@ impl TallyPath {
         let grid = [splits as u32, b.n.div_ceil(128) as u32, 1];
         match self {
             TallyPath::Portable(kernel) => {
-                launch(kernel, grid, &args, seed);
+                launch(kernel, grid, &Each([args; 2]), seed);
                 kernel.name
             }
             TallyPath::Hopper(kernel) => {
                 let maps = [map(b.u.ptr(), [b.n, b.depth], b.pitch, 128), map(b.v.ptr(), [b.m, b.depth], b.pitch, 256)];
-                launch(kernel, grid, &HopperTally { maps, tally: args }, seed);
+                launch(kernel, grid, &HopperTally { maps: [maps; 2], tallies: [args; 2] }, seed);
                 kernel.name
             }
         }
@@ -276,6 +277,55 @@ fn tallies_are_those_of_f64() {
     }
 }
 
+/// What a side's softmaxes become, each row with one positive.
+struct Softened {
+    norm: Array<[f32; 4]>,
+    target: Array<f32>,
+    far: Array<u32>,
+    loss: Array<f64>,
+    positives: Array<u32>,
+    share: Array<f32>,
+}
+
+impl Softened {
+    fn of(rows: usize) -> Self {
+        let blocks = rows.div_ceil(256);
+        Softened {
+            norm: Array::poison(rows),
+            target: Array::poison(rows),
+            far: Array::poison(blocks),
+            loss: Array::poison(blocks),
+            positives: Array::of(&vec![1; rows]),
+            share: Array::of(&vec![1.0 / rows as f32; rows]),
+        }
+    }
+    fn normalise(&self, rows: usize, scale: f32) -> Normalise {
+        Normalise {
+            row: null(),
+            row_all: null(),
+            positives: self.positives.ptr(),
+            share: self.share.ptr(),
+            joint: null(),
+            norm: self.norm.ptr_mut(),
+            target: self.target.ptr_mut(),
+            far: self.far.ptr_mut(),
+            live: null(),
+            loss: self.loss.ptr_mut(),
+            n: rows as u32,
+            opposite: 1.0,
+            lambda: 0.5,
+            smoothing: 0.0,
+            scale,
+            reserved: 0,
+        }
+    }
+    fn bits(&self) -> (Vec<[u32; 4]>, Vec<u32>, Vec<u32>, Vec<u64>) {
+        let norm = self.norm.get().iter().map(|n| n.map(f32::to_bits)).collect();
+        let target = self.target.get().iter().map(|t| t.to_bits()).collect();
+        (norm, target, self.far.get(), self.loss.get().iter().map(|l| l.to_bits()).collect())
+    }
+}
+
 /// Plain pairs by one exponential for both sides and the rest by rows, merged: the softmaxes of rows and of columns, and G of
 /// a chunk, against f64; the same where sums from the anchor do not hold, and all is tallied by rows.
 #[test]
@@ -331,14 +381,25 @@ fn plain_pairs_are_tallied_once() {
             m: known.n,
             ..known
         };
-        let mut norms = vec![];
-        for (which, logits) in [known, swapped].into_iter().enumerate() {
+        // Both sides in one launch, of grids that are not the same.
+        let slots = [n, m].map(Array::<[f32; 4]>::poison);
+        let sides = [known, swapped];
+        let tallies = [0, 1].map(|k| Tally {
+            logits: sides[k],
+            slots: slots[k].ptr_mut(),
+            all: null_mut(),
+            tiles: 64,
+            reserved: 0,
+        });
+        let both_maps = sides.map(|l| {
+            let side = |at: *const u16, rows: u32, tile: u32| map(at, [rows as usize, depth], b.pitch, tile);
+            [side(l.u, l.n, 128), side(l.v, l.m, 256)]
+        });
+        let grid = [2, n.max(m).div_ceil(128) as u32, 2];
+        launch(tally, grid, &HopperTally { maps: both_maps, tallies }, seed);
+        let (mut norms, mut softens, mut normalised) = (vec![], vec![], vec![]);
+        for (which, slots) in slots.iter().enumerate() {
             let rows = [n, m][which];
-            let slots = Array::<[f32; 4]>::poison(rows);
-            let args = Tally { logits, slots: slots.ptr_mut(), all: null_mut(), tiles: 64, reserved: 0 };
-            let boxes = [[b.u.ptr(), b.v.ptr()][which], [b.v.ptr(), b.u.ptr()][which]];
-            let maps = [map(boxes[0], [rows, depth], b.pitch, 128), map(boxes[1], [n + m - rows, depth], b.pitch, 256)];
-            launch(tally, [1, rows.div_ceil(128) as u32, 1], &HopperTally { maps, tally: args }, seed);
             let merged = Array::<[f32; 4]>::poison(rows);
             let block = Array::<[f32; 2]>::poison(rows.div_ceil(256));
             let args = Merge {
@@ -358,6 +419,11 @@ fn plain_pairs_are_tallied_once() {
                 reserved: 0,
             };
             launch(&e::MERGE, [rows.div_ceil(256) as u32, 1, 1], &args, seed);
+            let found = Softened::of(rows);
+            let normalise = Normalise { row: merged.ptr(), ..found.normalise(rows, scale) };
+            launch(&e::NORMALISE, [rows.div_ceil(256) as u32, 1, 1], &normalise, seed);
+            normalised.push(found);
+            softens.push(Merge { row: null_mut(), block: null_mut(), ..args });
             let line = |i: usize| -> Vec<(f64, bool)> {
                 let at = |k: usize| if which == 0 { i * m + k } else { k * m + i };
                 (0..n + m - rows).map(|k| (b.x[at(k)], b.positive[at(k)])).collect()
@@ -381,6 +447,14 @@ fn plain_pairs_are_tallied_once() {
             assert!(off < bound, "{name}: tallies of side {which} {off:e}");
             norms
                 .push(merged.iter().map(|t| [t[0], 1.0 / (t[1] + t[2]), 0.0, 1.0 / (t[1] + t[2])]).collect::<Vec<_>>());
+        }
+
+        // The same numbers without a stop on the way.
+        let found = [n, m].map(Softened::of);
+        let soften = [0, 1].map(|k| Soften { merge: softens[k], normalise: found[k].normalise([n, m][k], scale) });
+        launch(&e::SOFTEN, [n.max(m).div_ceil(256) as u32, 1, 2], &Each(soften), seed);
+        for (which, (found, want)) in found.iter().zip(&normalised).enumerate() {
+            assert!(found.bits() == want.bits(), "{name}: softmaxes of side {which}");
         }
 
         let (targets, g) =

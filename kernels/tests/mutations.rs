@@ -4,8 +4,8 @@
 mod common;
 use common::*;
 use kernels::abi::{
-    Args, Gemm, HopperGemm, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, Pull, Residual, Search,
-    Tally, TensorMap,
+    Args, Each, Gemm, HopperGemm, HopperPull, HopperTally, HopperTallyBoth, Kernel, Logits, Merge, Normalise, Pull,
+    Residual, Search, Soften, Tally, TensorMap,
 };
 use kernels::entries as e;
 use kernels::simt::shim::{self, Call, MapSpec, Omission};
@@ -88,10 +88,10 @@ fn every_barrier_is_needed_and_missed() {
 
     let slots = Array::<[f32; 4]>::poison(2 * ROWS);
     let tally = Tally { logits, slots: slots.ptr_mut(), all: std::ptr::null_mut(), tiles: 4, reserved: 0 };
-    missed.extend(unnoticed(&e::TALLY_BF16, [1, 2, 1], &tally, &|| slots.refill(), &|| words(&slots)));
+    missed.extend(unnoticed(&e::TALLY_BF16, [1, 2, 1], &Each([tally; 2]), &|| slots.refill(), &|| words(&slots)));
     let maps = [map(u.ptr(), [ROWS, DEPTH], 128), map(v.ptr(), [COLS, DEPTH], 256)];
     // One slot a row: the second half of the array stays poison, run for run.
-    let hopper = HopperTally { maps, tally };
+    let hopper = HopperTally { maps: [maps; 2], tallies: [tally; 2] };
     missed.extend(unnoticed(&e::HOPPER_TALLY_BF16, [1, 2, 1], &hopper, &|| slots.refill(), &|| words(&slots)));
 
     // Two row tiles and two column tiles, in one block, all of it plain.
@@ -279,6 +279,38 @@ fn every_barrier_is_needed_and_missed() {
         block.refill();
     };
     missed.extend(unnoticed(&e::MERGE, [2, 1, 1], &merge, &refill, &|| [words(&row), words(&block)].concat()));
+
+    let (norm, target) = (Array::<[f32; 4]>::poison(300), Array::<f32>::poison(300));
+    let (far, loss) = (Array::<u32>::poison(2), Array::<f64>::poison(2));
+    let (positives, share) = (Array::of(&[1u32; 300]), Array::of(&[0.5f32; 300]));
+    let normalise = Normalise {
+        row: null(),
+        row_all: null(),
+        positives: positives.ptr(),
+        share: share.ptr(),
+        joint: null(),
+        norm: norm.ptr_mut(),
+        target: target.ptr_mut(),
+        far: far.ptr_mut(),
+        live: null(),
+        loss: loss.ptr_mut(),
+        n: 300,
+        opposite: 300.0,
+        lambda: 0.5,
+        smoothing: 0.0,
+        scale: 0.0,
+        reserved: 0,
+    };
+    let merge = Merge { row: std::ptr::null_mut(), block: std::ptr::null_mut(), ..merge };
+    let refill = || {
+        norm.refill();
+        target.refill();
+        far.refill();
+        loss.refill();
+    };
+    let found = || [words(&norm), words(&target), words(&far), words(&loss)].concat();
+    let soften = Each([Soften { merge, normalise }; 2]);
+    missed.extend(unnoticed(&e::SOFTEN, [2, 1, 1], &soften, &refill, &found));
 
     let _ = std::panic::take_hook();
     let known = HARMLESS.iter().flat_map(|(_, known)| *known);

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Array, Rng, Type, distance, halves, launch};
-use kernels::abi::{Finish, Prepare};
+use kernels::abi::{Each, Finish, Prepare, Totals};
 use kernels::entries as e;
 use std::ptr::{null, null_mut};
 
@@ -179,5 +179,35 @@ fn finished_rows_are_those_of_f64() {
                 }
             }
         }
+    }
+}
+
+/// Sums of one launch, of other lengths, widths and numbers of blocks each.
+#[test]
+fn totals_are_those_of_f64() {
+    let mut rng = Rng(3);
+    let singles = rng.vec(4 * 700, 1.0);
+    let doubles = wide(&rng.vec(1030, 1.0));
+    let (of_four, of_one) = (Array::of(&singles), Array::of(&doubles));
+    let out = [4, 3, 1].map(Array::<f64>::poison);
+    let sum = |which: usize, n: usize, columns: u32, blocks: u32| Totals {
+        singles: if columns == 4 { of_four.ptr() } else { null() },
+        doubles: if columns == 4 { null() } else { of_one.ptr() },
+        out: out[which].ptr_mut(),
+        n: n as u32,
+        columns,
+        blocks,
+        reserved: 0,
+    };
+    let all = [sum(0, 700, 4, 1), sum(1, 1030, 1, 3), sum(2, 2, 1, 1)];
+    launch(&e::TOTALS, [3, 1, 3], &Each([all[0], all[1], all[2], all[2]]), 5);
+    let out = out.map(|out| out.get());
+    for c in 0..4 {
+        let want: f64 = (0..700).map(|i| f64::from(singles[4 * i + c])).sum();
+        assert!((out[0][c] - want).abs() < 1e-9, "column {c}: {} and {want}", out[0][c]);
+    }
+    for (which, n) in [(1, 1030), (2, 2)] {
+        let (got, want) = (out[which].iter().sum::<f64>(), doubles[..n].iter().sum::<f64>());
+        assert!((got - want).abs() < 1e-9, "{n} numbers: {got} and {want}");
     }
 }

@@ -416,7 +416,7 @@ impl<C: Card> Arena<C> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::abi::Tally;
+    use kernels::abi::{Each, Tally};
     use kernels::entries::TALLY_BF16;
     use std::alloc::{Layout, alloc, dealloc};
     use std::ptr::null;
@@ -706,7 +706,7 @@ mod tests {
     fn what_is_recorded_runs_when_replayed() {
         let card = Host::new();
         // SAFETY: every field of it may be zero bytes: numbers, and pointers that may be null.
-        let tally: Tally = unsafe { std::mem::zeroed() };
+        let tally: Each<Tally, 2> = unsafe { std::mem::zeroed() };
         let mut buffer = Buffer::<f32, _>::zeroed(&card, 8).unwrap();
         // SAFETY: this card starts no kernel.
         let launch = |rows| unsafe { card.launch(&TALLY_BF16, [1, rows, 1], &tally) };

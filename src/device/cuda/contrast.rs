@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! prepare   u, v -> halves (unit rows, centred rows), norms
-//! tally     rows of S, and rows of S' -> slots -> merge -> normalise: softmaxes, targets, loss
+//! tally     rows of S and rows of S' -> slots
+//! soften    slots -> softmaxes, targets, losses of blocks (merge, total and normalise where one softmax is over all pairs)
 //! for every chunk of S, row chunks outside
 //!   pull    G of the chunk, in halves; its row and column sums where they are wanted
 //!   gemm    dU += G V, dV += G' U
 //! finish    dU, dV through the tilting; <u, dU> for d tau
-//! totals    scalars, in f64
+//! totals    all scalars, in f64
 //! ```
 //!
 //! Scratch is O((N + M) D) and one chunk; nothing is allocated when shapes repeat. Sums have one order: no result
@@ -52,7 +53,7 @@ struct Kernels {
     prepare_half: Kernel<abi::Prepare>,
     sum_columns: Kernel<abi::SumColumns>,
     /// Without and with sums over all logits.
-    tally: [Kernel<abi::Tally>; 2],
+    tally: [Kernel<abi::Each<abi::Tally, 2>>; 2],
     /// Without and with sums of G.
     softmax: [Kernel<abi::Pull>; 2],
     sigmoid: Kernel<abi::Pull>,
@@ -288,7 +289,18 @@ struct Side {
     target: *const f32,
     /// See [`abi::Normalise::far`]; null where nobody asks.
     far: *const u32,
+    /// Its part of the loss in parts, and how many; null where it has none.
+    losses: (*const f64, usize),
     rows: usize,
+}
+
+/// What [`abi::Tally`] leaves of a side, and how many of it there are of each row.
+#[derive(Clone, Copy)]
+struct TallySlots {
+    tallies: *const [f32; 4],
+    /// Null without smoothing.
+    all: *const [f32; 2],
+    count: usize,
 }
 
 /// Names of a side's slots in the arena.
@@ -305,6 +317,9 @@ struct Slots {
     far: &'static str,
     target: &'static str,
     acc: &'static str,
+    tallies: &'static str,
+    tallies_of_all: &'static str,
+    losses: &'static str,
 }
 
 const U: Slots = Slots {
@@ -320,6 +335,9 @@ const U: Slots = Slots {
     far: "far norm of u",
     target: "target of u",
     acc: "acc of u",
+    tallies: "tallies of u",
+    tallies_of_all: "tallies of all of u",
+    losses: "losses of u",
 };
 const V: Slots = Slots {
     halves: "v",
@@ -334,6 +352,9 @@ const V: Slots = Slots {
     far: "far norm of v",
     target: "target of v",
     acc: "acc of v",
+    tallies: "tallies of v",
+    tallies_of_all: "tallies of all of v",
+    losses: "losses of v",
 };
 
 /// Scalars of a call, in the slot "scalars".
@@ -404,6 +425,13 @@ fn prepare(rows: CardRows, out: *mut u16, pitch: usize) -> abi::Prepare {
         scale: 1.0,
         behind: 0.0,
     }
+}
+
+/// At least one piece of work, each of its own blocks, as one launch. What lies behind the last has no blocks.
+fn each<A: Copy, const N: usize>(work: &[([u32; 2], A)]) -> ([u32; 3], abi::Each<A, N>) {
+    let most = |axis: usize| work.iter().map(|(grid, _)| grid[axis]).max().unwrap_or(0);
+    let args = std::array::from_fn(|k| work[k.min(work.len() - 1)].1);
+    ([most(0), most(1), work.len() as u32], abi::Each(args))
 }
 
 fn blocks(n: usize, of: usize) -> u32 {
@@ -561,12 +589,11 @@ impl<C: Card> Cuda<C> {
         self.pairs(&batch.pairs, batch, loss.objective.is_of_each_pair())?;
         let mut call = self.call(loss, precision, rows, batch.pairs.ignore.is_some(), live)?;
         self.prepare(&mut call, rows, offset)?;
-        let scalars: *mut f64 = self.arena.get("scalars", scalar::COUNT)?;
-        self.softmaxes(&mut call, scalars)?;
+        self.softmaxes(&mut call)?;
 
         let (parts, bound, known) = match features {
             Some(features) => {
-                let mmd::Pulled { parts, bound, loss } = self.residuals(&call, batch, features, scalars)?;
+                let mmd::Pulled { parts, bound, loss } = self.residuals(&mut call, batch, features)?;
                 (parts, bound, loss)
             }
             None => (vec![call.part()], call.bound(&self.counts), None),
@@ -654,10 +681,21 @@ impl<C: Card> Cuda<C> {
         if let Some(acc) = acc_v {
             self.finish(call, &call.v, gain, acc, out[1], g_sums.map(|(_, col)| (col, 1)), null_mut())?;
         }
-        self.total(null(), along, n.div_ceil(8), 1, scalars.wrapping_add(scalar::ALONG))?;
-        if let Some((row, _)) = sums {
-            self.total(row, null(), n, 4, scalars.wrapping_add(scalar::SUMS))?;
+        let summed = |singles: *const f32, doubles: *const f64, n: usize, columns: u32, at: usize| {
+            let out = scalars.wrapping_add(at);
+            abi::Totals { singles, doubles, out, n: n as u32, columns, blocks: 1, reserved: 0 }
+        };
+        let mut all = vec![summed(null(), along, n.div_ceil(8), 1, scalar::ALONG)];
+        for (side, at) in [(&call.u, scalar::ROW_LOSS), (&call.v, scalar::COL_LOSS)] {
+            let (losses, count) = side.losses;
+            if !losses.is_null() {
+                all.push(summed(null(), losses, count, 1, at));
+            }
         }
+        if let Some((row, _)) = sums {
+            all.push(summed(row, null(), n, 4, scalar::SUMS));
+        }
+        self.total(&all)?;
         Ok(gain)
     }
 
@@ -816,6 +854,7 @@ impl<C: Card> Cuda<C> {
             norm: null(),
             target: null(),
             far: null(),
+            losses: (null(), 0),
             rows,
         })
     }
@@ -876,7 +915,7 @@ impl<C: Card> Cuda<C> {
     }
 
     /// The softmaxes that the form wants, their targets, and the loss.
-    fn softmaxes(&mut self, call: &mut Call, scalars: *mut f64) -> Result<(), CudaError> {
+    fn softmaxes(&mut self, call: &mut Call) -> Result<(), CudaError> {
         if matches!(call.form, Form::Sigmoid { .. }) {
             call.u.target = call.u.share;
         }
@@ -884,45 +923,36 @@ impl<C: Card> Cuda<C> {
         if call.drawn.is_none() {
             call.anchored = self.tally_both(call, lambdas)?;
         }
-        for (which, lambda) in lambdas.into_iter().enumerate() {
-            if lambda > 0.0 {
-                let row_all = self.tallied(call, which, joint)?;
-                self.softmax(call, which, lambda, joint, row_all, scalars)?;
-            }
+        if joint {
+            let row_all = self.tallied(call, 0, true)?;
+            return self.softmax(call, 0, lambdas[0], true, row_all);
         }
-        Ok(())
+        let wanted: Vec<usize> = [0, 1].into_iter().filter(|&which| lambdas[which] > 0.0).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let mut soften = vec![];
+        for (&which, slots) in wanted.iter().zip(self.tally(call, &wanted)?) {
+            let merge = self.merge(call, which, slots);
+            let normalise = self.normalise(call, which, lambdas[which])?;
+            soften.push(([blocks(call.side(which).rows, 256), 1], abi::Soften { merge, normalise }));
+        }
+        self.run_each(&e::SOFTEN, &soften)
     }
 
     /// Tallies of the rows (`which` 0) or columns, one each, in the slot "tally"; with smoothing, sums over all logits; for
     /// `joint` the log-sum-exp of all, in the slot "joint".
     fn tallied(&mut self, call: &Call, which: usize, joint: bool) -> Result<*const [f32; 2], CudaError> {
-        let (this, other) = if which == 0 { (call.u, call.v) } else { (call.v, call.u) };
-        let n = this.rows;
-        let with_all = call.smoothing > 0.0;
-        let (tallies, all, count) = match call.drawn {
-            Some(drawn) => (self.tally_pairings(call, drawn)?, null(), 1),
-            None => self.tally(call, &this, &other, with_all)?,
+        let n = call.side(which).rows;
+        let slots = match call.drawn {
+            Some(drawn) => TallySlots { tallies: self.tally_pairings(call, drawn)?, all: null(), count: 1 },
+            None => self.tally(call, &[which])?[0],
         };
         let row: *mut [f32; 4] = self.arena.get("tally", n)?;
-        let row_all: *mut [f32; 2] = if with_all { self.arena.get("tally of all", n)? } else { null_mut() };
+        let row_all: *mut [f32; 2] =
+            if slots.all.is_null() { null_mut() } else { self.arena.get("tally of all", n)? };
         let block: *mut [f32; 2] = self.arena.get("tally of blocks", n.div_ceil(256))?;
-        let logits = call.logits(&this, &other);
-        let args = abi::Merge {
-            tallies,
-            all,
-            row,
-            row_all,
-            block,
-            sums: call.anchored.map_or(null(), |a| a.sums[which]),
-            flags: logits.flags,
-            live: logits.live,
-            scale: logits.scale,
-            sum_slots: call.anchored.map_or(0, |a| a.slots[which] as u32),
-            blocks: logits.blocks,
-            n: n as u32,
-            slots: count as u32,
-            reserved: 0,
-        };
+        let args = abi::Merge { row, row_all, block, ..self.merge(call, which, slots) };
         self.run(&e::MERGE, [blocks(n, 256), 1, 1], &args)?;
         if joint {
             let out = self.arena.get("joint", 1)?;
@@ -940,47 +970,57 @@ impl<C: Card> Cuda<C> {
         lambda: f64,
         joint: bool,
         row_all: *const [f32; 2],
-        scalars: *mut f64,
     ) -> Result<(), CudaError> {
-        let (slots, this, other) = if which == 0 { (&U, call.u, call.v) } else { (&V, call.v, call.u) };
-        let n = this.rows;
+        let n = call.side(which).rows;
+        let joint: *mut [f32; 2] = if joint { self.arena.get("joint", 1)? } else { null_mut() };
+        let args =
+            abi::Normalise { row: self.arena.get("tally", n)?, row_all, joint, ..self.normalise(call, which, lambda)? };
+        self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)
+    }
+
+    /// Slots of the rows (`which` 0) or columns into tallies that go nowhere.
+    fn merge(&self, call: &Call, which: usize, slots: TallySlots) -> abi::Merge {
+        let logits = call.logits(&call.u, &call.v);
+        abi::Merge {
+            tallies: slots.tallies,
+            all: slots.all,
+            row: null_mut(),
+            row_all: null_mut(),
+            block: null_mut(),
+            sums: call.anchored.map_or(null(), |a| a.sums[which]),
+            flags: logits.flags,
+            live: logits.live,
+            scale: logits.scale,
+            sum_slots: call.anchored.map_or(0, |a| a.slots[which] as u32),
+            blocks: logits.blocks,
+            n: call.side(which).rows as u32,
+            slots: slots.count as u32,
+            reserved: 0,
+        }
+    }
+
+    /// Tallies from nowhere into the softmaxes of the rows (`which` 0) or columns, which get their slots; of rows, not of all.
+    fn normalise(&mut self, call: &mut Call, which: usize, lambda: f64) -> Result<abi::Normalise, CudaError> {
+        let slots = [&U, &V][which];
+        let [n, opposite] = [which, 1 - which].map(|which| call.side(which).rows);
         let norm: *mut abi::Norm = self.arena.get(slots.norm, n)?;
         let target: *mut f32 = self.arena.get(slots.target, n)?;
         let far = match call.anchored {
             Some(_) => self.arena.get(slots.far, n.div_ceil(256))?,
             None => null_mut(),
         };
-        let this = Side { norm, target, far, ..this };
-        let joint: *mut [f32; 2] = if joint { self.arena.get("joint", 1)? } else { null_mut() };
-        let losses = self.normalise(call, &this, other.rows, joint, lambda, row_all)?;
-        let at = [scalar::ROW_LOSS, scalar::COL_LOSS][which];
-        self.total(null(), losses, n.div_ceil(256), 1, scalars.wrapping_add(at))?;
+        let loss: *mut f64 = self.arena.get(slots.losses, n.div_ceil(256))?;
         let side = if which == 0 { &mut call.u } else { &mut call.v };
-        (side.norm, side.target, side.far) = (norm, target, far);
-        Ok(())
-    }
-
-    /// Merged tallies of `this` into its norms and targets; the loss of each block.
-    fn normalise(
-        &mut self,
-        call: &Call,
-        this: &Side,
-        opposite: usize,
-        joint: *const [f32; 2],
-        lambda: f64,
-        row_all: *const [f32; 2],
-    ) -> Result<*mut f64, CudaError> {
-        let n = this.rows;
-        let loss: *mut f64 = self.arena.get("losses of blocks", n.div_ceil(256))?;
-        let args = abi::Normalise {
-            row: self.arena.get("tally", n)?,
-            row_all,
-            positives: this.positives,
-            share: this.share,
-            joint,
-            norm: this.norm.cast_mut(),
-            target: this.target.cast_mut(),
-            far: this.far.cast_mut(),
+        (side.norm, side.target, side.far, side.losses) = (norm, target, far, (loss.cast_const(), n.div_ceil(256)));
+        Ok(abi::Normalise {
+            row: null(),
+            row_all: null(),
+            positives: side.positives,
+            share: side.share,
+            joint: null(),
+            norm,
+            target,
+            far,
             live: call.live,
             loss,
             n: n as u32,
@@ -989,9 +1029,7 @@ impl<C: Card> Cuda<C> {
             smoothing: call.smoothing as f32,
             scale: call.logits(&call.u, &call.v).scale,
             reserved: 0,
-        };
-        self.run(&e::NORMALISE, [blocks(n, 256), 1, 1], &args)?;
-        Ok(loss)
+        })
     }
 
     /// Sums over the plain pairs of both sides, where unit rows bound the logits and one exponential can serve both.
@@ -1027,38 +1065,42 @@ impl<C: Card> Cuda<C> {
         Ok(Some(Anchored { sums: [row_sums, col_sums], slots: [2 * splits, groups], flags, blocks: groups * splits }))
     }
 
-    /// Row tallies of `this` against `other`, but of the plain pairs if those have been tallied: slots, sums over all logits, and how many slots.
-    #[allow(clippy::type_complexity, reason = "two arrays and their length")]
-    fn tally(
-        &mut self,
-        call: &Call,
-        this: &Side,
-        other: &Side,
-        with_all: bool,
-    ) -> Result<(*const [f32; 4], *const [f32; 2], usize), CudaError> {
+    /// Tallies of the rows (0) and columns (1) that are `wanted`, but of the plain pairs if those have been tallied; with
+    /// smoothing, sums over all logits.
+    fn tally(&mut self, call: &Call, wanted: &[usize]) -> Result<Vec<TallySlots>, CudaError> {
         let (tile, per_split) = if self.hopper { (abi::HOPPER_COLS, 1) } else { (abi::TILE, 2) };
-        let across = other.rows.div_ceil(tile as usize);
-        let down = this.rows.div_ceil(abi::TILE as usize);
-        // Rows alone may not fill the card: then the columns of a row tile are split.
-        let splits = (self.card.multiprocessors() as usize).div_ceil(down).clamp(1, across);
-        let tiles = across.div_ceil(splits);
-        let splits = across.div_ceil(tiles);
-        let count = per_split * splits;
-        let slots: *mut [f32; 4] = self.arena.get("tallies", count * this.rows)?;
-        let all: *mut [f32; 2] =
-            if with_all { self.arena.get("tallies of all", count * this.rows)? } else { null_mut() };
-        let tally = abi::Tally { logits: call.logits(this, other), slots, all, tiles: tiles as u32, reserved: 0 };
-        let grid = [splits as u32, down as u32, 1];
-        if self.hopper {
-            let maps = [
-                self.map(call, this.halves, [this.rows, call.dim], call.pitch, abi::HOPPER_ROWS)?,
-                self.map(call, other.halves, [other.rows, call.dim], call.pitch, abi::HOPPER_COLS)?,
-            ];
-            self.run(&call.kernels.hopper.tally[usize::from(with_all)], grid, &abi::HopperTally { maps, tally })?;
-        } else {
-            self.run(&call.kernels.tally[usize::from(with_all)], grid, &tally)?;
+        let down = |which: usize| call.side(which).rows.div_ceil(abi::TILE as usize);
+        // Row tiles may leave multiprocessors idle: then their columns are split, as far as all blocks run at once.
+        let idle = self.card.multiprocessors() as usize / wanted.iter().map(|&which| down(which)).sum::<usize>();
+        let with_all = call.smoothing > 0.0;
+        let (mut slots, mut args) = (vec![], vec![]);
+        for &which in wanted {
+            let (this, other) = (call.side(which), call.side(1 - which));
+            let across = other.rows.div_ceil(tile as usize);
+            let tiles = across.div_ceil(idle.clamp(1, across));
+            let splits = across.div_ceil(tiles);
+            let count = per_split * splits;
+            let names = [&U, &V][which];
+            let tallies: *mut [f32; 4] = self.arena.get(names.tallies, count * this.rows)?;
+            let all: *mut [f32; 2] =
+                if with_all { self.arena.get(names.tallies_of_all, count * this.rows)? } else { null_mut() };
+            let logits = call.logits(this, other);
+            let tally = abi::Tally { logits, slots: tallies, all, tiles: tiles as u32, reserved: 0 };
+            slots.push(TallySlots { tallies, all, count });
+            args.push(([splits as u32, down(which) as u32], tally));
         }
-        Ok((slots, all, count))
+        if self.hopper {
+            let maps = |l: &Logits| -> Result<_, CudaError> {
+                let map = |at, rows: u32, tile| self.map(call, at, [rows as usize, call.dim], call.pitch, tile);
+                Ok([map(l.u, l.n, abi::HOPPER_ROWS)?, map(l.v, l.m, abi::HOPPER_COLS)?])
+            };
+            let (grid, abi::Each(tallies)) = each(&args);
+            let maps = [maps(&tallies[0].logits)?, maps(&tallies[1].logits)?];
+            self.run(&call.kernels.hopper.tally[usize::from(with_all)], grid, &abi::HopperTally { maps, tallies })?;
+        } else {
+            self.run_each(&call.kernels.tally[usize::from(with_all)], &args)?;
+        }
+        Ok(slots)
     }
 
     /// `gain G V` and `gain G' U`, chunk by chunk; G is the sum of `parts`.
@@ -1312,25 +1354,23 @@ impl<C: Card> Cuda<C> {
         self.run(&call.kernels.finish, [blocks(side.rows, 8), 1, 1], &args)
     }
 
-    /// Column sums of `[n, columns]` in f64, to `out`: parts first, then the parts where there are several.
-    fn total(
-        &mut self,
-        singles: *const f32,
-        doubles: *const f64,
-        n: usize,
-        columns: usize,
-        out: *mut f64,
-    ) -> Result<(), CudaError> {
-        // Four rows a thread are less than another launch.
-        let parts = n.div_ceil(1024).min(PARTS);
-        let slots = if parts > 1 { self.arena.get("totals of parts", PARTS * 4)? } else { out };
-        let args = abi::Totals { singles, doubles, out: slots, n: n as u32, columns: columns as u32 };
-        self.run(&e::TOTALS, [parts as u32, 1, 1], &args)?;
-        if parts > 1 {
-            let args = abi::Totals { singles: null(), doubles: slots, out, n: parts as u32, columns: columns as u32 };
-            self.run(&e::TOTALS, [1, 1, 1], &args)?;
+    /// All `sums`, of one block each: parts first, then the parts where there are several.
+    fn total(&mut self, sums: &[abi::Totals]) -> Result<(), CudaError> {
+        let slots: *mut f64 = self.arena.get("totals of parts", sums.len() * PARTS * 4)?;
+        let (mut first, mut then) = (vec![], vec![]);
+        for (k, &sum) in sums.iter().enumerate() {
+            // Four rows a thread are less than another launch.
+            let parts = sum.n.div_ceil(1024).min(PARTS as u32);
+            if parts > 1 {
+                let slots = slots.wrapping_add(k * PARTS * 4);
+                first.push(([parts, 1], abi::Totals { out: slots, blocks: parts, ..sum }));
+                then.push(([1, 1], abi::Totals { singles: null(), doubles: slots, n: parts, ..sum }));
+            } else {
+                first.push(([1, 1], sum));
+            }
         }
-        Ok(())
+        self.run_each(&e::TOTALS, &first)?;
+        if then.is_empty() { Ok(()) } else { self.run_each(&e::TOTALS, &then) }
     }
 
     fn upload(&mut self, matrix: Matrix<'_>, slot: &'static str) -> Result<CardRows, CudaError> {
@@ -1367,6 +1407,16 @@ impl<C: Card> Cuda<C> {
     /// Blocks of a kernel that walks over tiles by itself.
     fn resident(&self, tiles: usize) -> u32 {
         tiles.min(self.card.multiprocessors() as usize) as u32
+    }
+
+    /// One launch of at least one piece of work.
+    fn run_each<A: abi::Args, const N: usize>(
+        &self,
+        kernel: &Kernel<abi::Each<A, N>>,
+        work: &[([u32; 2], A)],
+    ) -> Result<(), CudaError> {
+        let (grid, args) = each(work);
+        self.run(kernel, grid, &args)
     }
 
     pub(super) fn run<A: abi::Args>(&self, kernel: &Kernel<A>, grid: [u32; 3], args: &A) -> Result<(), CudaError> {
@@ -1516,6 +1566,11 @@ struct Anchored {
 }
 
 impl Call {
+    /// u (`which` 0) or v.
+    fn side(&self, which: usize) -> &Side {
+        if which == 0 { &self.u } else { &self.v }
+    }
+
     /// Whether d tau is made of sums of G times its lever: where that is G V's `<u, dU>` instead, it has what rounding G to
     /// halves left of its sum, which for MMD should be nothing, times what all logits have in common.
     fn levered(&self) -> bool {

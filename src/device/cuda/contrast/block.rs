@@ -117,7 +117,6 @@ impl<C: Card> Cuda<C> {
     ) -> Result<Value, LossError> {
         let (rows, out) = addresses(&self.card, embeddings, dim, gradients)?;
         let (mut call, batch) = self.block::<T>(loss, rows, block)?;
-        let scalars: *mut f64 = self.arena.get("scalars", super::scalar::COUNT)?;
         let (lambdas, joint) = call.form.softmaxes();
         if matches!(call.form, Form::Sigmoid { .. }) {
             call.u.target = call.u.share;
@@ -133,7 +132,7 @@ impl<C: Card> Cuda<C> {
                     return Err(wrong_len(what, from.len(), format!("{len}, one each")));
                 }
                 self.put("tally", from)?;
-                self.softmax(&mut call, which, lambda, joint, null(), scalars)?;
+                self.softmax(&mut call, which, lambda, joint, null())?;
             }
         }
         // A row's own terms are counted once, in its first block.

@@ -9,7 +9,7 @@
 //! and the same by rows. The joint loss has one residual, F_u' (exp(S - z) - T) F_v, small enough for the host.
 //! A softmax less its target is rounded after the subtraction, so nothing is lost where they are close.
 
-use super::{Call, CardRows, Carried, Cuda, Form, PARTS, Part, Pulling, Side, Sums, blocks, only_cpu, prepare, scalar};
+use super::{Call, CardRows, Carried, Cuda, Form, PARTS, Part, Pulling, Side, Sums, blocks, only_cpu, prepare};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::Card;
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
@@ -31,6 +31,7 @@ struct Slots {
     other: &'static str,
     residual: &'static str,
     offset: &'static str,
+    losses: &'static str,
 }
 
 const SLOTS: [Slots; 2] = [
@@ -43,6 +44,7 @@ const SLOTS: [Slots; 2] = [
         other: "factor of u",
         residual: "residual of u",
         offset: "offset of the factor of u",
+        losses: "losses of residuals of v",
     },
     Slots {
         halves: "features of v",
@@ -53,6 +55,7 @@ const SLOTS: [Slots; 2] = [
         other: "factor of v",
         residual: "residual of v",
         offset: "offset of the factor of v",
+        losses: "losses of residuals of u",
     },
 ];
 
@@ -112,10 +115,9 @@ impl<C: Card> Cuda<C> {
     /// Residuals, and what each of the loss' parts pulls; the softmaxes are there, with their targets.
     pub(super) fn residuals(
         &mut self,
-        call: &Call,
+        call: &mut Call,
         batch: &Batch<'_>,
         features: [CardRows; 2],
-        scalars: *mut f64,
     ) -> Result<Pulled, LossError> {
         let targets = self.targets(batch, features)?;
         match call.form {
@@ -125,7 +127,7 @@ impl<C: Card> Cuda<C> {
                 for (which, lambda) in [lambda_u, lambda_v].into_iter().enumerate() {
                     if lambda > 0.0 {
                         let softmaxes = Softmaxes { which, lambda, features: features[which], target: targets[which] };
-                        let (part, bound) = self.conditional_residual(call, batch, softmaxes, scalars)?;
+                        let (part, bound) = self.conditional_residual(call, batch, softmaxes)?;
                         pulled.parts.push(part);
                         pulled.bound += bound;
                     }
@@ -181,15 +183,14 @@ impl<C: Card> Cuda<C> {
     /// The part of one side's softmaxes.
     fn conditional_residual(
         &mut self,
-        call: &Call,
+        call: &mut Call,
         batch: &Batch<'_>,
         Softmaxes { which, lambda, features, target }: Softmaxes,
-        scalars: *mut f64,
     ) -> Result<(Part, f64), CudaError> {
         let slots = &SLOTS[which];
         let f = self.features(call, slots, features, true)?;
         let (side, shares) =
-            if which == 0 { (&call.v, &self.counts.col_share) } else { (&call.u, &self.counts.row_share) };
+            if which == 0 { (call.v, &self.counts.col_share) } else { (call.u, &self.counts.row_share) };
         let most = lambda * f64::from(shares.iter().copied().fold(0.0, f32::max));
         let mut part = Part::default();
         if which == 0 {
@@ -202,7 +203,7 @@ impl<C: Card> Cuda<C> {
         let dim = features.dim;
         let out: *mut u16 = self.arena.get(slots.other, side.rows * f.rows.pitch)?;
         let offset: *mut f32 = self.arena.get(slots.offset, side.rows)?;
-        let loss: *mut f64 = self.arena.get("losses of residuals", side.rows.div_ceil(8))?;
+        let loss: *mut f64 = self.arena.get(slots.losses, side.rows.div_ceil(8))?;
         let args = abi::Residual {
             acc,
             target,
@@ -221,8 +222,9 @@ impl<C: Card> Cuda<C> {
             lambda: lambda as f32,
         };
         self.run(&call.kernels.residual, [blocks(side.rows, 8), 1, 1], &args)?;
-        let at = scalars.wrapping_add([scalar::COL_LOSS, scalar::ROW_LOSS][which]);
-        self.total(null(), loss, side.rows.div_ceil(8), 1, at)?;
+        // In place of the softmax's own, which is not in the loss.
+        let own = if which == 0 { &mut call.v } else { &mut call.u };
+        own.losses = (loss.cast_const(), side.rows.div_ceil(8));
         let own = Factor { halves: f.rows.at, shift: null() };
         let other = Factor { halves: out, shift: offset };
         let mut part = Part::default();
@@ -240,7 +242,7 @@ impl<C: Card> Cuda<C> {
 
     fn joint_residual(
         &mut self,
-        call: &Call,
+        call: &mut Call,
         [features_u, features_v]: [CardRows; 2],
         target: *const f32,
     ) -> Result<Pulled, CudaError> {
@@ -295,8 +297,8 @@ impl<C: Card> Cuda<C> {
         let mut total = [0f32; 2];
         self.arena.download("joint", &mut total)?;
         total[1] *= (unit * f_v.unit) as f32;
-        let total = self.put("joint", &[total])?;
-        self.normalise(call, &call.u, call.v.rows, total, 0.0, null())?;
+        self.put("joint", &[total])?;
+        self.softmax(call, 0, 0.0, true, null())?;
         let sides = [Factor { halves, shift: offset }, Factor { halves: f_v.rows.at, shift: null() }];
         let part =
             Part { norm_u: call.u.norm, factor: Some(factor(call, sides, dims[1], f_v.rows.pitch)), ..Part::default() };

@@ -1,6 +1,6 @@
 //! The shuffled joint loss on a card: see `paired.rs` of the kernels.
 
-use super::{Call, Cuda, Drawn, Side, Sums, blocks};
+use super::{Call, Cuda, Drawn, Side, Sums, U, blocks};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::Card;
 use kernels::abi;
@@ -18,7 +18,7 @@ impl<C: Card> Cuda<C> {
         let [forth, back] = self.pairings(call, drawn)?;
         let args = abi::DrawPairings { forth, back, seed: drawn.seed, n: n as u32, pairings };
         self.run(&e::DRAW_PAIRINGS, [blocks_of_all as u32, 1, 1], &args)?;
-        let slots: *mut [f32; 4] = self.arena.get("tallies", n)?;
+        let slots: *mut [f32; 4] = self.arena.get(U.tallies, n)?;
         let x = self.arena.get("logits of pairings", (pairings as usize + 1) * n)?;
         let logits = call.logits(&call.u, &call.v);
         let args = abi::PairedTally { logits, forth, x, slots, pairings, reserved: 0 };
