@@ -915,16 +915,24 @@ mod pairs {
         let mut rng = ChaCha8Rng::seed_from_u64(8);
         let mut normal = |len: usize| -> Vec<f32> { (0..len).map(|_| StandardNormal.sample(&mut rng)).collect() };
         let (centres, noise) = (normal(n * d), normal(2 * n * d));
-        for (objective, of_a_class) in [(Objective::CLIP, 8), (Objective::Joint, 8), (Objective::Joint, 1)] {
-            let class: Vec<i64> = (0..n).map(|i| (i / of_a_class) as i64).collect();
+        // How many of a class u has, and v.
+        for (objective, of_a_class) in [
+            (Objective::CLIP, [8, 8]),
+            (Objective::CLIP, [8, 1]),
+            (Objective::CLIP, [1, 8]),
+            (Objective::Joint, [8, 8]),
+            (Objective::Joint, [1, 1]),
+        ] {
+            let len = of_a_class.map(|count| n * count / of_a_class[0].max(of_a_class[1]));
+            let class = [0, 1].map(|side| (0..len[side]).map(|i| (i / of_a_class[side]) as i64).collect::<Vec<_>>());
             let rows = |side: usize| -> Vec<f32> {
-                let near = noise[side * n * d..].chunks(d).zip(&class);
+                let near = noise[side * n * d..].chunks(d).zip(&class[side]);
                 let near = near
                     .map(|(x, &class)| x.iter().zip(&centres[class as usize * d..][..d]).map(|(x, c)| c + 0.03 * x));
                 near.flatten().collect()
             };
             let (u, v) = (Half::new(&rows(0)), Half::new(&rows(1)));
-            let pairs = Pairs { positives: Positives::Groups { u: &class, v: &class }, ..Pairs::default() };
+            let pairs = Pairs { positives: Positives::Groups { u: &class[0], v: &class[1] }, ..Pairs::default() };
             let batch = Batch { pairs, ..Batch::new(u.matrix(true, d), v.matrix(true, d)) };
             let loss = Loss::new(Tilting::Cosine, objective, 0.02);
             let want = reference::loss(&loss, &batch).unwrap();
@@ -935,7 +943,7 @@ mod pairs {
                     let got = evaluate(&mut engine, &loss, &batch);
                     let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
                     let off_tau = relative(&[got.value.grad_tau], &[want.grad_tau], 0.0);
-                    let what = format!("{} {objective:?} {of_a_class} {bytes}", isa.name());
+                    let what = format!("{} {objective:?} {of_a_class:?} {bytes}", isa.name());
                     assert!(off[0].max(off[1]) < 4e-3 && off_tau < 0.03, "{what}: {off:?} {off_tau}");
                 }
             }

@@ -247,3 +247,28 @@ fn equal_ids(u: &[i64], v: &[i64], rows: &Range<usize>, cols: &Range<usize>, mut
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objective::Matrix;
+
+    // A class of 60,000: each of its numbers is rounded as it is added to a sum thousands of times as large.
+    #[test]
+    fn means_of_long_sums_lose_nothing() {
+        let n = 60_000;
+        let from = vec![0.1f32; n];
+        let plain = from.iter().sum::<f32>() / n as f32;
+        let off = |mean: f32| (f64::from(mean) / f64::from(0.1f32) - 1.0).abs();
+        assert!(off(plain) > 1e-5, "{plain}");
+        let (to, class, classes) = (vec![0; n], vec![7; n], [7]);
+        for positives in [Positives::Index(&to), Positives::Groups { u: &class, v: &classes }] {
+            let mut batch = Batch::new(Matrix::f32(&from, 1), Matrix::f32(&[1.0], 1));
+            batch.pairs.positives = positives;
+            let (mut counts, mut mean) = (Counts::default(), [f32::NAN]);
+            counts.prepare(&batch, false).unwrap();
+            counts.target_means(&batch, false, &from, 1, &mut mean, &mut Vec::new());
+            assert!(off(mean[0]) < 3e-7, "{mean:?}");
+        }
+    }
+}

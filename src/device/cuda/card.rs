@@ -726,7 +726,7 @@ mod tests {
         let rows: Vec<u32> = card.work.lock().unwrap().launches.iter().map(|l| l.grid[1]).collect();
         assert_eq!(rows, [1, 2, 3, 2, 3]);
         let first = card.work.lock().unwrap().launches[0].clone();
-        assert_eq!(first, Launch { kernel: "tally_bf16", grid: [1, 1, 1], bytes: size_of::<Tally>() });
+        assert_eq!(first, Launch { kernel: "tally_bf16", grid: [1, 1, 1], bytes: size_of::<Each<Tally, 2>>() });
         // The host's memory has no place in a recording, which ends with its first error.
         let refused = card.capture(|| buffer.upload(.., &[0.0; 8]));
         assert_eq!(refused, Err(CudaError::Recording { call: "upload" }));
