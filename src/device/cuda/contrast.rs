@@ -1071,13 +1071,13 @@ impl<C: Card> Cuda<C> {
         let (tile, per_split) = if self.hopper { (abi::HOPPER_COLS, 1) } else { (abi::TILE, 2) };
         let down = |which: usize| call.side(which).rows.div_ceil(abi::TILE as usize);
         // Row tiles may leave multiprocessors idle: then their columns are split, as far as all blocks run at once.
-        let idle = self.card.multiprocessors() as usize / wanted.iter().map(|&which| down(which)).sum::<usize>();
+        let most = self.card.multiprocessors() as usize / wanted.iter().map(|&which| down(which)).sum::<usize>();
         let with_all = call.smoothing > 0.0;
         let (mut slots, mut args) = (vec![], vec![]);
         for &which in wanted {
             let (this, other) = (call.side(which), call.side(1 - which));
             let across = other.rows.div_ceil(tile as usize);
-            let tiles = across.div_ceil(idle.clamp(1, across));
+            let tiles = across.div_ceil(most.clamp(1, across));
             let splits = across.div_ceil(tiles);
             let count = per_split * splits;
             let names = [&U, &V][which];
