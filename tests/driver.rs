@@ -1,5 +1,5 @@
-//! What a driver may answer, and what is made of it: the binary, with a library in the driver's place that this test
-//! compiles. No machine needs a card, and none is looked at.
+//! What a driver may answer, and what is made of it; what it is asked where another program's memory is used: with a library in
+//! the driver's place that this test compiles. No machine needs a card, and none is looked at.
 #![cfg(all(feature = "cuda", feature = "cli", target_os = "linux"))]
 #![allow(missing_docs)]
 
@@ -7,10 +7,15 @@
 #[path = "common/command.rs"]
 mod command;
 
+use contrastive::device::cuda::{Buffer, Cuda, CudaError, Driver};
+use contrastive::{Loss, LossError, Objective, Pairs, Precision, Tilting, Write};
+use cudarc::driver::{CudaContext, DevicePtr};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 
-/// The driver of a card of capability 9.0 that takes everything and does nothing, but for what `FAKE` names.
+/// The driver of a card of capability 9.0 that takes everything and does nothing, but for what `FAKE` names: `tell` says what
+/// it is asked.
 const FAKE: &str = r#"
 #![allow(non_snake_case)]
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -21,6 +26,14 @@ fn is(what: &str) -> bool {
 }
 static NEXT: AtomicUsize = AtomicUsize::new(1 << 28);
 static LAUNCHES: AtomicUsize = AtomicUsize::new(0);
+
+/// Of calls whose order counts.
+fn tell(what: std::fmt::Arguments) -> u32 {
+    if is("tell") {
+        eprintln!("{what}");
+    }
+    0
+}
 
 unsafe fn put<T>(at: *mut T, x: T) -> u32 {
     unsafe { at.write(x) };
@@ -48,7 +61,14 @@ calls! {
     cuCtxGetCurrent(at: *mut P) put(at, std::ptr::null_mut());
     cuCtxPushCurrent_v2(_c: P) 0;
     cuCtxPopCurrent_v2(at: *mut P) put(at, 16 as P);
-    cuStreamCreate(at: *mut P, _f: c_uint) put(at, 32 as P);
+    cuStreamCreate(at: *mut P, _f: c_uint) put(at, NEXT.fetch_add(32, Ordering::Relaxed) as P);
+    cuStreamWaitEvent(s: P, event: P, _f: c_uint) tell(format_args!("wait on {} for {}", s as usize, event as usize));
+    cuEventCreate(at: *mut P, _f: c_uint) put(at, NEXT.fetch_add(32, Ordering::Relaxed) as P);
+    cuEventRecord(event: P, s: P) tell(format_args!("record on {} as {}", s as usize, event as usize));
+    cuEventDestroy_v2(_e: P) 0;
+    cuCtxSetCurrent(_c: P) 0;
+    cuCtxSynchronize() 0;
+    cuCtxGetDevice(at: *mut c_int) put(at, 0);
     cuStreamDestroy_v2(_s: P) 0;
     cuStreamSynchronize(_s: P) if is("lost") && LAUNCHES.load(Ordering::Relaxed) > 0 { 700 } else { 0 };
     cuStreamIsCapturing(_s: P, at: *mut c_uint) put(at, 0);
@@ -59,11 +79,16 @@ calls! {
             218
         } else { put(at, 64 as P) }
     };
-    cuModuleGetFunction(at: *mut P, _m: P, _name: *const c_char) put(at, 80 as P);
+    cuModuleGetFunction(at: *mut P, _m: P, name: *const c_char) put(at, std::ffi::CStr::from_ptr(name).to_owned().into_raw().cast());
     cuModuleUnload(_m: P) 0;
     cuFuncSetAttribute(_f: P, _which: c_int, _value: c_int) 0;
-    cuLaunchKernel(_f: P, _x: c_uint, _y: c_uint, _z: c_uint, _a: c_uint, _b: c_uint, _c: c_uint, _s: c_uint, _q: P, _p: *mut P, _e: *mut P) {
+    cuLaunchKernel(f: P, _x: c_uint, _y: c_uint, _z: c_uint, _a: c_uint, _b: c_uint, _c: c_uint, _s: c_uint, queue: P, args: *mut P, _e: *mut P) {
         LAUNCHES.fetch_add(1, Ordering::Relaxed);
+        let name = std::ffi::CStr::from_ptr(f as *const c_char).to_str().unwrap();
+        // Their arguments begin with as many addresses.
+        let words = if name.starts_with("prepare") { 1 } else if name.starts_with("finish") { 5 } else { 0 };
+        let last = (0..words).map(|k| *(*args as *const usize).add(k)).last();
+        tell(format_args!("launch {name} on {} of {}", queue as usize, last.unwrap_or(0)));
         if is("launch") { 701 } else { 0 }
     };
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize) { put(total, 1 << 33); put(free, 512) };
@@ -96,6 +121,8 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(at: *mut c_int, which: c_int, _d: 
         put(at, match which {
             75 => if is("small") { 7 } else if is("new") { 12 } else { 9 },
             76 => if is("small") { 5 } else { 0 },
+            // No memory of streams.
+            115 => 0,
             _ => 4,
         })
     }
@@ -164,4 +191,80 @@ fn what_a_driver_answers_is_said_and_nothing_panics() {
     let idle = run(dir.path(), "", &[&LOSS[..], &["--device", "cuda"]].concat());
     let stderr = String::from_utf8_lossy(&idle.stderr);
     assert!(!idle.status.success() && !stderr.contains("panicked"), "{stderr}");
+}
+
+/// Slices of `cudarc` that one of its streams made, given to a card of another of its streams.
+fn use_slices() {
+    // Not by `eprintln`, which a test keeps to itself.
+    let tell = |what: String| std::io::Write::write_all(&mut std::io::stderr(), (what + "\n").as_bytes()).unwrap();
+    let (n, d) = (6, 8);
+    let context = CudaContext::new(0).unwrap();
+    let [theirs, ours] = [0, 1].map(|_| context.new_stream().unwrap());
+    let [u, v, mut du, mut dv] = [0; 4].map(|_| theirs.alloc_zeros::<f32>(n * d).unwrap());
+    for (name, slice) in [("u", &u), ("v", &v), ("du", &du), ("dv", &dv)] {
+        tell(format!("{name} {}", slice.device_ptr(&theirs).0));
+    }
+    let card = Arc::new(Driver::of_cudarc(&ours).unwrap());
+    drop(ours);
+    tell(format!("queue {}", card.stream() as usize));
+    let mut engine = Cuda::new(&card, Precision::Bf16);
+    let loss = Loss::new(Tilting::Cosine, Objective::CLIP, 0.1);
+    let pairs = Pairs::default();
+    tell("begin".into());
+    let out = [Some(Write::Set(&mut du)), Some(Write::Add(&mut dv))];
+    let value = engine.loss_on_card(&loss, &pairs, [&u, &v], d, None, out).unwrap();
+    tell("end".into());
+    assert!(value.loss.is_finite());
+
+    // What goes wrong is said, and nothing is launched.
+    let short = theirs.alloc_zeros::<f32>(5).unwrap();
+    let why = engine.loss_on_card(&loss, &pairs, [&u, &short], d, None, [None, None]).unwrap_err();
+    assert!(matches!(why, LossError::Shape { what: "v", .. }), "{why}");
+    let mut short = theirs.alloc_zeros::<f32>(5).unwrap();
+    let out = [Some(Write::Set(&mut short)), None];
+    let why = engine.loss_on_card(&loss, &pairs, [&u, &v], d, None, out).unwrap_err();
+    assert!(matches!(why, LossError::Shape { what: "gradient of u", .. }), "{why}");
+    let own = Arc::new(Driver::new(0).unwrap());
+    let why =
+        Cuda::new(&own, Precision::Bf16).loss_on_card(&loss, &pairs, [&u, &v], d, None, [None, None]).unwrap_err();
+    assert!(why.to_string().contains("Driver::of_cudarc"), "{why}");
+    let buffer = Buffer::<f32, _>::zeroed(&own, n * d).unwrap();
+    let why = engine.loss_on_card(&loss, &pairs, [&buffer, &buffer], d, None, [None, None]).unwrap_err();
+    assert_eq!(why.to_string(), LossError::from(CudaError::OtherCard).to_string());
+}
+
+#[test]
+fn slices_of_cudarc_are_used_where_they_are_and_in_turn() {
+    if std::env::var("FAKE").is_ok_and(|fake| fake == "tell") {
+        return use_slices();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    library(dir.path(), false);
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "slices_of_cudarc_are_used_where_they_are_and_in_turn"]);
+    let child = child.env("LD_LIBRARY_PATH", dir.path()).env("FAKE", "tell").output().unwrap();
+    let told = String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success(), "{told}{}", String::from_utf8_lossy(&child.stdout));
+    let told: Vec<&str> = told.lines().collect();
+    let of = |name: &str| {
+        let line = told.iter().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{name}: {told:#?}"));
+        line.trim().to_owned()
+    };
+    let at = |line: &str| told.iter().position(|l| *l == line).unwrap_or_else(|| panic!("{line}: {told:#?}"));
+    let queue = of("queue ");
+    // Each slice once is read or written, in its own place.
+    let uses = [("prepare_bf16_f32", "u "), ("prepare_bf16_f32", "v "), ("finish_bf16", "du "), ("finish_bf16", "dv ")];
+    for (kernel, slice) in uses {
+        let launch = format!("launch {kernel} on {queue} of {}", of(slice));
+        assert_eq!(told.iter().filter(|line| **line == launch).count(), 1, "{launch}: {told:#?}");
+    }
+    // Before the first launch the queue waits for what their stream wrote; after the last it says what it has read and written.
+    let (begin, end) = (at("begin"), at("end"));
+    let called = &told[begin..end];
+    let launches: Vec<usize> = (0..called.len()).filter(|&k| called[k].starts_with("launch ")).collect();
+    let (first, last) = (launches[0], launches[launches.len() - 1]);
+    let waits = called[..first].iter().filter(|line| line.starts_with(&format!("wait on {queue} for "))).count();
+    let records = called[last..].iter().filter(|line| line.starts_with(&format!("record on {queue} as "))).count();
+    assert!(waits >= 4 && records == 4, "{waits} waits, {records} records: {called:#?}");
+    assert!(told[end..].iter().all(|line| !line.starts_with("launch ")), "{told:#?}");
 }

@@ -681,6 +681,23 @@ fn pairs_are_learned_embedded_and_retrieved() {
 
 // As in the paper's ocean: u are the numbers of a flow, v is where it carries a particle. Here z' = i w z + i a e^{i b t}
 // from z = 1, which has a closed form; every 24th of two turns is stored.
+// Each u is its v: the lower the temperature, the lower the loss. Nothing else is learned.
+#[test]
+fn a_learned_temperature_stays_above_its_least() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = pairs(dir.path(), 200);
+    let same = Config {
+        v: config.u.clone(),
+        encoder_u: EncoderSpec::Identity {},
+        encoder_v: EncoderSpec::Identity {},
+        ..config
+    };
+    let same = Config { tilting: "cosine".into(), tau: 0.02, train_tau: true, lr: 0.3, ..same };
+    run(&same, &dir.path().join("run"), false, None).unwrap();
+    let tau = summary(&dir.path().join("run"))["tau"].as_f64().unwrap();
+    assert!((tau - 0.01).abs() < 1e-8, "{tau}");
+}
+
 #[test]
 fn a_transformer_learns_flows_from_trajectories() {
     let data = tempfile::tempdir().unwrap();

@@ -216,6 +216,24 @@ pub enum Write<T> {
     Add(T),
 }
 
+impl<T> Write<T> {
+    /// The same, of what `to` makes of the place.
+    pub fn map<S>(self, to: impl FnOnce(T) -> S) -> Write<S> {
+        match self {
+            Write::Set(out) => Write::Set(to(out)),
+            Write::Add(out) => Write::Add(to(out)),
+        }
+    }
+
+    /// The place, and whether results are added to what is there.
+    pub fn split(self) -> (T, bool) {
+        match self {
+            Write::Set(out) => (out, false),
+            Write::Add(out) => (out, true),
+        }
+    }
+}
+
 /// The gradients wanted, all f32.
 #[derive(Debug, Default)]
 pub struct Gradients<'a> {

@@ -295,6 +295,19 @@ mod tests {
         }
     }
 
+    // The rows that the first epoch's order leaves over are the only ones of their class: later ones see them.
+    #[test]
+    fn each_epoch_leaves_other_rows_over() {
+        let (seed, n) = (3, BATCH + 20);
+        let mut labels = vec![0u32; n];
+        (BATCH..n).for_each(|at| labels[permute(seed, 0, n, at)] = 1);
+        let x: Vec<f32> = labels.iter().flat_map(|&label| [label as f32, 1.0]).collect();
+        let x = Table { data: &x, dim: 2 };
+        let head = fine_tune(1.0, &x, &labels, 2, seed).unwrap();
+        let got = classify(Tilting::Dot, 1.0, &x, &Table { data: &head.weight, dim: 2 }, Some(&head.bias)).unwrap();
+        assert_eq!(got.labels, labels.iter().map(|&label| label as usize).collect::<Vec<_>>());
+    }
+
     #[test]
     fn classes_that_are_no_numbers_are_refused() {
         let (input, classes) = ([1f32], [0.5f32, f32::NAN]);

@@ -8,7 +8,7 @@ use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
 use super::tally::{Tallies, Want};
-use super::{inner, split, together};
+use super::{inner, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
@@ -529,7 +529,7 @@ pub(super) fn conclude<T: Element>(
 
 /// Writes `value(j)` to number j of an output, if it is wanted.
 pub(super) fn put(out: Option<Write<&mut [f32]>>, value: impl Fn(usize) -> f32) {
-    let Some((out, add)) = out.map(split) else { return };
+    let Some((out, add)) = out.map(Write::split) else { return };
     for (j, out) in out.iter_mut().enumerate() {
         *out = if add { *out + value(j) } else { value(j) };
     }

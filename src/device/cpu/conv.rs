@@ -16,7 +16,6 @@
 
 use super::layers::{SHARDS, normal};
 use super::simd::{Isa, Lane, Op, Register, Simd, Vector, WIDEST};
-use super::split;
 use crate::device::{Activation, Conv, ConvPool, Pool};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -788,7 +787,7 @@ pub(super) fn backward_weight<T: Lane>(
 
 /// Adds the shards' sums to `to`, in order, or sets it to them.
 fn add_shards<T: Lane>(sums: &[T], to: Write<&mut [T]>) {
-    let (to, add) = split(to);
+    let (to, add) = to.split();
     if !add {
         to.fill(T::ZERO);
     }
@@ -1048,6 +1047,25 @@ mod tests {
                 backward_weight(isa, &c, rows, &x, &d, Write::Add(&mut dw), &mut scratch);
                 assert!(dw.iter().zip(&set).all(|(twice, once)| *twice == 2.0 * once));
             }
+        }
+    }
+
+    // Of equal maxima the first has the gradient, as torch's.
+    #[test]
+    fn ties_of_a_window_are_its_first_number() {
+        let conv = Conv { inputs: 1, height: 4, width: 4, outputs: 1, kernel: 1, padding: 0 };
+        let c = ConvPool { conv, activation: Activation::None, pool: Pool::Max, size: 2 };
+        // A window of equal numbers, one whose largest are its second and third, its last two, its first and last.
+        let x = [5.0, 5.0, 1.0, 3.0, 5.0, 5.0, 3.0, 2.0, 0.0, 1.0, 4.0, 2.0, 2.0, 2.0, 1.0, 4.0];
+        let want = [7.0, 0.0, 0.0, 8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 9.0, 0.0, 0.0, 0.0];
+        for isa in Isa::available() {
+            let (mut work, mut kept) = (vec![f64::NAN; scratch(&conv, 1)], vec![f64::NAN; kept(&c, 1)]);
+            let (mut out, mut dx, mut d_params) = ([f64::NAN; 4], [f64::NAN; 16], [0.0; 2]);
+            forward(isa, &c, 1, &x, &[1.0, 0.0], &mut kept, &mut out, &mut work);
+            assert_eq!(out, [5.0, 3.0, 2.0, 4.0]);
+            let saved = Saved { x: &x, params: &[1.0, 0.0], kept: &kept, d_out: &[7.0, 8.0, 9.0, 10.0] };
+            backward(isa, &c, 1, saved, Some(&mut dx), &mut d_params, &mut work);
+            assert_eq!(dx, want, "{}", isa.name());
         }
     }
 

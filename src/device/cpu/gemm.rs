@@ -4,7 +4,6 @@
 //! bits for any number of threads.
 
 use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
-use super::split;
 use crate::device::Gemm;
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -18,7 +17,7 @@ const COLUMNS: usize = 4 * WIDEST;
 /// `c = op(a) op(b)`; `packed` holds the packed B and grows as needed.
 pub fn gemm<T: Lane>(isa: Isa, shape: Gemm, a: &[T], b: &[T], c: Write<&mut [T]>, packed: &mut Vec<T>) {
     let Gemm { m, n, k, transpose_a, transpose_b } = shape;
-    let (c, add) = split(c);
+    let (c, add) = c.split();
     assert!(a.len() == m * k && b.len() == k * n && c.len() == m * n, "gemm operands do not fit the shape");
     if m == 0 || n == 0 {
         return;

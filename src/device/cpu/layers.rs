@@ -5,7 +5,7 @@
 //! added in order.
 
 use super::simd::{Isa, Op, Simd, WIDEST};
-use super::{split, together};
+use super::together;
 use crate::device::{Activation, AdamStep, Pool, Pooling, Real};
 use crate::objective::Write;
 use kernels::law::ERFC;
@@ -116,7 +116,7 @@ pub(super) fn bias_activation_backward<T: Real>(
             d * (cdf + x * density)
         }),
     }
-    let Some((d_bias, add)) = d_bias.map(split) else { return };
+    let Some((d_bias, add)) = d_bias.map(Write::split) else { return };
     // Tasks own channels and walk all rows in order: sums do not depend on the number of threads.
     let channels_a_task = if pixels == 1 { 4 * LANES } else { 1 };
     d_bias.par_chunks_mut(channels_a_task).enumerate().for_each(|(task, d_bias)| {

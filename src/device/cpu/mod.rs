@@ -174,7 +174,7 @@ impl<T: Lane> Device for Cpu<T> {
     }
     fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
         let mut packed = self.take_packed();
-        gemm::gemm(self.isa, shape, read(&a), read(&b), slice(c), &mut packed);
+        gemm::gemm(self.isa, shape, read(&a), read(&b), c.map(write), &mut packed);
         self.give_packed(packed);
     }
 
@@ -205,7 +205,14 @@ impl<T: Lane> Device for Cpu<T> {
         d: ViewMut<'_, Vec<T>>,
         d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
     ) {
-        layers::bias_activation_backward(self.isa, shape, activation, read(&saved), write(d), d_bias.map(slice));
+        layers::bias_activation_backward(
+            self.isa,
+            shape,
+            activation,
+            read(&saved),
+            write(d),
+            d_bias.map(|d| d.map(write)),
+        );
     }
     fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
         conv::scratch(conv, rows)
@@ -241,7 +248,7 @@ impl<T: Lane> Device for Cpu<T> {
         d_weight: Write<ViewMut<'_, Vec<T>>>,
         scratch: &mut Vec<T>,
     ) {
-        conv::backward_weight(self.isa, conv, rows, read(&x), read(&d_out), slice(d_weight), scratch);
+        conv::backward_weight(self.isa, conv, rows, read(&x), read(&d_out), d_weight.map(write), scratch);
     }
     fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
         layers::pool(pooling, rows, read(&x), write(out));
@@ -307,7 +314,7 @@ impl<T: Lane> Device for Cpu<T> {
         d_affine: Write<ViewMut<'_, Vec<T>>>,
     ) {
         let saved = norm::Saved { x: read(&x), affine: read(&affine), stats: read(&stats) };
-        norm::layer_norm_backward(self.isa, norm, rows, saved, read(&d_out), slice(dx), slice(d_affine));
+        norm::layer_norm_backward(self.isa, norm, rows, saved, read(&d_out), dx.map(write), d_affine.map(write));
     }
     fn attention(
         &self,
@@ -434,7 +441,7 @@ impl Contrast for Cpu<f32> {
             v: Matrix::f32(&m.v.buf[m.v.at.clone()], m.dims[1]),
         });
         let batch = Batch { u: matrix(u), v: matrix(v), pairs: Pairs::default(), offset_v: None, moments: features };
-        let gradients = Gradients { u: Some(slice(grad_u)), v: Some(slice(grad_v)), offset_v: None };
+        let gradients = Gradients { u: Some(grad_u.map(write)), v: Some(grad_v.map(write)), offset_v: None };
         let value = self.loss(&loss, &batch, gradients);
         (self.stored_bf16, self.stored_f16) = (bf16, f16);
         let value = value?;
@@ -478,21 +485,5 @@ impl FromF32 for bf16 {
 impl FromF32 for f16 {
     fn from_f32(x: f32) -> Self {
         f16::from_f32(x)
-    }
-}
-
-/// An output, and whether results are added to what is there.
-fn split<T>(out: Write<T>) -> (T, bool) {
-    match out {
-        Write::Set(out) => (out, false),
-        Write::Add(out) => (out, true),
-    }
-}
-
-/// [`write`] under its mode.
-fn slice<T>(out: Write<ViewMut<'_, Vec<T>>>) -> Write<&mut [T]> {
-    match out {
-        Write::Set(out) => Write::Set(write(out)),
-        Write::Add(out) => Write::Add(write(out)),
     }
 }

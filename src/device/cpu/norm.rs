@@ -5,7 +5,6 @@
 
 use super::layers::{GRAIN, LANES, sum};
 use super::simd::{Isa, Lane, Op, Simd};
-use super::split;
 use crate::device::{Norm, Real};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -108,7 +107,7 @@ pub(super) fn layer_norm_backward<T: Lane>(
     d_affine: Write<&mut [T]>,
 ) {
     let &Norm { width, stride } = norm;
-    let (dx, add) = split(dx);
+    let (dx, add) = dx.split();
     let Saved { x, affine, stats } = saved;
     assert!(
         x.len() == norm.input_len(rows) && dx.len() == x.len() && d_out.len() == rows * width,
@@ -123,7 +122,7 @@ pub(super) fn layer_norm_backward<T: Lane>(
             isa.run(Backward { norm, saved: Saved { x, affine, stats }, d_out, dx, add });
         });
 
-    let (d_affine, add) = split(d_affine);
+    let (d_affine, add) = d_affine.split();
     let (d_gain, d_bias) = d_affine.split_at_mut(width);
     d_gain.par_chunks_mut(COLUMNS).zip(d_bias.par_chunks_mut(COLUMNS)).enumerate().for_each(
         |(task, (d_gain, d_bias))| {

@@ -7,7 +7,7 @@
 use super::card::{Card, MapSpec};
 use super::{CardInfo, Code, CudaError, argument_bytes, name, ptx, runs, supported};
 use crate::objective::Precision;
-use cudarc::driver::sys;
+use cudarc::driver::{CudaContext, CudaStream, sys};
 use kernels::abi::{Args, Kernel, Module, TensorMap};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -240,6 +240,8 @@ struct Inner {
     stream: sys::CUstream,
     /// The device whose primary context is held and whose stream is ours, unless both are a caller's.
     owned: Option<sys::CUdevice>,
+    /// Whose they are, where `cudarc` made them.
+    cudarc: Option<Arc<CudaStream>>,
     capability: [u32; 2],
     multiprocessors: u32,
     kernels: Mutex<Loaded>,
@@ -312,6 +314,14 @@ impl Driver {
         Ok(Self(Arc::new(inner)))
     }
 
+    /// `cudarc`'s stream, and its context. Graphs cannot be recorded on the default stream.
+    ///
+    /// # Errors
+    /// [`CudaError::DriverTooOld`], [`CudaError::Unsupported`] or [`CudaError::Driver`].
+    pub fn of_cudarc(stream: &Arc<CudaStream>) -> Result<Self, CudaError> {
+        Self::of_handles(stream.context().cu_ctx(), stream.cu_stream(), Some(Arc::clone(stream)))
+    }
+
     /// A caller's own context and stream, as the driver's `CUcontext` and `CUstream`. Graphs cannot be recorded on the
     /// null stream.
     ///
@@ -322,9 +332,19 @@ impl Driver {
     /// # Errors
     /// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::Unsupported`] or [`CudaError::Driver`].
     pub unsafe fn of_stream(context: *mut c_void, stream: *mut c_void) -> Result<Self, CudaError> {
+        Self::of_handles(context.cast(), stream.cast(), None)
+    }
+
+    /// Living handles, by the caller's promise or because `cudarc` is kept.
+    fn of_handles(
+        context: sys::CUcontext,
+        stream: sys::CUstream,
+        cudarc: Option<Arc<CudaStream>>,
+    ) -> Result<Self, CudaError> {
         let calls = Calls::get()?;
         let version = calls.version()?;
-        let mut inner = Inner::new(calls, context.cast(), stream.cast(), None);
+        let mut inner = Inner::new(calls, context, stream, None);
+        inner.cudarc = cudarc;
         let mut device = 0;
         {
             let _current = inner.current()?;
@@ -334,6 +354,24 @@ impl Driver {
         supported(version, calls.capability(device)?)?;
         inner.describe(device)?;
         Ok(Self(Arc::new(inner)))
+    }
+
+    /// `cudarc`'s stream, on which this card's work runs, where that is in `context`.
+    pub(super) fn stream_in(&self, context: &CudaContext) -> Result<&CudaStream, CudaError> {
+        match &self.0.cudarc {
+            Some(stream) if stream.context().cu_ctx() == context.cu_ctx() => Ok(stream),
+            _ => Err(CudaError::OtherCard),
+        }
+    }
+
+    /// Fails for memory of another context.
+    #[cfg(feature = "cust")]
+    pub(super) fn holds(&self, at: sys::CUdeviceptr) -> Result<(), CudaError> {
+        use cust::sys::{CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_CONTEXT, cuPointerGetAttribute};
+        let mut context: sys::CUcontext = null_mut();
+        // SAFETY: writes one handle; any address may be asked about.
+        let answer = unsafe { cuPointerGetAttribute((&raw mut context).cast(), CU_POINTER_ATTRIBUTE_CONTEXT, at) };
+        if answer as u32 == SUCCESS && context == self.0.context { Ok(()) } else { Err(CudaError::OtherCard) }
     }
 
     /// The stream, as the driver's `CUstream`, for others to add work to or to wait for.
@@ -367,7 +405,8 @@ impl Inner {
         owned: Option<sys::CUdevice>,
     ) -> Self {
         let (kernels, given_back, quiet) = Default::default();
-        Self { calls, context, stream, owned, capability: [0; 2], multiprocessors: 0, kernels, given_back, quiet }
+        let (capability, multiprocessors, cudarc) = Default::default();
+        Self { calls, context, stream, owned, cudarc, capability, multiprocessors, kernels, given_back, quiet }
     }
 
     fn describe(&mut self, device: sys::CUdevice) -> Result<(), CudaError> {

@@ -26,31 +26,25 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What another program has on the card already is taken by its address, on that program's stream: here of buffers of `cudarc`.
-//! [`contrast::Cuda::loss_on_card`] does the same of this crate's own [`Buffer`]s, without `unsafe`.
+//! What another program has on the card already is taken where it is, on that program's stream: here slices of `cudarc`. Buffers of
+//! this crate ([`Buffer`]) go the same way, and with feature `cust` those of `cust`; whatever else by its address
+//! ([`Driver::of_stream`], [`contrast::Cuda::loss_at`]).
 //!
 //! ```no_run
-//! use contrastive::device::cuda::{Cuda, Driver, contrast::CardRows};
+//! use contrastive::device::cuda::{Cuda, Driver};
 //! use contrastive::{Loss, Objective, Pairs, Precision, Tilting, Write};
-//! use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
+//! use cudarc::driver::CudaContext;
 //! use std::sync::Arc;
 //!
 //! # let (n, d) = (4096, 512);
-//! let context = CudaContext::new(0)?;
-//! let stream = context.new_stream()?;
+//! let stream = CudaContext::new(0)?.new_stream()?;
 //! let u = stream.clone_htod(&vec![0.1f32; n * d])?;
 //! let v = stream.clone_htod(&vec![0.2f32; n * d])?;
 //! let (mut du, mut dv) = (stream.alloc_zeros::<f32>(n * d)?, stream.alloc_zeros::<f32>(n * d)?);
-//! // SAFETY: both handles live as long as `context` and `stream`, which are dropped after `card` and `engine`.
-//! let card = Arc::new(unsafe { Driver::of_stream(context.cu_ctx().cast(), stream.cu_stream().cast()) }?);
-//! let mut engine = Cuda::new(&card, Precision::Bf16);
-//! let (in_u, in_v) = (u.device_ptr(&stream), v.device_ptr(&stream));
-//! let (out_u, out_v) = (du.device_ptr_mut(&stream), dv.device_ptr_mut(&stream));
-//! let rows = [in_u.0, in_v.0].map(|at| CardRows { at: at as *const (), singles: true, rows: n, dim: d });
-//! let out = [out_u.0, out_v.0].map(|at| Some(Write::Set(at as *mut f32)));
+//! let mut engine = Cuda::new(&Arc::new(Driver::of_cudarc(&stream)?), Precision::Bf16);
 //! let loss = Loss::new(Tilting::Cosine, Objective::CLIP, 0.07);
-//! // SAFETY: buffers of n * d numbers of f32, borrowed until after the call, the outputs mutably.
-//! let value = unsafe { engine.loss_at(&loss, Precision::Bf16, &Pairs::default(), rows, None, out) }?;
+//! let out = [Some(Write::Set(&mut du)), Some(Write::Add(&mut dv))];
+//! let value = engine.loss_on_card(&loss, &Pairs::default(), [&u, &v], d, None, out)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -177,6 +171,7 @@ impl std::fmt::Display for Code {
                 "; a kernel failed, and nothing more runs on the card in this process: start again, \
                  under compute-sanitizer to see which kernel"
             }
+            702 => "; a card that also drives a display ends kernels that take seconds: give it fewer rows at a time, or another card",
             802 | 803 => "; the driver's parts are of different versions: restart the machine",
             _ => "",
         })
@@ -296,7 +291,10 @@ pub enum CudaError {
         grid: [u32; 3],
     },
     /// Memory of one card is no other's.
-    #[error("the two buffers are of different cards: copy through the host")]
+    #[error(
+        "numbers in the memory of another card or context: copy them through the host, or give the engine \
+         theirs (Driver::of_cudarc, Driver::of_stream)"
+    )]
     OtherCard,
     /// A shape that no kernel takes.
     #[error("the card's kernels need {0}; the CPU engine does without")]

@@ -80,10 +80,8 @@ fn write<C: Card>(view: ViewMut<'_, Buf<C>>) -> Result<*mut f32, CudaError> {
 }
 /// Where a `Write` of `len` numbers goes, and whether it adds.
 fn target<C: Card>(to: Write<ViewMut<'_, Buf<C>>>, len: usize) -> Result<(*mut f32, bool), CudaError> {
-    match to {
-        Write::Set(view) => Ok((as_many_mut(view, len)?, false)),
-        Write::Add(view) => Ok((as_many_mut(view, len)?, true)),
-    }
+    let (view, add) = to.split();
+    Ok((as_many_mut(view, len)?, add))
 }
 /// Kernels count in 32 bits, by as many at a time as a grid has threads.
 fn count(n: usize) -> Result<u32, CudaError> {
@@ -818,10 +816,8 @@ impl<C: Card> Contrast for Cuda<C> {
             Ok::<_, CudaError>(CardRows { at: as_many(view, rows * dim)?.cast(), singles: true, rows, dim })
         };
         let out = |to: Write<ViewMut<'_, Buf<C>>>| {
-            Ok::<_, CudaError>(Some(match to {
-                Write::Set(view) => Write::Set(as_many_mut(view, rows * dim)?),
-                Write::Add(view) => Write::Add(as_many_mut(view, rows * dim)?),
-            }))
+            let (at, add) = target(to, rows * dim)?;
+            Ok::<_, CudaError>(Some(if add { Write::Add(at) } else { Write::Set(at) }))
         };
         let [grad_u, grad_v] = gradients;
         let (rows, out) = ([on_card(&u, dim)?, on_card(&v, dim)?], [out(grad_u)?, out(grad_v)?]);

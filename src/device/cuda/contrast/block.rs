@@ -4,13 +4,14 @@
 //! pulls its part. One contract: everything that [`Cuda::pull_block`] returns is a sum over the block's pairs, so that loss,
 //! scalar gradients, dU and dV of all blocks add up to those of [`Cuda::loss_on_card`] on the whole.
 
-use super::{
-    Buffer, Call, CardRows, Cuda, Embedding, Form, Given, Share, U, V, addresses, elsewhere, only_cpu, wrong_len,
-};
+use super::call::{Call, Form, Given, Share, U, V};
+use super::memory::{CardRows, Embedding, OnCard, addresses, elsewhere, wrong_len};
+use super::{Cuda, only_cpu};
 use crate::device::cuda::card::Card;
-use crate::objective::{Batch, Loss, LossError, Objective, Pairs, Value, Write};
+use crate::objective::{Batch, Loss, LossError, Objective, Pairs, Precision, Value, Write};
 use kernels::abi::HOLE;
 use std::ptr::null;
+use std::sync::Arc;
 
 /// Where a block lies in the whole, whose pair i is row i of both sides.
 #[derive(Clone, Copy, Debug)]
@@ -77,15 +78,16 @@ impl<C: Card> Cuda<C> {
     /// # Errors
     /// As [`Self::loss_on_card`]; [`LossError::Parameter`] for smoothing, MMD and the shuffled joint loss, which blocks do not have;
     /// [`LossError::Shape`] for a block that is not in the whole.
-    pub fn tally_block<T: Embedding>(
+    pub fn tally_block<B: OnCard<C>>(
         &mut self,
         loss: &Loss,
-        embeddings: [&Buffer<T, C>; 2],
+        embeddings: [&B; 2],
         dim: usize,
         block: Block,
     ) -> Result<Tallies, LossError> {
-        let (rows, _) = addresses(&self.card, embeddings, dim, [None, None])?;
-        let (call, _) = self.block::<T>(loss, rows, block)?;
+        let card = Arc::clone(&self.card);
+        let at = addresses(&card, embeddings, dim, [None, None])?;
+        let (call, _) = self.block(loss, B::Number::PRECISION, at.rows, block)?;
         let mut tallies = Tallies::NONE;
         let (lambdas, joint) = call.form.softmaxes();
         let sides = [(&mut tallies.rows, call.u.rows), (&mut tallies.cols, call.v.rows)];
@@ -106,17 +108,18 @@ impl<C: Card> Cuda<C> {
     ///
     /// # Errors
     /// As [`Self::tally_block`]; [`LossError::Shape`] for tallies of other rows or columns.
-    pub fn pull_block<T: Embedding>(
+    pub fn pull_block<B: OnCard<C>>(
         &mut self,
         loss: &Loss,
-        embeddings: [&Buffer<T, C>; 2],
+        embeddings: [&B; 2],
         dim: usize,
         block: Block,
         tallies: &Tallies,
-        gradients: [Option<Write<&mut Buffer<f32, C>>>; 2],
+        gradients: [Option<Write<&mut B::Singles>>; 2],
     ) -> Result<Value, LossError> {
-        let (rows, out) = addresses(&self.card, embeddings, dim, gradients)?;
-        let (mut call, batch) = self.block::<T>(loss, rows, block)?;
+        let card = Arc::clone(&self.card);
+        let at = addresses(&card, embeddings, dim, gradients)?;
+        let (mut call, batch) = self.block(loss, B::Number::PRECISION, at.rows, block)?;
         let (lambdas, joint) = call.form.softmaxes();
         if matches!(call.form, Form::Sigmoid { .. }) {
             call.u.target = call.u.share;
@@ -138,14 +141,15 @@ impl<C: Card> Cuda<C> {
         // A row's own terms are counted once, in its first block.
         let share = Share { rows: block.at[1] == 0, cols: block.at[0] == 0, whole: Some(block.whole) };
         let bound = call.bound(&self.counts);
-        let gain = self.gradients(&call, &[call.part()], bound, out, false)?;
+        let gain = self.gradients(&call, &[call.part()], bound, at.out, false)?;
         self.value(&Given { call, gain, known: None }, loss, &batch, None, share)
     }
 
     /// The block's call, prepared, with ids, counts and shares of the whole.
-    fn block<T: Embedding>(
+    fn block(
         &mut self,
         loss: &Loss,
+        precision: Precision,
         rows: [CardRows; 2],
         block: Block,
     ) -> Result<(Call, Batch<'static>), LossError> {
@@ -188,7 +192,7 @@ impl<C: Card> Cuda<C> {
                 self.counts.col_share = share;
             }
         }
-        let mut call = self.call(loss, self.rounded(T::PRECISION), rows, false, null())?;
+        let mut call = self.call(loss, self.rounded(precision), rows, false, null())?;
         // Nobody looks for its plain pairs.
         (call.u.span, call.v.span) = (null(), null());
         self.prepare(&mut call, rows, null())?;

@@ -9,7 +9,10 @@
 //! and the same by rows. The joint loss has one residual, F_u' (exp(S - z) - T) F_v, small enough for the host.
 //! A softmax less its target is rounded after the subtraction, so nothing is lost where they are close.
 
-use super::{Call, CardRows, Carried, Cuda, Form, PARTS, Part, Pulling, Side, Sums, blocks, only_cpu, prepare};
+use super::call::{Call, Form, Side};
+use super::memory::CardRows;
+use super::pull::{Carried, PARTS, Part, Pulling, Sums, gain};
+use super::{Cuda, blocks, only_cpu, prepare};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::Card;
 use crate::objective::{Batch, LossError, Matrix, Moments, Positives, Storage};
@@ -336,7 +339,7 @@ impl<C: Card> Cuda<C> {
         slot: &'static str,
         most: f64,
     ) -> Result<(*mut f32, f64), CudaError> {
-        let gain = super::gain(most);
+        let gain = gain(most);
         let (n, m, dim) = (call.u.rows, call.v.rows, features.rows.dim);
         debug_assert_eq!(features.count, if transposed { n } else { m });
         let rows = if transposed { m } else { n };

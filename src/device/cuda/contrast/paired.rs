@@ -1,6 +1,8 @@
 //! The shuffled joint loss on a card: see `paired.rs` of the kernels.
 
-use super::{Call, Cuda, Drawn, Side, Sums, U, blocks};
+use super::call::{Call, Drawn, Side, U};
+use super::pull::Sums;
+use super::{Cuda, blocks};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::card::Card;
 use kernels::abi;
