@@ -280,7 +280,7 @@ impl<'a> Settling<'a> {
         let dim = self.scorer.items.dim();
         self.settle(&candidates, |query| {
             let mut distance = [0.0];
-            O::of(isa, query, dim, &mut Vec::new(), &mut distance);
+            O::of(isa, query, dim, O::count(dim), &mut Vec::new(), &mut distance);
             slack.of(inner(query, query).sqrt(), distance[0])
         });
         Ok(())

@@ -3,6 +3,7 @@
 //! Each element of C is one sum in an order that depends on shapes alone, so the result has the same
 //! bits for any number of threads.
 
+use super::operand::left_stride;
 use super::simd::{Inner, Isa, LONG, Lane, Left, Op, Simd, WIDEST, pack, pack_transposed, packed_len, product};
 use crate::device::Gemm;
 use crate::objective::Write;
@@ -14,6 +15,9 @@ const SERIAL: usize = 1 << 17;
 /// Columns of C finished at a time in a task's own buffer.
 const COLUMNS: usize = 4 * WIDEST;
 
+/// And rows.
+const ROWS: usize = 12;
+
 /// `c = op(a) op(b)`; `packed` holds the packed B and grows as needed.
 pub fn gemm<T: Lane>(isa: Isa, shape: Gemm, a: &[T], b: &[T], c: Write<&mut [T]>, packed: &mut Vec<T>) {
     let Gemm { m, n, k, transpose_a, transpose_b } = shape;
@@ -22,22 +26,29 @@ pub fn gemm<T: Lane>(isa: Isa, shape: Gemm, a: &[T], b: &[T], c: Write<&mut [T]>
     if m == 0 || n == 0 {
         return;
     }
-    if packed.len() < packed_len(k, n) {
-        packed.resize(packed_len(k, n), T::ZERO);
-    }
-    isa.run(Pack { b, n, k, transposed: transpose_b, out: packed });
-    let packed = &packed[..];
     let (row, col) = if transpose_a { (1, m) } else { (k, 1) };
-    let block = |first: usize, c: &mut [T]| {
+    // At most 64 blocks, each a whole number of micro-kernel heights.
+    let rows = if m * n * k <= SERIAL { m } else { m.div_ceil(64).next_multiple_of(ROWS) };
+    // A block's own copy of a few rows of A, where they lie at a distance that is none for the cache and are read again.
+    let near = if !transpose_a && n > COLUMNS && k > 0 && left_stride(k) != k { ROWS * left_stride(k) } else { 0 };
+    let (columns, blocks) = (packed_len(k, n), m.div_ceil(rows));
+    if packed.len() < columns + blocks * near {
+        packed.resize(columns + blocks * near, T::ZERO);
+    }
+    let (packed, nears) = packed.split_at_mut(columns);
+    isa.run(Pack { b, n, k, transposed: transpose_b, out: packed });
+    let packed = &*packed;
+    let block = |first: usize, c: &mut [T], near: &mut [T]| {
         let a = Left { data: a.get(first * row..).unwrap_or(&[]), row, col, rows: c.len() / n, depth: k };
-        isa.run(Block { a, packed, n, c, add });
+        isa.run(Block { a, packed, n, c, add, near });
     };
-    if m * n * k <= SERIAL {
-        block(0, c);
-    } else {
-        // At most 64 blocks, each a whole number of micro-kernel heights.
-        let rows = m.div_ceil(64).next_multiple_of(12);
-        c.par_chunks_mut(rows * n).enumerate().for_each(|(i, c)| block(i * rows, c));
+    match (blocks, near) {
+        (1, _) => block(0, c, &mut nears[..near]),
+        (_, 0) => c.par_chunks_mut(rows * n).enumerate().for_each(|(i, c)| block(i * rows, c, &mut [])),
+        _ => {
+            let own = c.par_chunks_mut(rows * n).zip(nears.par_chunks_mut(near));
+            own.enumerate().for_each(|(i, (c, near))| block(i * rows, c, near));
+        }
     }
 }
 
@@ -67,19 +78,26 @@ struct Block<'a, T> {
     n: usize,
     c: &'a mut [T],
     add: bool,
+    /// For [`ROWS`] rows of `a`, [`left_stride`] apart, or nothing: then they are read where they are.
+    near: &'a mut [T],
 }
 
 impl<T: Lane> Op for Block<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        /// Rows of C finished at a time in the task's own buffer.
-        const ROWS: usize = 12;
-        let Block { a, packed, n, c, add } = self;
+        let Block { a, packed, n, c, add, near } = self;
         let mut tile = [T::ZERO; ROWS * COLUMNS];
         for (i, c) in c.chunks_mut(ROWS * n).enumerate() {
             let rows = c.len() / n;
-            let a = Left { data: a.data.get(i * ROWS * a.row..).unwrap_or(&[]), rows, ..a };
+            let mut a = Left { data: a.data.get(i * ROWS * a.row..).unwrap_or(&[]), rows, ..a };
+            if !near.is_empty() {
+                let stride = left_stride(a.depth);
+                for (near, row) in near.chunks_exact_mut(stride).zip(a.data.chunks_exact(a.row)).take(rows) {
+                    near[..a.depth].copy_from_slice(row);
+                }
+                a = Left { data: near, row: stride, ..a };
+            }
             for j in (0..n).step_by(COLUMNS) {
                 let w = COLUMNS.min(n - j);
                 product::<S, T, Inner, LONG>(a, &packed[j * a.depth..], w, &mut tile, COLUMNS, false);
@@ -107,7 +125,7 @@ mod tests {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let mut packed = Vec::new();
-        for (m, n, k) in [(1, 1, 1), (3, 5, 2), (129, 67, 31), (64, 300, 70), (7, 129, 513)] {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 2), (129, 67, 31), (64, 300, 70), (7, 129, 513), (29, 135, 1024)] {
             let (a, b, before) = (random(m * k), random(k * n), random(m * n));
             for (transpose_a, transpose_b) in [(false, false), (true, false), (false, true), (true, true)] {
                 let shape = Gemm { m, n, k, transpose_a, transpose_b };
@@ -121,7 +139,7 @@ mod tests {
                     for i in 0..m {
                         for j in 0..n {
                             let want: f64 = (0..k).map(|l| x(i, l) * y(l, j)).sum();
-                            // Rounding of sums of up to 513 terms of size below 1.
+                            // Rounding of sums of up to 1,024 terms of size below 1.
                             assert!((f64::from(set[i * n + j]) - want).abs() < 2e-5);
                             let want = want + f64::from(before[i * n + j]);
                             assert!((f64::from(added[i * n + j]) - want).abs() < 2e-5);

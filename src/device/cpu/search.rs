@@ -1,5 +1,6 @@
 //! Scores of queries with many items: a tile of them at a time, which exact search reduces, and exact ones.
 
+pub use super::operand::left_stride;
 use super::operand::{Element, ElementOp, Operands, PackTransposed};
 pub use super::simd::Pair;
 use super::simd::{self, Isa, Left, Op, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
@@ -12,20 +13,34 @@ pub const COLS: usize = 192;
 
 /// What queries and items are multiplied as.
 pub trait Operand: Element {
-    /// `rows` `[_, dim]` as operands, in `buffer` where they are others, and how far from each row its operand is.
+    /// `rows` `[_, dim]` as operands `stride` apart, in `buffer` where they are others, and how far from each row its operand is.
     fn of<'a>(
         isa: Self::Isa,
         rows: &'a [f32],
         dim: usize,
+        stride: usize,
         buffer: &'a mut Vec<Self>,
         distances: &mut [f64],
     ) -> &'a [Self];
 }
 
 impl Operand for f32 {
-    fn of<'a>(_: Isa, rows: &'a [f32], _: usize, _: &'a mut Vec<f32>, distances: &mut [f64]) -> &'a [f32] {
+    fn of<'a>(
+        _: Isa,
+        rows: &'a [f32],
+        dim: usize,
+        stride: usize,
+        buffer: &'a mut Vec<f32>,
+        distances: &mut [f64],
+    ) -> &'a [f32] {
         distances.fill(0.0);
-        rows
+        if stride == dim {
+            return rows;
+        }
+        buffer.resize(rows.len() / dim * stride, 0.0);
+        let to = buffer.chunks_exact_mut(stride);
+        to.zip(rows.chunks_exact(dim)).for_each(|(to, row)| to[..dim].copy_from_slice(row));
+        buffer
     }
 }
 
@@ -35,11 +50,12 @@ impl Operand for Pair {
         isa: PairIsa,
         rows: &'a [f32],
         dim: usize,
+        stride: usize,
         buffer: &'a mut Vec<Pair>,
         distances: &mut [f64],
     ) -> &'a [Pair] {
-        buffer.resize(rows.len() / dim * Pair::count(dim), Pair::default());
-        isa.run(Round { rows, dim, out: buffer, distances });
+        buffer.resize(rows.len() / dim * stride, Pair::default());
+        isa.run(Round { rows, dim, stride, out: buffer, distances });
         buffer
     }
 }
@@ -47,6 +63,7 @@ impl Operand for Pair {
 struct Round<'a> {
     rows: &'a [f32],
     dim: usize,
+    stride: usize,
     out: &'a mut [Pair],
     distances: &'a mut [f64],
 }
@@ -56,10 +73,10 @@ impl PairOp for Round<'_> {
     #[inline(always)]
     fn run<S: Pairs>(self) {
         let lanes = <S::F32 as Register<f32>>::LANES;
-        let rows = self.rows.chunks_exact(self.dim).zip(self.out.chunks_exact_mut(Pair::count(self.dim)));
+        let rows = self.rows.chunks_exact(self.dim).zip(self.out.chunks_exact_mut(self.stride));
         for ((row, out), distance) in rows.zip(self.distances) {
             let mut sums = [0f64; WIDEST];
-            for (row, out) in row.chunks(2 * lanes).zip(out.chunks_mut(lanes)) {
+            for (row, out) in row.chunks(2 * lanes).zip(out[..Pair::count(self.dim)].chunks_mut(lanes)) {
                 let (mut numbers, mut pairs) = ([0f32; 2 * WIDEST], [Pair::default(); WIDEST]);
                 numbers[..row.len()].copy_from_slice(row);
                 S::halves(S::F32::load(&numbers), S::F32::load(&numbers[lanes..]), &mut pairs);
@@ -115,7 +132,7 @@ pub fn pack_items<T: Operand>(isa: T::Isa, items: &[T], dim: usize, out: &mut [T
     T::run(isa, PackTransposed { natural: items, depth, n: items.len() / depth, out });
 }
 
-/// Calls `f(query, first item, scores, largest score)` for each of `queries` `[rows, dim]` and each run of items:
+/// Calls `f(query, first item, scores, largest score)` for each of `queries`, [`left_stride`] apart, and each run of items:
 /// scores are `<query, item> + offset`, -inf where that is no number. Each is one sum in an order that depends on `dim`
 /// alone. `packed` holds as many items as there are offsets; `tile` grows as needed.
 pub fn each_row<T: Operand>(
@@ -128,7 +145,7 @@ pub fn each_row<T: Operand>(
     f: impl FnMut(usize, usize, &[f32], f32),
 ) {
     let depth = T::count(dim);
-    let len = queries.len() / depth * COLS;
+    let len = queries.len() / left_stride(depth) * COLS;
     if tile.len() < len {
         tile.resize(len, 0.0);
     }
@@ -154,10 +171,11 @@ impl<T: Operand, F: FnMut(usize, usize, &[f32], f32)> ElementOp<T> for EachRow<'
         let EachRow { queries, depth, packed, offset, tile, mut f } = self;
         let lanes = <S::F32 as Register<f32>>::LANES;
         let none = S::F32::splat(f32::NEG_INFINITY);
-        let rows = queries.len() / depth;
+        let stride = left_stride(depth);
+        let rows = queries.len() / stride;
         for (at, offset) in offset.chunks(COLS).enumerate() {
             let (first, w) = (at * COLS, offset.len());
-            let left = Left { data: queries, row: depth, col: 1, rows, depth };
+            let left = Left { data: queries, row: stride, col: 1, rows, depth };
             let right = Right { packed: &packed[first * depth..], total: depth, first: 0 };
             T::product(left, right, None, w, tile, COLS, false);
             let mut padded = [f32::NEG_INFINITY; COLS];

@@ -90,10 +90,18 @@ pub fn fold<S: Simd>(x: S::F32, f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[1..].iter().fold(lanes[0], |a, &b| f(a, b))
 }
 
-/// The sum of all lanes, in order.
+/// The sum of all lanes, by halves: in order, each addition would wait for the one before.
 #[inline(always)]
 pub fn total<S: Simd>(x: S::F32) -> f32 {
-    fold::<S>(x, |a, b| a + b)
+    let mut lanes = [0.0; WIDEST];
+    x.store(&mut lanes);
+    let mut half = <S::F32 as Register<f32>>::LANES / 2;
+    while half > 0 {
+        let (low, high) = lanes.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// Adds a row of a tile to the columns' `totals`.
