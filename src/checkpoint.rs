@@ -191,7 +191,9 @@ pub fn read_model(dir: &Path, config: &Config, layout: &Layout) -> Result<Vec<f3
     {
         return Err(other(format!(
             "a model of {}, {}, dim {} or other encoders",
-            made.experiment, made.tilting, made.dim
+            made.experiment,
+            made.tilting.name(),
+            made.dim
         )));
     }
     let tensor = |span: &Span| {

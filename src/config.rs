@@ -54,7 +54,7 @@ macro_rules! settings {
 
         /// Settings some of which are given: a file's, or the flags'.
         #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-        #[serde(deny_unknown_fields)]
+        #[serde(default, deny_unknown_fields)]
         pub struct Partial {
             $($(#[$doc])* pub $name: Option<$type>,)*
             /// Folder of the run's files. This and those below say where and how a run is made; [`Config`] has none of them.
@@ -120,9 +120,11 @@ settings! {
     /// Embedding dimension.
     dim: usize,
     /// `cosine`, `dot` or `l2`.
-    tilting: String,
+    #[serde(with = "as_text")]
+    tilting: Tilting,
     /// `conditional`, `joint`, `sigmoid`, `mmd` or `joint-mmd`.
-    objective: String,
+    #[serde(with = "as_text")]
+    objective: ObjectiveName,
     /// Weight of u|v.
     lambda_u: f64,
     /// Weight of v|u.
@@ -138,11 +140,13 @@ settings! {
     /// joint: random pairings that stand for all pairs; 0 takes all.
     pairings: u32,
     /// mmd, joint-mmd: `gaussian:WIDTH` or `linear`, the kernel on data.
-    kernel: String,
+    #[serde(with = "as_text")]
+    kernel: DataKernel,
     /// mmd, joint-mmd: random Fourier features of a Gaussian kernel, even.
     features: usize,
     /// Storage of embeddings in the loss: `f32`, `bf16` or `f16`.
-    precision: String,
+    #[serde(with = "as_text")]
+    precision: Precision,
     /// Makes the run reproducible.
     seed: u64,
     /// Peak learning rate.
@@ -150,6 +154,7 @@ settings! {
     /// Steps of linear warmup.
     warmup: u64,
     /// `constant` or `cosine`.
+    #[serde(with = "as_text")]
     schedule: Schedule,
     /// Largest gradient norm; 0 does not clip.
     grad_clip: f64,
@@ -163,64 +168,145 @@ settings! {
     encoder_v: EncoderSpec,
 }
 
-/// Objectives by their names on the command line.
-pub const OBJECTIVES: &[&str] = &["conditional", "joint", "sigmoid", "mmd", "joint-mmd"];
-
-/// `cosine`, `dot` or `l2`.
-///
-/// # Errors
-/// [`ConfigError::Value`] naming the choices.
-pub fn parse_tilting(name: &str) -> Result<Tilting, ConfigError> {
-    let names = || Tilting::ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
-    Tilting::ALL.iter().copied().find(|t| t.name() == name).ok_or_else(|| ConfigError::value("tilting", name, names()))
+/// A setting that is written as text, in a file or as a flag.
+pub trait Text: Sized {
+    /// Its key.
+    const KEY: &'static str;
+    /// What may be written.
+    fn expected() -> String;
+    /// What is meant, if it is anything.
+    fn read(text: &str) -> Option<Self>;
+    /// As it is written.
+    fn text(&self) -> String;
 }
 
-/// `f32`, `bf16` or `f16`.
+/// A [`Text`] by its flag: the error says what was expected.
 ///
 /// # Errors
-/// [`ConfigError::Value`] naming the choices.
-pub fn parse_precision(name: &str) -> Result<Precision, ConfigError> {
-    Ok(match name {
-        "f32" => Precision::F32,
-        "bf16" => Precision::Bf16,
-        "f16" => Precision::F16,
-        _ => return Err(ConfigError::value("precision", name, "f32, bf16, f16")),
-    })
+/// What may be written.
+pub fn from_text<T: Text>(text: &str) -> Result<T, String> {
+    T::read(text).ok_or_else(T::expected)
 }
 
-/// `gaussian:WIDTH` or `linear`.
-///
-/// # Errors
-/// [`ConfigError::Value`] naming the choices.
-pub fn parse_kernel(text: &str) -> Result<DataKernel, ConfigError> {
-    let width = text.strip_prefix("gaussian:").and_then(|w| w.parse::<f64>().ok());
-    match (text, width) {
-        ("linear", _) => Ok(DataKernel::Linear),
-        (_, Some(width)) if width.is_finite() && width > 0.0 => Ok(DataKernel::Gaussian { width }),
-        _ => Err(ConfigError::value("kernel", text, "gaussian:WIDTH with WIDTH above 0, or linear")),
+/// [`Text`] of what has a name each.
+macro_rules! named {
+    ($($type:ty: $key:literal, $all:expr, $name:expr;)*) => {$(
+        impl Text for $type {
+            const KEY: &'static str = $key;
+            fn expected() -> String {
+                $all.iter().map(|&x| $name(x)).collect::<Vec<_>>().join(", ")
+            }
+            fn read(text: &str) -> Option<Self> {
+                $all.iter().copied().find(|&x| $name(x) == text)
+            }
+            fn text(&self) -> String {
+                $name(*self).into()
+            }
+        }
+    )*};
+}
+
+named! {
+    Tilting: "tilting", Tilting::ALL, Tilting::name;
+    ObjectiveName: "objective", ObjectiveName::ALL, ObjectiveName::name;
+    Precision: "precision", [Precision::F32, Precision::Bf16, Precision::F16], Precision::name;
+    Schedule: "schedule", [Schedule::Constant, Schedule::Cosine], Schedule::name;
+}
+
+impl Text for DataKernel {
+    const KEY: &'static str = "kernel";
+    fn expected() -> String {
+        "gaussian:WIDTH with WIDTH above 0, or linear".into()
+    }
+    fn read(text: &str) -> Option<Self> {
+        if text == "linear" {
+            return Some(DataKernel::Linear);
+        }
+        let width = text.strip_prefix("gaussian:")?.parse::<f64>().ok()?;
+        (width.is_finite() && width > 0.0).then_some(DataKernel::Gaussian { width })
+    }
+    fn text(&self) -> String {
+        match self {
+            DataKernel::Linear => "linear".into(),
+            DataKernel::Gaussian { width } => format!("gaussian:{width}"),
+        }
     }
 }
 
-/// An objective by its name and parameters.
-///
-/// # Errors
-/// [`ConfigError::Value`] naming the choices.
-pub fn parse_objective(
-    name: &str,
-    [lambda_u, lambda_v]: [f64; 2],
-    bias: f64,
-    pairings: u32,
-    seed: u64,
-) -> Result<Objective, ConfigError> {
-    Ok(match name {
-        "conditional" => Objective::Conditional { lambda_u, lambda_v },
-        "joint" if pairings > 0 => Objective::JointShuffled { pairings, seed },
-        "joint" => Objective::Joint,
-        "sigmoid" => Objective::Sigmoid { bias },
-        "mmd" => Objective::Mmd { lambda_u, lambda_v },
-        "joint-mmd" => Objective::JointMmd,
-        _ => return Err(ConfigError::value("objective", name, OBJECTIVES.join(", "))),
-    })
+/// [`Text`] in files; settings that may be left out, likewise.
+mod as_text {
+    use super::Text;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub trait Stored: Sized {
+        fn of<E: Error>(text: &str) -> Result<Self, E>;
+    }
+    impl<T: Text> Stored for T {
+        fn of<E: Error>(text: &str) -> Result<T, E> {
+            T::read(text).ok_or_else(|| E::custom(format!("{}: found {text}, expected {}", T::KEY, T::expected())))
+        }
+    }
+    impl<T: Text> Stored for Option<T> {
+        fn of<E: Error>(text: &str) -> Result<Self, E> {
+            T::of(text).map(Some)
+        }
+    }
+
+    pub fn serialize<T: Text, S: Serializer>(x: &T, to: S) -> Result<S::Ok, S::Error> {
+        x.text().serialize(to)
+    }
+    pub fn deserialize<'de, T: Stored, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        T::of(&String::deserialize(from)?)
+    }
+}
+
+/// An objective as settings name it; weights, bias and pairings are settings of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ObjectiveName {
+    /// [`Objective::Conditional`].
+    Conditional,
+    /// [`Objective::Joint`] or, with pairings, [`Objective::JointShuffled`].
+    Joint,
+    /// [`Objective::Sigmoid`].
+    Sigmoid,
+    /// [`Objective::Mmd`].
+    Mmd,
+    /// [`Objective::JointMmd`].
+    JointMmd,
+}
+
+impl ObjectiveName {
+    /// Every objective there is.
+    pub const ALL: &'static [ObjectiveName] = &[
+        ObjectiveName::Conditional,
+        ObjectiveName::Joint,
+        ObjectiveName::Sigmoid,
+        ObjectiveName::Mmd,
+        ObjectiveName::JointMmd,
+    ];
+
+    /// The name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ObjectiveName::Conditional => "conditional",
+            ObjectiveName::Joint => "joint",
+            ObjectiveName::Sigmoid => "sigmoid",
+            ObjectiveName::Mmd => "mmd",
+            ObjectiveName::JointMmd => "joint-mmd",
+        }
+    }
+
+    /// The objective with those of these parameters that it has; 0 `pairings` take all pairs.
+    pub fn with(self, [lambda_u, lambda_v]: [f64; 2], bias: f64, pairings: u32, seed: u64) -> Objective {
+        match self {
+            ObjectiveName::Conditional => Objective::Conditional { lambda_u, lambda_v },
+            ObjectiveName::Joint if pairings > 0 => Objective::JointShuffled { pairings, seed },
+            ObjectiveName::Joint => Objective::Joint,
+            ObjectiveName::Sigmoid => Objective::Sigmoid { bias },
+            ObjectiveName::Mmd => Objective::Mmd { lambda_u, lambda_v },
+            ObjectiveName::JointMmd => Objective::JointMmd,
+        }
+    }
 }
 
 impl Partial {
@@ -248,17 +334,14 @@ pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
 
 impl Config {
     /// The loss at its initial temperature and bias. `step` draws the pairings of a shuffled joint loss.
-    ///
-    /// # Errors
-    /// [`ConfigError::Value`] for an unknown name.
-    pub fn loss(&self, step: u64) -> Result<Loss, ConfigError> {
-        let lambdas = [self.lambda_u, self.lambda_v];
-        Ok(Loss {
-            tilting: parse_tilting(&self.tilting)?,
-            objective: parse_objective(&self.objective, lambdas, self.bias, self.pairings, self.seed ^ step << 20)?,
+    pub fn loss(&self, step: u64) -> Loss {
+        let seed = self.seed ^ step << 20;
+        Loss {
+            tilting: self.tilting,
+            objective: self.objective.with([self.lambda_u, self.lambda_v], self.bias, self.pairings, seed),
             tau: self.tau,
             smoothing: self.smoothing,
-        })
+        }
     }
 
     /// Checks every value that does not depend on data.
@@ -296,19 +379,18 @@ impl Config {
                 return Err(ConfigError::value(key, path.display(), "a path in UTF-8, as config.toml is"));
             }
         }
-        self.loss(0)?.validate().map_err(|e| match e {
+        self.loss(0).validate().map_err(|e| match e {
             LossError::Parameter { what, found, expected } => {
                 ConfigError::Value { key: what, found, expected: expected.into_owned() }
             }
             other => unreachable!("of parameters alone: {other}"),
         })?;
-        parse_precision(&self.precision)?;
-        if let DataKernel::Gaussian { width } = parse_kernel(&self.kernel)? {
+        if let DataKernel::Gaussian { width } = self.kernel {
             if self.features == 0 || self.features % 2 == 1 {
                 return Err(ConfigError::value("features", self.features, "an even number, 2 or more"));
             }
             if !fits_f32(1.0 / width) {
-                return Err(ConfigError::value("kernel", &self.kernel, "a WIDTH whose inverse f32 holds"));
+                return Err(ConfigError::value("kernel", self.kernel.text(), "a WIDTH whose inverse f32 holds"));
             }
         }
         positive("lr", self.lr)?;

@@ -18,8 +18,7 @@ pub struct AdamConfig {
 }
 
 /// The learning rate over a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
     /// The peak throughout.
     Constant,
@@ -34,6 +33,14 @@ impl Default for AdamConfig {
 }
 
 impl Schedule {
+    /// The name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Schedule::Constant => "constant",
+            Schedule::Cosine => "cosine",
+        }
+    }
+
     /// Factor on the peak learning rate at `step` (from 0) of `steps`, rising linearly over the first `warmup`
     /// steps, the last of which has the peak.
     pub fn factor(self, step: u64, warmup: u64, steps: u64) -> f64 {

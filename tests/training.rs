@@ -5,11 +5,11 @@
 
 use contrastive::Cpu;
 use contrastive::checkpoint::{Checkpoint, Metrics, Origin, Record};
-use contrastive::config::{Config, ConfigError, Partial};
+use contrastive::config::{Config, ConfigError, ObjectiveName, Partial};
 use contrastive::data::{Memory, Npy, Side, Source, gp, permute, tensors, write_npy_f32};
 use contrastive::experiments::{self, Error, Model, Outcome};
 use contrastive::nn::{EncoderSpec, Network};
-use contrastive::objective::{Batch, Loss, Matrix, Objective, Precision, reference};
+use contrastive::objective::{Batch, Loss, Matrix, Objective, Precision, Tilting, reference};
 use contrastive::optim::{AdamConfig, Schedule};
 use contrastive::train::{Progress, TrainError, Training};
 use rand::{RngExt, SeedableRng};
@@ -215,7 +215,7 @@ fn resuming_with_other_settings_is_refused_by_name() {
         ("lr", Config { lr: 2e-2, ..config.clone() }),
         ("seed", Config { seed: 10, ..config.clone() }),
         ("epochs", Config { epochs: 4, ..config.clone() }),
-        ("tilting", Config { tilting: "dot".into(), ..config.clone() }),
+        ("tilting", Config { tilting: Tilting::Dot, ..config.clone() }),
         ("encoder_v", Config { encoder_v: config.encoder_u.clone(), ..config.clone() }),
     ] {
         let message = run(&other, dir.path(), true, None).unwrap_err().to_string();
@@ -302,12 +302,12 @@ fn learn(config: &Config, source: &dyn Source) -> (Network, Vec<f32>, Vec<f32>, 
 #[test]
 fn gradient_caching_is_the_plain_step_to_rounding() {
     let source = gp::gp().sample(4, 48);
-    for objective in ["conditional", "sigmoid", "mmd"] {
+    for objective in [ObjectiveName::Conditional, ObjectiveName::Sigmoid, ObjectiveName::Mmd] {
         let plain = Config {
             samples: 48,
             batch: 48,
             epochs: 1,
-            objective: objective.into(),
+            objective,
             tau: 0.5,
             train_tau: true,
             lr: 1.0,
@@ -316,13 +316,13 @@ fn gradient_caching_is_the_plain_step_to_rounding() {
         };
         let (_, start, want, _) = learn(&plain, &source);
         let moved = want.iter().zip(&start).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(moved > 1e-3, "{objective}: nothing was learned");
+        assert!(moved > 1e-3, "{objective:?}: nothing was learned");
         for micro_batch in [1, 8, 24, 48] {
             let (_, _, got, _) = learn(&Config { micro_batch, ..plain.clone() }, &source);
             for (got, want) in got.iter().zip(&want) {
                 // Sums of 48 f32 terms in another order.
                 let near = (got - want).abs() < 1e-5 * moved.max(1.0);
-                assert!(near, "{objective}, micro-batch {micro_batch}: {got} for {want}, moved by {moved}");
+                assert!(near, "{objective:?}, micro-batch {micro_batch}: {got} for {want}, moved by {moved}");
             }
         }
     }
@@ -354,11 +354,11 @@ fn twin(config: &Config, network: &Network, source: &dyn Source, start: &[f32]) 
             (0..n * d).map(|ik| entry(ik / d, ik % d) as f32).collect::<Vec<f32>>()
         });
         let tau = if config.train_tau { (-p[scale]).exp() } else { config.tau };
-        let objective = match config.loss(step as u64).unwrap().objective {
+        let objective = match config.loss(step as u64).objective {
             Objective::Sigmoid { .. } => Objective::Sigmoid { bias: p[bias] },
             other => other,
         };
-        let loss = Loss { tau, objective, ..config.loss(0).unwrap() };
+        let loss = Loss { tau, objective, ..config.loss(0) };
         let (u, v) = (Matrix::f32(&u, d), Matrix::f32(&v, d));
         let batch = Batch { u, v, pairs: Default::default(), offset_v: None, moments: None };
         let value = reference::loss(&loss, &batch).unwrap();
@@ -404,8 +404,8 @@ fn ten_steps_follow_an_f64_twin() {
     let source = gp::gp().sample(11, 200);
     let plain = Config { batch: 37, epochs: 2, lr: 1e-2, seed: 5, ..settings("schedule = 'constant'") };
     let full = Config {
-        tilting: "cosine".into(),
-        objective: "sigmoid".into(),
+        tilting: Tilting::Cosine,
+        objective: ObjectiveName::Sigmoid,
         bias: -1.0,
         tau: 0.3,
         train_tau: true,
@@ -415,7 +415,7 @@ fn ten_steps_follow_an_f64_twin() {
         adam: AdamConfig { weight_decay: 0.5, ..AdamConfig::default() },
         ..plain.clone()
     };
-    let shuffled = Config { tilting: "l2".into(), objective: "joint".into(), pairings: 2, ..plain.clone() };
+    let shuffled = Config { tilting: Tilting::L2, objective: ObjectiveName::Joint, pairings: 2, ..plain.clone() };
     // A rate at which the temperature meets its upper bound.
     let clamped = Config { tau: 0.97, train_tau: true, lr: 0.3, ..plain.clone() };
     for (name, config) in [("plain", plain), ("full", full), ("shuffled", shuffled), ("clamped", clamped)] {
@@ -431,7 +431,11 @@ fn ten_steps_follow_an_f64_twin() {
             assert!((got - want).abs() < 1e-5, "{name}: {what} {got}, want {want}");
         }
         assert_eq!(params[network.logit_scale.start] != start[network.logit_scale.start], config.train_tau, "{name}");
-        assert_eq!(params[network.bias.start] != start[network.bias.start], config.objective == "sigmoid", "{name}");
+        assert_eq!(
+            params[network.bias.start] != start[network.bias.start],
+            config.objective == ObjectiveName::Sigmoid,
+            "{name}"
+        );
     }
 }
 
@@ -458,7 +462,7 @@ fn every_objective_and_tilting_learns() {
 // The shuffled joint loss draws new pairings each step, and learns what the whole one learns.
 #[test]
 fn every_step_draws_pairings_of_its_own() {
-    let seed = |seed, step| match (Config { seed, ..settings(SHUFFLED) }).loss(step).unwrap().objective {
+    let seed = |seed, step| match (Config { seed, ..settings(SHUFFLED) }).loss(step).objective {
         Objective::JointShuffled { pairings: 3, seed } => seed,
         other => panic!("{other:?}"),
     };
@@ -527,6 +531,11 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         ("[encoder_u]\nkind = 'linear'\nwidth = 3", "width"),
         ("lr = ", "line 1"),
         ("epochs = -1", "-1"),
+        ("lr = 1.0\ntilting = 'euclid'", "line 2: tilting: found euclid, expected cosine, dot, l2"),
+        ("objective = 'triplet'", "objective: found triplet, expected conditional, joint, sigmoid, mmd, joint-mmd"),
+        ("precision = 'f8'", "precision: found f8, expected f32, bf16, f16"),
+        ("schedule = 'linear'", "schedule: found linear, expected constant, cosine"),
+        ("kernel = 'gaussian:0'", "kernel: found gaussian:0, expected gaussian:WIDTH with WIDTH above 0, or linear"),
     ] {
         fs::write(file.path(), text).unwrap();
         let error = Partial::read(file.path()).unwrap_err();
@@ -555,10 +564,6 @@ fn what_is_no_setting_is_refused_by_file_and_key() {
         ("tau = 0.001\ntrain_tau = true", "tau"),
         ("lambda_u = -1.0", "lambda_u"),
         ("lambda_u = 0.0\nlambda_v = 0.0", "lambda_u and lambda_v"),
-        ("tilting = 'euclid'", "tilting"),
-        ("objective = 'triplet'", "objective"),
-        ("precision = 'f8'", "precision"),
-        ("kernel = 'gaussian:0'", "kernel"),
         ("features = 7", "features"),
         ("smoothing = 1.0", "smoothing"),
         ("smoothing = 0.1\nobjective = 'mmd'", "smoothing"),
@@ -663,7 +668,7 @@ fn pairs_are_learned_embedded_and_retrieved() {
         Config { encoder_v: mlp.clone(), ..config.clone() },
         Config { encoder_u: mlp, ..config.clone() },
         Config { dim: 5, ..config.clone() },
-        Config { tilting: "dot".into(), ..config.clone() },
+        Config { tilting: Tilting::Dot, ..config.clone() },
     ] {
         fs::write(dir.join("config.toml"), other.to_toml()).unwrap();
         let message = Model::load(&dir).err().expect("another model").to_string();
@@ -692,7 +697,7 @@ fn a_learned_temperature_stays_above_its_least() {
         encoder_v: EncoderSpec::Identity {},
         ..config
     };
-    let same = Config { tilting: "cosine".into(), tau: 0.02, train_tau: true, lr: 0.3, ..same };
+    let same = Config { tilting: Tilting::Cosine, tau: 0.02, train_tau: true, lr: 0.3, ..same };
     run(&same, &dir.path().join("run"), false, None).unwrap();
     let tau = summary(&dir.path().join("run"))["tau"].as_f64().unwrap();
     assert!((tau - 0.01).abs() < 1e-8, "{tau}");

@@ -528,7 +528,7 @@ pub struct Totals {
 unsafe impl Args for Totals {}
 
 /// Sums of one launch of [`Totals`]: losses by rows and by columns, and two over all pairs.
-pub const TOTALS: usize = 4;
+pub const MOST_SUMS: usize = 4;
 
 /// `out[p, k] = scale sum of x[i, k] over rows i of part p`.
 #[repr(C)]

@@ -181,7 +181,7 @@ entries! {
         /// Slots into their sum.
         fold / FOLD (abi::Fold), threads 256, blocks 1, shared 0, rows::fold;
         /// Column sums in f64.
-        totals / TOTALS (abi::Each<abi::Totals, { abi::TOTALS }>), threads 256, blocks 1, shared 2048, rows::totals;
+        totals / TOTALS (abi::Each<abi::Totals, { abi::MOST_SUMS }>), threads 256, blocks 1, shared 2048, rows::totals;
         /// A convolution of numbers rounded to bf16.
         conv_bf16 / CONV_BF16 (abi::Conv), threads 256, blocks 1, shared abi::TILE_SHARED, conv::forward::<Bf16>;
         /// A convolution's gradient in its input, bf16.

@@ -4,7 +4,7 @@
 //! Rows of numbers take a warp each, eight rows a block; rows of scalars a thread each, 256 a block.
 
 use crate::abi::{
-    Each, Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, Soften, SumColumns, TOTALS, Total, Totals,
+    Each, Finish, Fold, HOLE, Merge, Norm, Normalise, Prepare, Residual, Soften, SumColumns, MOST_SUMS, Total, Totals,
     Weigh,
 };
 use crate::contrast::{NEAR, anchor, anchored, optional};
@@ -836,7 +836,7 @@ pub unsafe fn fold(a: &Fold) {
 /// # Safety
 /// The launch contract: arrays of the extents stated in [`Totals`]; grid (blocks, 1, sums).
 #[inline(always)]
-pub unsafe fn totals(each: &Each<Totals, TOTALS>) {
+pub unsafe fn totals(each: &Each<Totals, MOST_SUMS>) {
     let a = &own(&each.0);
     if block_x() >= a.blocks {
         return;

@@ -3,15 +3,15 @@
 mod tasks;
 
 use super::device::Device;
-use super::{Common, Failure, bad_flag, check_room, from_flag};
-use crate::config::{parse_objective, parse_tilting};
+use super::{Common, Failure, bad_flag, check_room};
+use crate::config::{ObjectiveName, from_text};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{Buffer, Cuda, CudaError, Driver, contrast::Embedding, random::normals};
 use crate::device::{Device as Verbs, Engine, Gemm, View, ViewMut};
 use crate::objective::{
-    Batch, Gradients, Loss, Matrix, Moments, Objective, Pairs, Precision, Storage, Write, features::random_fourier,
-    reference,
+    Batch, Gradients, Loss, Matrix, Moments, Objective, Pairs, Precision, Storage, Tilting, Write,
+    features::random_fourier, reference,
 };
 use half::{bf16, f16};
 use kernels::random;
@@ -39,11 +39,11 @@ pub struct Bench {
     #[arg(long, default_value_t = 128, value_name = "D", allow_negative_numbers = true)]
     d: usize,
     /// cosine, dot or l2
-    #[arg(long, default_value = "cosine", value_name = "TILTING")]
-    tilting: String,
+    #[arg(long, default_value = "cosine", value_name = "TILTING", value_parser = from_text::<Tilting>)]
+    tilting: Tilting,
     /// conditional, joint, sigmoid, mmd or joint-mmd (with 64 random features)
-    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE")]
-    objective: String,
+    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE", value_parser = from_text::<ObjectiveName>)]
+    objective: ObjectiveName,
     /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
     #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES", allow_negative_numbers = true)]
     workspace: usize,
@@ -146,9 +146,9 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
 
 fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Failure> {
     let loss = Loss {
-        tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
-        objective: parse_objective(&args.objective, [1.0, 1.0], -10.0, 0, common.seed()).map_err(from_flag)?,
-        tau: if args.tilting == "cosine" { 0.07 } else { (d as f64).sqrt() },
+        tilting: args.tilting,
+        objective: args.objective.with([1.0, 1.0], -10.0, 0, common.seed()),
+        tau: if args.tilting == Tilting::Cosine { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };
     let mmd = loss.objective.takes_moments();
@@ -192,8 +192,8 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
     let rate = flops / median(&times);
     let peak = ceiling.1 / median(&ceiling.0);
     let json = json!({
-        "what": "loss", "n": n, "m": m, "d": d, "tilting": args.tilting, "objective": args.objective,
-        "precision": choice.precision_name(), "device": choice.kind(), "kernels": kernels,
+        "what": "loss", "n": n, "m": m, "d": d, "tilting": args.tilting.name(), "objective": args.objective.name(),
+        "precision": choice.precision().name(), "device": choice.kind(), "kernels": kernels,
         "threads": rayon::current_num_threads(), "runs": times.len(), "loss": value,
         "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0],
         "flops": flops, "gflops_per_s": rate / 1e9,
@@ -202,9 +202,9 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
     let lines = [
         format!(
             "loss and both gradients, {n} x {m}, d = {d}, {} {} {}",
-            args.tilting,
-            args.objective,
-            choice.precision_name()
+            args.tilting.name(),
+            args.objective.name(),
+            choice.precision().name()
         ),
         format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
         format!(

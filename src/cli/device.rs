@@ -1,7 +1,6 @@
 //! Which device a command runs on: what `--device` asks for, what there is, and what the command needs.
 
 use super::{Common, Failure, bad_flag, log};
-use crate::config::parse_precision;
 use crate::device::cpu::{Cpu, Isa};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::{Cuda, Driver, search::Searcher};
@@ -24,13 +23,13 @@ pub struct Choice {
     pub device: Device,
     /// For stderr, where nobody insisted on one.
     note: Option<String>,
-    precision: Option<String>,
+    precision: Option<Precision>,
 }
 
 impl Common {
     /// The device that `--device` asks for. `only_cpu` says why the command could not run on a card, if it could not.
     pub fn choose(&self, only_cpu: Option<String>) -> Result<Choice, Failure> {
-        let choice = |device, note| Choice { device, note, precision: self.precision.clone() };
+        let choice = |device, note| Choice { device, note, precision: self.precision };
         let cuda = match self.device() {
             "cpu" => return Ok(choice(Device::Cpu, None)),
             "auto" => None,
@@ -41,7 +40,7 @@ impl Common {
             },
         };
         // With f32 nothing is lost of what the CPU would compute; a card multiplies halves.
-        let full = self.precision.as_deref() == Some("f32");
+        let full = self.precision == Some(Precision::F32);
         let only_cpu = only_cpu.or_else(|| full.then(|| "f32 products are the CPU's".to_owned()));
         match (cuda, only_cpu.map_or_else(|| card(cuda.unwrap_or(0)), Err)) {
             (Some(_), Ok(device)) => Ok(choice(device, None)),
@@ -114,18 +113,13 @@ impl Choice {
     }
 
     /// The precision asked for, or the device's own: f32 on the CPU, bf16 on a card.
-    pub fn precision_name(&self) -> &str {
-        self.precision.as_deref().unwrap_or(if self.kind() == "cpu" { "f32" } else { "bf16" })
-    }
-
-    /// The same, of a name that was checked.
     pub fn precision(&self) -> Precision {
-        parse_precision(self.precision_name()).unwrap_or(Precision::F32)
+        self.precision.unwrap_or(if self.kind() == "cpu" { Precision::F32 } else { Precision::Bf16 })
     }
 
     /// What embeddings are rounded to where they are kept: what --precision says, and f32 where it says nothing.
     pub fn storage(&self) -> Precision {
-        self.precision.as_ref().map_or(Precision::F32, |_| self.precision())
+        self.precision.unwrap_or(Precision::F32)
     }
 
     /// The loss engine of the device; `workspace` as [`Cpu::set_workspace`] has it.

@@ -1,12 +1,12 @@
 //! `contrastive loss`.
 
 use super::device::only_cpu;
-use super::{Common, Failure, as_flag, bad_flag, check_outputs, check_room, from_flag};
-use crate::config::{parse_kernel, parse_objective, parse_tilting};
+use super::{Common, Failure, as_flag, bad_flag, check_outputs, check_room};
+use crate::config::{ObjectiveName, from_text};
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32};
 use crate::objective::{
     self, Batch, DataKernel, Gradients, LossError, Matrix, Moments, Objective, Pairs, Positives, Precision, Storage,
-    Write, features::random_fourier,
+    Tilting, Write, features::random_fourier,
 };
 use half::{bf16, f16};
 use serde_json::json;
@@ -23,11 +23,11 @@ pub struct Loss {
     #[arg(long, value_name = "V.npy")]
     v: PathBuf,
     /// cosine, dot or l2
-    #[arg(long, default_value = "cosine", value_name = "TILTING")]
-    tilting: String,
+    #[arg(long, default_value = "cosine", value_name = "TILTING", value_parser = from_text::<Tilting>)]
+    tilting: Tilting,
     /// conditional, joint, sigmoid, mmd or joint-mmd
-    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE")]
-    objective: String,
+    #[arg(long, default_value = "conditional", value_name = "OBJECTIVE", value_parser = from_text::<ObjectiveName>)]
+    objective: ObjectiveName,
     /// Weight of u|v (conditional, mmd)
     #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
     lambda_u: f64,
@@ -59,8 +59,8 @@ pub struct Loss {
     #[arg(long, value_name = "Y.npy")]
     data_v: Option<PathBuf>,
     /// mmd, joint-mmd: kernel on data, gaussian:WIDTH or linear
-    #[arg(long, default_value = "gaussian:1", value_name = "KERNEL")]
-    kernel: String,
+    #[arg(long, default_value = "gaussian:1", value_name = "KERNEL", value_parser = from_text::<DataKernel>)]
+    kernel: DataKernel,
     /// mmd, joint-mmd: random Fourier features of the Gaussian kernel, even [default: the exact Gram matrix]
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     features: Option<usize>,
@@ -219,11 +219,11 @@ fn data(args: &Loss, counts: [usize; 2], mmd: bool) -> Result<Option<[Npy; 2]>, 
         (Some(u), Some(v)) if mmd => [u, v],
         (None, None) if !mmd => return Ok(None),
         _ if mmd => {
-            let expected = format!("both for {}", args.objective);
+            let expected = format!("both for {}", args.objective.name());
             return Err(bad_flag("--data-u and --data-v", "not both", expected));
         }
         _ => {
-            let expected = format!("none: {} has no use for data", args.objective);
+            let expected = format!("none: {} has no use for data", args.objective.name());
             return Err(bad_flag("--data-u, --data-v", "files", expected));
         }
     };
@@ -261,14 +261,13 @@ impl Loss {
 pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
     let lambdas = [args.lambda_u, args.lambda_v];
     let loss = objective::Loss {
-        tilting: parse_tilting(&args.tilting).map_err(from_flag)?,
-        objective: parse_objective(&args.objective, lambdas, args.bias, args.pairings, common.seed())
-            .map_err(from_flag)?,
+        tilting: args.tilting,
+        objective: args.objective.with(lambdas, args.bias, args.pairings, common.seed()),
         tau: args.tau,
         smoothing: args.smoothing,
     };
     let mmd = loss.objective.takes_moments();
-    let kernel = parse_kernel(&args.kernel).map_err(from_flag)?;
+    let kernel = args.kernel;
     let gram = (mmd && args.features.is_none()).then_some(kernel);
     let choice = common.choose(only_cpu(gram))?;
     if args.features.is_some_and(|f| f == 0 || f % 2 == 1) {
@@ -339,7 +338,7 @@ pub fn run(args: &Loss, common: &Common) -> Result<(), Failure> {
         "m": m,
         "d": d,
         "device": choice.kind(),
-        "precision": choice.precision_name(),
+        "precision": choice.precision().name(),
         "seconds": seconds,
         "scratch_bytes": engine.scratch_bytes(),
     });

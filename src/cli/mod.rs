@@ -12,14 +12,14 @@ mod tasks;
 mod train;
 
 use self::device::why_not_cuda;
-use crate::config::{ConfigError, parse_precision};
+use crate::config::{ConfigError, from_text};
 use crate::data::{DataError, abandon_writes, download::DownloadError, fits_memory};
 use crate::device::DeviceError;
 use crate::device::cpu::Isa;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::CudaError;
 use crate::experiments;
-use crate::objective::LossError;
+use crate::objective::{LossError, Precision};
 use crate::train::TrainError;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
@@ -48,8 +48,8 @@ struct Common {
     #[arg(long, global = true, value_name = "DEVICE")]
     device: Option<String>,
     /// Storage of embeddings, accumulated in f32: f32, bf16 or f16 [default: f32 on cpu, bf16 on cuda, where `retrieve` rounds nothing]
-    #[arg(long, global = true, value_name = "PRECISION")]
-    precision: Option<String>,
+    #[arg(long, global = true, value_name = "PRECISION", value_parser = from_text::<Precision>)]
+    precision: Option<Precision>,
     /// Makes the run reproducible bit for bit, whatever the number of threads [default: 0]
     #[arg(long, global = true, value_name = "S", allow_negative_numbers = true)]
     seed: Option<u64>,
@@ -306,11 +306,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 impl Common {
-    /// Fails on a precision or a device that does not exist.
+    /// Fails on a device that does not exist.
     fn check(&self) -> Result<(), Failure> {
-        if let Some(precision) = &self.precision {
-            parse_precision(precision).map_err(from_flag)?;
-        }
         check_device(self.device()).map_err(from_flag)
     }
 

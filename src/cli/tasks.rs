@@ -1,15 +1,15 @@
 //! `contrastive embed`, `retrieve`, `classify` and `sample`: what trained models and embeddings are used for.
 
 use super::device::{Choice, Device};
-use super::{Common, Failure, bad_flag, check_outputs, check_room, from_flag, shown};
-use crate::config::parse_tilting;
+use super::{Common, Failure, bad_flag, check_outputs, check_room, shown};
+use crate::config::from_text;
 use crate::data::npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
 use crate::data::{Rows, Side, SideOf, Table, share_of};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::Cuda;
 use crate::experiments::{self, Model};
-use crate::objective::Precision;
+use crate::objective::{Precision, Tilting};
 use crate::tasks::classification::{self, Head};
 use crate::tasks::{retrieval, sampling};
 use rayon::prelude::*;
@@ -48,8 +48,8 @@ pub struct Retrieve {
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     k: usize,
     /// cosine, dot or l2
-    #[arg(long, default_value = "cosine", value_name = "TILTING")]
-    tilting: String,
+    #[arg(long, default_value = "cosine", value_name = "TILTING", value_parser = from_text::<Tilting>)]
+    tilting: Tilting,
     /// Indices, int64 [queries, K], best first; ties: the lowest [default: none]
     #[arg(long, value_name = "IDX.npy")]
     output: Option<PathBuf>,
@@ -210,7 +210,7 @@ fn embedded(
 }
 
 pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
-    let tilting = parse_tilting(&args.tilting).map_err(from_flag)?;
+    let tilting = args.tilting;
     let choice = common.choose(None)?;
     let (items, queries) = (Npy::open(&args.items)?, Npy::open(&args.queries)?);
     if items.dim() != queries.dim() {
@@ -255,7 +255,7 @@ pub fn retrieve(args: &Retrieve, common: &Common) -> Result<(), Failure> {
         write_npy_f32(path, &[n, args.k], &scores)?;
     }
     let mut json = json!({
-        "items": items.count(), "queries": n, "dim": items.dim(), "k": args.k, "tilting": args.tilting, "seconds": seconds,
+        "items": items.count(), "queries": n, "dim": items.dim(), "k": args.k, "tilting": args.tilting.name(), "seconds": seconds,
         "output": args.output.as_ref().map(shown), "scores": args.scores.as_ref().map(shown),
     });
     let mut lines = vec![format!("{} best of {} items for {n} queries in {seconds:.2} s", args.k, items.count())];

@@ -3,13 +3,13 @@
 use super::device::Device;
 use super::{Common, Failure, from_file, from_flag, on_terminal};
 use crate::checkpoint::Checkpoint;
-#[cfg(feature = "cuda")]
-use crate::config::parse_precision;
-use crate::config::{ConfigError, Partial};
+use crate::config::{ConfigError, ObjectiveName, Partial, from_text};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::device::cuda::Cuda;
 use crate::experiments::{self, Outcome};
+use crate::objective::{DataKernel, Precision, Tilting};
+use crate::optim::Schedule;
 use crate::train::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
@@ -71,8 +71,8 @@ pub struct Train {
     #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
     warmup: Option<u64>,
     /// Learning rate after the warmup: constant or cosine [default: gp, gaussian2d cosine; else constant]
-    #[arg(long, value_name = "SCHEDULE")]
-    schedule: Option<String>,
+    #[arg(long, value_name = "SCHEDULE", value_parser = from_text::<Schedule>)]
+    schedule: Option<Schedule>,
     /// Largest gradient norm; 0 does not clip [default: 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     grad_clip: Option<f64>,
@@ -80,11 +80,11 @@ pub struct Train {
     #[arg(long, value_name = "D", allow_negative_numbers = true)]
     dim: Option<usize>,
     /// cosine, dot or l2 [default: pairs, ocean cosine; else dot]
-    #[arg(long, value_name = "TILTING")]
-    tilting: Option<String>,
+    #[arg(long, value_name = "TILTING", value_parser = from_text::<Tilting>)]
+    tilting: Option<Tilting>,
     /// conditional, joint, sigmoid, mmd or joint-mmd [default: conditional]
-    #[arg(long, value_name = "OBJECTIVE")]
-    objective: Option<String>,
+    #[arg(long, value_name = "OBJECTIVE", value_parser = from_text::<ObjectiveName>)]
+    objective: Option<ObjectiveName>,
     /// Weight of u|v [default: 1; digits 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     lambda_u: Option<f64>,
@@ -107,8 +107,8 @@ pub struct Train {
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pairings: Option<u32>,
     /// mmd, joint-mmd: kernel on data, gaussian:WIDTH or linear [default: gaussian:1]
-    #[arg(long, value_name = "KERNEL")]
-    kernel: Option<String>,
+    #[arg(long, value_name = "KERNEL", value_parser = from_text::<DataKernel>)]
+    kernel: Option<DataKernel>,
     /// mmd, joint-mmd: random Fourier features of a Gaussian kernel, even [default: 64]
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     features: Option<usize>,
@@ -133,10 +133,6 @@ impl Train {
 
     /// The settings among the flags.
     fn flags(&self, common: &Common) -> Result<Partial, Failure> {
-        let schedule = self.schedule.as_ref().map(|name| {
-            serde_json::from_value(serde_json::Value::String(name.clone()))
-                .map_err(|_| super::bad_flag("--schedule", name, "constant or cosine"))
-        });
         Ok(Partial {
             experiment: self.experiment.clone(),
             u: self.u.clone(),
@@ -149,8 +145,8 @@ impl Train {
             batch: self.batch,
             micro_batch: self.micro_batch,
             dim: self.dim,
-            tilting: self.tilting.clone(),
-            objective: self.objective.clone(),
+            tilting: self.tilting,
+            objective: self.objective,
             lambda_u: self.lambda_u,
             lambda_v: self.lambda_v,
             tau: self.tau,
@@ -158,13 +154,13 @@ impl Train {
             bias: self.bias,
             smoothing: self.smoothing,
             pairings: self.pairings,
-            kernel: self.kernel.clone(),
+            kernel: self.kernel,
             features: self.features,
-            precision: common.precision.clone(),
+            precision: common.precision,
             seed: common.seed,
             lr: self.lr,
             warmup: self.warmup,
-            schedule: schedule.transpose()?,
+            schedule: self.schedule,
             grad_clip: self.grad_clip,
             log_every: self.log_every,
             ..Partial::default()
@@ -210,7 +206,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         (Some(path), e @ ConfigError::Value { key, .. }) if given.has(key) && !flags.has(key) => from_file(path, e),
         (_, e) => from_flag(e),
     };
-    let precision = flags.precision.clone().or_else(|| given.precision.clone());
+    let precision = flags.precision.or(given.precision);
     let mut config = experiments::resolve(flags.clone().over(given.clone())).map_err(refused)?;
     // A run's settings name its files wherever they are read.
     for path in [&mut config.u, &mut config.v, &mut config.data] {
@@ -227,10 +223,10 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
             return Err(super::bad_flag(flag, path.display(), format!("another file than those of {}", dir.display())));
         }
     }
-    let full = common.precision.is_none() && precision.as_deref() == Some("f32");
+    let full = common.precision.is_none() && precision == Some(Precision::F32);
     let choice = common.choose(full.then(|| "the settings say f32, and f32 products are the CPU's".to_owned()))?;
     if precision.is_none() {
-        choice.precision_name().clone_into(&mut config.precision);
+        config.precision = choice.precision();
     }
     let (stop, stepping) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
     stop_at_a_step(stop.clone(), stepping.clone())?;
@@ -266,7 +262,7 @@ pub fn run(args: Train, common: &Common) -> Result<(), Failure> {
         Device::Cpu => experiments::run(&mut Cpu::new(), &config, &dir, resume, &stop, &mut observe),
         #[cfg(feature = "cuda")]
         Device::Cuda(driver, _) => {
-            let mut card = Cuda::new(driver, parse_precision(&config.precision)?);
+            let mut card = Cuda::new(driver, config.precision);
             experiments::run(&mut card, &config, &dir, resume, &stop, &mut observe)
         }
     }

@@ -2,7 +2,7 @@
 //! and the two-dimensional example of section 5.4.
 
 use super::{Error, Experiment, Learned, Report, check_samples};
-use crate::config::Config;
+use crate::config::{Config, ObjectiveName};
 use crate::data::gaussian2d::{self, Gaussian};
 use crate::data::{Split, gp};
 use crate::nn::EncoderSpec;
@@ -98,12 +98,12 @@ fn report_on(law: &Gaussian, learned: &Learned<'_>, report: &mut Report) {
             .push("no closed form: a cosine tilting is not Gaussian, nor are encoders too large for f64".into());
     };
     // The closed forms know of no smoothing.
-    let optimum = match (learned.tilting, &config.objective[..]) {
+    let optimum = match (learned.tilting, config.objective) {
         _ if config.smoothing > 0.0 => None,
-        (Tilting::Dot, "conditional") => Some(theory.conditional_optimum(dim)),
-        (Tilting::Dot, "joint") => Some(theory.joint_optimum(dim)),
-        (Tilting::L2, "conditional") if config.lambda_v == 0.0 => Some(theory.l2_optimum(dim)),
-        (Tilting::L2, "conditional") if config.lambda_u == 0.0 => Some(theory.l2_optimum_of_v(dim)),
+        (Tilting::Dot, ObjectiveName::Conditional) => Some(theory.conditional_optimum(dim)),
+        (Tilting::Dot, ObjectiveName::Joint) => Some(theory.joint_optimum(dim)),
+        (Tilting::L2, ObjectiveName::Conditional) if config.lambda_v == 0.0 => Some(theory.l2_optimum(dim)),
+        (Tilting::L2, ObjectiveName::Conditional) if config.lambda_u == 0.0 => Some(theory.l2_optimum_of_v(dim)),
         _ => None,
     };
     let nothing = theory.conditional_optimum(0);

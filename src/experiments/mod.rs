@@ -11,7 +11,7 @@ pub mod reproduce;
 mod retrieval;
 
 use crate::checkpoint::{self, CHECKPOINT, CONFIG, Checkpoint, METRICS, MODEL, Origin, SUMMARY};
-use crate::config::{Config, ConfigError, Partial, parse_tilting, read_toml};
+use crate::config::{Config, ConfigError, ObjectiveName, Partial, read_toml};
 use crate::data::npy::{self, Npy, Push};
 use crate::data::{
     DataError, PairsSource, Rows, Side, Source, Split, fits_memory, remove_files, remove_temporary, write_atomic,
@@ -20,7 +20,7 @@ use crate::data::{
 use crate::device::cpu::Cpu;
 use crate::device::{Contrast, Device, Search, View, ViewMut};
 use crate::nn::{EncoderSpec, Network, NnError};
-use crate::objective::{LossError, Objective, Precision, Tilting};
+use crate::objective::{DataKernel, LossError, Objective, Precision, Tilting};
 use crate::optim::{AdamConfig, Schedule};
 #[cfg(feature = "plots")]
 use crate::theory::{self, Theory};
@@ -257,8 +257,8 @@ fn base(name: &str) -> Config {
         batch: 512,
         micro_batch: 0,
         dim: 5,
-        tilting: "dot".into(),
-        objective: "conditional".into(),
+        tilting: Tilting::Dot,
+        objective: ObjectiveName::Conditional,
         lambda_u: 1.0,
         lambda_v: 1.0,
         tau: 1.0,
@@ -266,9 +266,9 @@ fn base(name: &str) -> Config {
         bias: 0.0,
         smoothing: 0.0,
         pairings: 0,
-        kernel: "gaussian:1".into(),
+        kernel: DataKernel::Gaussian { width: 1.0 },
         features: 64,
-        precision: "f32".into(),
+        precision: Precision::F32,
         seed: 0,
         lr: 1e-3,
         warmup: 0,
@@ -336,7 +336,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
         let expected = format!("fewer: {} parameters are more than there is memory for", network.layout.len());
         return Err(ConfigError::value("dim", config.dim, expected).into());
     }
-    let objective = config.loss(0)?.objective;
+    let objective = config.loss(0).objective;
     let joint = if matches!(objective, Objective::JointMmd) { config.features } else { 0 };
     let fits = fits_memory(&[config.features, config.batch, 10]) && fits_memory(&[config.features, joint, 4]);
     if objective.takes_moments() && !fits {
@@ -359,7 +359,7 @@ pub fn run<D: Contrast + Device<Real = f32>>(
     let training = Training::new(device, config, &network, &*split.train, start);
     let _lock = open_folder(dir, config, lock, goes_on)?;
 
-    let tilting = parse_tilting(&config.tilting)?;
+    let tilting = config.tilting;
     let mut evaluate = experiment.evaluate.map(|evaluate| {
         let (network, split) = (&network, &split);
         move |device: &D, params: &[f32], tau: f64| {
@@ -576,7 +576,7 @@ impl Model {
 
     /// Its tilting.
     pub fn tilting(&self) -> Tilting {
-        parse_tilting(&self.config.tilting).expect("checked when it was loaded")
+        self.config.tilting
     }
 
     /// Its temperature, as trained.

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::data::ocean::{COEFFICIENTS, Ocean, Recording};
 use crate::data::{Source, Split, share_of};
 use crate::nn::EncoderSpec;
+use crate::objective::Tilting;
 use crate::optim::Schedule;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ pub const OCEAN: Experiment = Experiment {
         batch: 128,
         lr: 1e-4,
         dim: COEFFICIENTS,
-        tilting: "cosine".into(),
+        tilting: Tilting::Cosine,
         tau: 0.07,
         train_tau: true,
         encoder_u: EncoderSpec::Identity {},

@@ -4,6 +4,7 @@ use super::{Error, Experiment, open_pairs, retrieval};
 use crate::config::{Config, ConfigError};
 use crate::data::{Source, Split, share_of};
 use crate::nn::EncoderSpec;
+use crate::objective::Tilting;
 use std::sync::Arc;
 
 /// Pairs from files.
@@ -13,7 +14,7 @@ pub const PAIRS: Experiment = Experiment {
     labelled: false,
     defaults: |base| Config {
         dim: 128,
-        tilting: "cosine".into(),
+        tilting: Tilting::Cosine,
         tau: 0.07,
         train_tau: true,
         encoder_u: EncoderSpec::Linear { bias: true },

@@ -97,6 +97,15 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// The name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
+        }
+    }
+
     /// The number of this type that is nearest to `x`.
     pub fn round(self, x: f32) -> f32 {
         match self {

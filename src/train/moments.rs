@@ -1,6 +1,6 @@
 //! What MMD training knows of a batch's data.
 
-use crate::config::{Config, parse_kernel};
+use crate::config::Config;
 use crate::data::{Side, Source};
 use crate::device::{Device, Features, View, ViewMut};
 use crate::objective::{DataKernel, features::random_fourier};
@@ -14,21 +14,19 @@ pub(super) struct Moments<B> {
 
 impl<B> Moments<B> {
     pub(super) fn new<D: Device<Buf = B>>(device: &D, config: &Config, source: &dyn Source) -> Self {
-        let kernel = parse_kernel(&config.kernel).expect("validated");
-        let dims = [Side::U, Side::V].map(|side| match kernel {
+        let dims = [Side::U, Side::V].map(|side| match config.kernel {
             DataKernel::Linear => source.dim(side),
             DataKernel::Gaussian { .. } => config.features,
         });
-        let used = config.loss(0).expect("validated").objective.takes_moments();
+        let used = config.loss(0).objective.takes_moments();
         Moments { bufs: used.then(|| dims.map(|dim| device.alloc(config.batch * dim))), dims, rows: config.batch }
     }
 
     pub(super) fn update<D: Device<Buf = B>>(&mut self, device: &D, config: &Config, u: &[f32], v: &[f32]) {
         let Some(bufs) = &mut self.bufs else { return };
-        let kernel = parse_kernel(&config.kernel).expect("validated");
         for ((buf, x), dim) in bufs.iter_mut().zip([u, v]).zip(self.dims) {
             let to = ViewMut { buf, at: 0..config.batch * dim };
-            match kernel {
+            match config.kernel {
                 DataKernel::Linear => device.upload(x, to),
                 DataKernel::Gaussian { width } => {
                     let features = random_fourier(x, x.len() / config.batch, width, dim, config.seed);

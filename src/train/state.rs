@@ -2,7 +2,7 @@
 
 use super::moments::Moments;
 use crate::checkpoint::{Checkpoint, Origin};
-use crate::config::{Config, parse_precision};
+use crate::config::Config;
 use crate::data::{PairBatch, Side, Source, permute_range};
 use crate::device::{Contrast, Device, Embeddings, SCALING_START, Scalars, View, ViewMut};
 use crate::nn::{Acts, Network};
@@ -101,7 +101,7 @@ impl<'a, D: Contrast> State<'a, D> {
         State {
             config,
             network,
-            precision: parse_precision(&config.precision).expect("validated"),
+            precision: config.precision,
             origin: start.origin.clone(),
             samples: source.len(),
             micro,
@@ -159,7 +159,7 @@ impl<'a, D: Contrast> State<'a, D> {
 
     /// The plan's next step, number `step` of the run.
     pub(super) fn step(&mut self, device: &mut D, step: u64) -> Result<(), LossError> {
-        let loss = self.config.loss(step).expect("validated");
+        let loss = self.config.loss(step);
         if matches!(loss.objective, Objective::JointShuffled { .. }) {
             // Other pairings each time.
             return self.passes(device, &loss);

@@ -3,7 +3,7 @@
 use super::super::device::Device;
 use super::super::{Common, Failure, bad_flag, check_room, from_flag};
 use super::{Bench, CEILING, SETS, drawn, median, product, time};
-use crate::config::{ConfigError, Partial, parse_tilting};
+use crate::config::{ConfigError, Partial};
 use crate::data::{Rows, Table};
 use crate::device::cpu::Cpu;
 #[cfg(feature = "cuda")]
@@ -23,7 +23,7 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
     if k == 0 || k > m {
         return Err(bad_flag("--k", k, format!("1 to the number of items, {m}")));
     }
-    let tilting = parse_tilting(&args.tilting).map_err(from_flag)?;
+    let tilting = args.tilting;
     check_room("--k", &[k, n, 6])?;
     let choice = common.choose(None)?;
     choice.announce();
@@ -60,14 +60,14 @@ pub fn retrieve(args: &Bench, common: &Common) -> Result<(), Failure> {
     let flops = 2.0 * n as f64 * m as f64 * d as f64;
     let (rate, peak) = (flops / median(&times), ceiling.1 / median(&ceiling.0));
     let json = json!({
-        "what": "retrieve", "n": n, "m": m, "d": d, "k": k, "tilting": args.tilting, "precision": precision,
+        "what": "retrieve", "n": n, "m": m, "d": d, "k": k, "tilting": args.tilting.name(), "precision": precision,
         "device": choice.kind(), "kernels": kernels, "threads": rayon::current_num_threads(), "runs": times.len(),
         "best_score": best, "median_ms": 1e3 * median(&times), "min_ms": 1e3 * times[0], "flops": flops,
         "gflops_per_s": rate / 1e9, "peak_gflops_per_s": peak / 1e9, "fraction_of_peak": rate / peak,
         "scratch_bytes": scratch, "device_scratch_bytes": device.map(|device| device.scratch_bytes()),
     });
     let lines = [
-        format!("the best {k} of {m} items for {n} queries, d = {d}, {}", args.tilting),
+        format!("the best {k} of {m} items for {n} queries, d = {d}, {}", args.tilting.name()),
         format!("median {:.3} ms, minimum {:.3} ms of {} runs", 1e3 * median(&times), 1e3 * times[0], times.len()),
         format!(
             "{:.1} GFLOP/s (2 N M D), {:.0}% of the matrix product's {:.1}",
@@ -139,7 +139,7 @@ pub fn train(args: &Bench, common: &Common) -> Result<(), Failure> {
         experiment: Some(args.experiment.clone()),
         epochs: Some(1 << 40),
         seed: common.seed,
-        precision: common.precision.clone(),
+        precision: common.precision,
         log_every: Some(1 << 40),
         ..Partial::default()
     };

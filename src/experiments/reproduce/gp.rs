@@ -9,6 +9,7 @@ use super::{
 use crate::config::Config;
 use crate::data::gaussian2d::Gaussian;
 use crate::data::gp::{self, COEFFICIENTS, MODES, NOISE};
+use crate::objective::Tilting;
 use crate::optim::Schedule;
 use crate::plot::{Axis, Criterion, Figure, Panel, Shape, Style};
 use crate::theory::{Certificate, Theory};
@@ -365,8 +366,8 @@ fn variants(request: &Request<'_>, sweeps: &Sweeps<'_>) -> Result<Figure, Error>
         // their means slowly and the batch must be large; the l2 model's density ratio is bounded in u, but its
         // encoders must grow to the noise's inverse, which takes many steps at a large rate.
         let (batch, steps) = match (kind.tilting, request.quick) {
-            ("dot", true) => (4096, 600),
-            ("dot", false) => (4096, 3000),
+            (Tilting::Dot, true) => (4096, 600),
+            (Tilting::Dot, false) => (4096, 3000),
             (_, true) => (512, 8_000),
             (_, false) => (512, 20_000),
         };

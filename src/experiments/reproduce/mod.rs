@@ -11,8 +11,9 @@ mod objectives;
 mod ocean;
 
 use super::Error;
-use crate::config::Config;
+use crate::config::{Config, ObjectiveName};
 use crate::data::{DataError, write_atomic};
+use crate::objective::Tilting;
 use crate::plot::{Axis, Criterion, Figure, Mark, Shape, Style, Table, report};
 use crate::theory::{Model, Theory};
 use serde_json::json;
@@ -122,23 +123,23 @@ fn parallel<J: Sync, R: Send>(jobs: &[J], f: impl Fn(&J) -> Result<R, Error> + S
 /// Tilting, objective and weights of a model of Gaussian pairs, and its name.
 struct Kind {
     name: &'static str,
-    tilting: &'static str,
-    objective: &'static str,
+    tilting: Tilting,
+    objective: ObjectiveName,
     lambda: [f64; 2],
 }
 
 /// The models that have an optimum in closed form.
 const KINDS: [Kind; 3] = [
-    Kind { name: "dot, conditional", tilting: "dot", objective: "conditional", lambda: [1.0, 1.0] },
-    Kind { name: "l2, u given v", tilting: "l2", objective: "conditional", lambda: [2.0, 0.0] },
-    Kind { name: "dot, joint", tilting: "dot", objective: "joint", lambda: [1.0, 1.0] },
+    Kind { name: "dot, conditional", tilting: Tilting::Dot, objective: ObjectiveName::Conditional, lambda: [1.0, 1.0] },
+    Kind { name: "l2, u given v", tilting: Tilting::L2, objective: ObjectiveName::Conditional, lambda: [2.0, 0.0] },
+    Kind { name: "dot, joint", tilting: Tilting::Dot, objective: ObjectiveName::Joint, lambda: [1.0, 1.0] },
 ];
 
 impl Kind {
     /// `config` for a model of this kind.
     fn set(&self, config: Config) -> Config {
         let [lambda_u, lambda_v] = self.lambda;
-        Config { tilting: self.tilting.into(), objective: self.objective.into(), lambda_u, lambda_v, ..config }
+        Config { tilting: self.tilting, objective: self.objective, lambda_u, lambda_v, ..config }
     }
 }
 

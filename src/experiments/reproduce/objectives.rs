@@ -2,11 +2,11 @@
 
 use super::super::{Error, Model, OneHot, gaussian, images};
 use super::{Part, Request, axis, distance, mark, parallel, short, table};
-use crate::config::Config;
+use crate::config::{Config, ObjectiveName};
 use crate::data::gaussian2d::Gaussian;
 use crate::data::{Memory, Side, SideOf, Source, Split, Table, gp};
 use crate::device::cpu::Cpu;
-use crate::objective::Tilting;
+use crate::objective::{DataKernel, Tilting};
 use crate::plot::{Axis, Criterion, Figure, Panel, Shape, Style};
 use crate::tasks::{classification, retrieval, scores};
 use crate::theory::Theory;
@@ -18,14 +18,14 @@ pub const PART: Part =
     Part { name: "objectives", about: "which objective and tilting for which task (beyond the paper)", figures };
 
 /// Name, objective and weights.
-const OBJECTIVES: [(&str, &str, [f64; 2]); 7] = [
-    ("conditional", "conditional", [1.0, 1.0]),
-    ("u given v", "conditional", [2.0, 0.0]),
-    ("v given u", "conditional", [0.0, 2.0]),
-    ("joint", "joint", [1.0, 1.0]),
-    ("sigmoid", "sigmoid", [1.0, 1.0]),
-    ("mmd", "mmd", [1.0, 1.0]),
-    ("joint-mmd", "joint-mmd", [1.0, 1.0]),
+const OBJECTIVES: [(&str, ObjectiveName, [f64; 2]); 7] = [
+    ("conditional", ObjectiveName::Conditional, [1.0, 1.0]),
+    ("u given v", ObjectiveName::Conditional, [2.0, 0.0]),
+    ("v given u", ObjectiveName::Conditional, [0.0, 2.0]),
+    ("joint", ObjectiveName::Joint, [1.0, 1.0]),
+    ("sigmoid", ObjectiveName::Sigmoid, [1.0, 1.0]),
+    ("mmd", ObjectiveName::Mmd, [1.0, 1.0]),
+    ("joint-mmd", ObjectiveName::JointMmd, [1.0, 1.0]),
 ];
 
 /// Draws of u and of v that a model's laws are estimated from, none of them trained on.
@@ -117,17 +117,17 @@ fn study(request: &Request<'_>, data: &Data, objective: usize, tilting: Tilting)
     let (_, name, [lambda_u, lambda_v]) = OBJECTIVES[objective];
     let set = |config: Config| {
         let config = Config {
-            objective: name.into(),
+            objective: name,
             lambda_u,
             lambda_v,
-            tilting: tilting.name().into(),
+            tilting,
             features: 256,
             seed: request.seed,
             // Under cosine encoders have no scale; the temperature is theirs.
             tau: if tilting == Tilting::Cosine { 0.3 } else { 1.0 },
             train_tau: tilting == Tilting::Cosine,
             // A logit of an unpaired pair is about -log N.
-            bias: if name == "sigmoid" { -(config.batch as f64).ln() } else { 0.0 },
+            bias: if name == ObjectiveName::Sigmoid { -(config.batch as f64).ln() } else { 0.0 },
             ..config
         };
         if request.quick { config } else { Config { epochs: 3 * config.epochs, ..config } }
@@ -160,7 +160,7 @@ fn study(request: &Request<'_>, data: &Data, objective: usize, tilting: Tilting)
         row.recall = [found.u_to_v_at_5, found.v_to_u_at_5];
     }
     // Half the distance of two images, in whose square the kernel is measured.
-    let digits = set(Config { epochs: 4, kernel: "gaussian:5".into(), ..images::DIGITS.settings() });
+    let digits = set(Config { epochs: 4, kernel: DataKernel::Gaussian { width: 5.0 }, ..images::DIGITS.settings() });
     if let Some(model) = fit(digits, &*data.digits.train)? {
         let images = model.embed_in_memory(&device, Side::U, &SideOf(&*data.digits.test, Side::U))?;
         let names = model.embed_in_memory(&device, Side::V, &OneHot(data.digits.test.dim(Side::V)))?;

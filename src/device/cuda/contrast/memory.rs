@@ -205,10 +205,9 @@ pub(super) fn wrong_len(what: &'static str, found: usize, expected: String) -> L
 pub(super) struct Addresses<'a, B: OnCard<C> + 'a, C: Card> {
     pub(super) rows: [CardRows; 2],
     pub(super) out: [Out; 2],
-    _held: ([B::Held<'a>; 2], [Option<HeldSingles<'a, B, C>>; 2]),
+    _read: [B::Held<'a>; 2],
+    _written: [Option<<B::Singles as OnCard<C>>::Held<'a>>; 2],
 }
-
-type HeldSingles<'a, B, C> = <<B as OnCard<C>>::Singles as OnCard<C>>::Held<'a>;
 
 /// Where embeddings on `card` and their gradients are, if they are there and their lengths go together.
 pub(super) fn addresses<'a, B: OnCard<C>, C: Card>(
@@ -236,7 +235,7 @@ pub(super) fn addresses<'a, B: OnCard<C>, C: Card>(
     let ((u_at, u_held), (v_at, v_held)) = (read(u, "u")?, read(v, "v")?);
     let (to_u, to_u_held) = write(grad_u, u, "gradient of u")?;
     let (to_v, to_v_held) = write(grad_v, v, "gradient of v")?;
-    Ok(Addresses { rows: [u_at, v_at], out: [to_u, to_v], _held: ([u_held, v_held], [to_u_held, to_v_held]) })
+    Ok(Addresses { rows: [u_at, v_at], out: [to_u, to_v], _read: [u_held, v_held], _written: [to_u_held, to_v_held] })
 }
 
 /// Where what MMD compares is: as many numbers for each of the `rows`.
