@@ -631,11 +631,18 @@ mod tests {
     // By whatever units, the answer is that of f64: also where bf16, or f32, tells nothing apart, loses all digits, or overflows.
     #[test]
     fn every_instruction_set_finds_the_best_in_f64() {
-        let (n, m, k) = (31, ITEMS + 70, 5);
+        let k = 5;
         let mut rng = rng();
-        for dim in [WIDE, 67] {
-            // Numbers about a mean, times a scale.
-            for (mean, spread, scale) in [(0.0, 1.0, 1.0), (1.0, 1e-3, 1.0), (0.0, 1.0, 1e-25), (0.0, 1.0, 1e19)] {
+        // Numbers about a mean, times a scale.
+        let all = [(0.0, 1.0, 1.0), (1.0, 1e-3, 1.0), (0.0, 1.0, 1e-25), (0.0, 1.0, 1e19)];
+        // Queries further apart than they are long in f32, and as pairs of bf16 too.
+        for (dim, n, m, numbers) in [
+            (WIDE, 31, ITEMS + 70, &all[..]),
+            (67, 31, ITEMS + 70, &all),
+            (1024, 13, 300, &all[..2]),
+            (2048, 13, 300, &all[..2]),
+        ] {
+            for &(mean, spread, scale) in numbers {
                 let mut draw = |rows: usize| -> Vec<f32> {
                     (0..rows * dim).map(|_| scale * (mean + spread * rng.random_range(-1f32..1.0))).collect()
                 };
