@@ -235,7 +235,7 @@ impl Text for DataKernel {
 
 /// [`Text`] in files; settings that may be left out, likewise.
 mod as_text {
-    use super::Text;
+    use super::{Text, from_text};
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
     pub trait Stored: Sized {
@@ -243,7 +243,7 @@ mod as_text {
     }
     impl<T: Text> Stored for T {
         fn of<E: Error>(text: &str) -> Result<T, E> {
-            T::read(text).ok_or_else(|| E::custom(format!("{}: found {text}, expected {}", T::KEY, T::expected())))
+            from_text(text).map_err(|expected| E::custom(format!("{}: found {text}, expected {expected}", T::KEY)))
         }
     }
     impl<T: Text> Stored for Option<T> {

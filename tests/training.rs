@@ -684,8 +684,6 @@ fn pairs_are_learned_embedded_and_retrieved() {
     assert!(message.contains("no tensor v.0.weight of shape"), "{message}");
 }
 
-// As in the paper's ocean: u are the numbers of a flow, v is where it carries a particle. Here z' = i w z + i a e^{i b t}
-// from z = 1, which has a closed form; every 24th of two turns is stored.
 // Each u is its v: the lower the temperature, the lower the loss. Nothing else is learned.
 #[test]
 fn a_learned_temperature_stays_above_its_least() {
@@ -703,6 +701,8 @@ fn a_learned_temperature_stays_above_its_least() {
     assert!((tau - 0.01).abs() < 1e-8, "{tau}");
 }
 
+// As in the paper's ocean: u are the numbers of a flow, v is where it carries a particle. Here z' = i w z + i a e^{i b t}
+// from z = 1, which has a closed form; every 24th of two turns is stored.
 #[test]
 fn a_transformer_learns_flows_from_trajectories() {
     let data = tempfile::tempdir().unwrap();

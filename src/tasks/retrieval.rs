@@ -3,7 +3,7 @@
 
 use super::scores::{Scorer, Scores, Which, best, exact};
 use crate::data::Rows;
-use crate::device::cpu::search::{Operand, Pair};
+use crate::device::cpu::search::{self, Operand, Pair};
 use crate::device::cpu::{Isa, inner};
 use crate::device::{DeviceError, Search};
 use crate::objective::{LossError, Tilting, shape};
@@ -280,7 +280,7 @@ impl<'a> Settling<'a> {
         let dim = self.scorer.items.dim();
         self.settle(&candidates, |query| {
             let mut distance = [0.0];
-            O::of(isa, query, dim, O::count(dim), &mut Vec::new(), &mut distance);
+            search::queries::<O>(isa, query, dim, &mut Vec::new(), &mut distance);
             slack.of(inner(query, query).sqrt(), distance[0])
         });
         Ok(())

@@ -243,7 +243,7 @@ impl<'a> Scorer<'a> {
                     for ((square, offset), (size, _)) in squares.iter().zip(offset).zip(&mut *sizes) {
                         (*offset, *size) = ready(self.tilting, *square);
                     }
-                    search::pack_items(isa, O::of(isa, rows, dim, O::count(dim), operands, distances), dim, packed);
+                    search::pack_items(isa, rows, dim, operands, distances, packed);
                     sizes.iter_mut().zip(distances).for_each(|((_, rounded), distance)| *rounded = *distance);
                 },
             );
@@ -270,7 +270,7 @@ impl<'a> Scorer<'a> {
                     own.resize(states.len() * dim, 0.0);
                     distances.resize(states.len(), 0.0);
                     self.read_queries(start..start + states.len(), own);
-                    let own = O::of(isa, own, dim, search::left_stride(O::count(dim)), operands, distances);
+                    let own = search::queries(isa, own, dim, operands, distances);
                     search::each_row(isa, own, dim, &packed, offset, tile, |i, first, scores, most| {
                         let (slack, query) = (&slacks[first / search::COLS], start + i);
                         f(Scores { query, first: first_item + first, scores, most, slack }, &mut states[i]);

@@ -15,7 +15,7 @@
 //! a shard and then over shards, in order: the same bits for any number of threads.
 
 use super::layers::{SHARDS, normal};
-use super::simd::{Isa, Lane, Op, Register, Simd, Vector, WIDEST};
+use super::simd::{Isa, Lane, Op, Register, Simd, Vector, WIDEST, sum_by_halves};
 use crate::device::{Activation, Conv, ConvPool, Pool};
 use crate::objective::Write;
 use rayon::prelude::*;
@@ -507,22 +507,9 @@ fn weigh_taps<S: Simd, T: Lane, const R: usize, const K: usize>(
     }
     for (r, numbers) in numbers.iter_mut().enumerate() {
         for (k, numbers) in numbers.iter_mut().enumerate() {
-            to[r * shape.conv.patch() + k] += total(numbers, lanes);
+            to[r * shape.conv.patch() + k] += sum_by_halves(numbers, lanes);
         }
     }
-}
-
-/// The sum of the first `lanes` numbers, a power of two, by halves.
-#[inline(always)]
-fn total<T: Lane>(numbers: &mut [T; REGISTER], lanes: usize) -> T {
-    let mut half = lanes / 2;
-    while half > 0 {
-        for i in 0..half {
-            numbers[i] += numbers[i + half];
-        }
-        half /= 2;
-    }
-    numbers[0]
 }
 
 /// `sums[o] += sum_p d[o, p]`, summed over lanes too; line by line, for the digits.
@@ -540,7 +527,7 @@ fn sum_channels<S: Simd, T: Lane>(shape: &Shape, d: &[T], sums: &mut [T]) {
         }
         let mut numbers = [T::ZERO; REGISTER];
         sum.store(&mut numbers);
-        *to += total(&mut numbers, lanes);
+        *to += sum_by_halves(&mut numbers, lanes);
     }
 }
 

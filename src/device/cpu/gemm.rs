@@ -31,24 +31,23 @@ pub fn gemm<T: Lane>(isa: Isa, shape: Gemm, a: &[T], b: &[T], c: Write<&mut [T]>
     let rows = if m * n * k <= SERIAL { m } else { m.div_ceil(64).next_multiple_of(ROWS) };
     // A block's own copy of a few rows of A, where they lie at a distance that is none for the cache and are read again.
     let near = if !transpose_a && n > COLUMNS && k > 0 && left_stride(k) != k { ROWS * left_stride(k) } else { 0 };
-    let (columns, blocks) = (packed_len(k, n), m.div_ceil(rows));
-    if packed.len() < columns + blocks * near {
-        packed.resize(columns + blocks * near, T::ZERO);
+    // So that there is a part of `packed` for each block, also where it is not used.
+    let (columns, blocks, own) = (packed_len(k, n), m.div_ceil(rows), near.max(1));
+    if packed.len() < columns + blocks * own {
+        packed.resize(columns + blocks * own, T::ZERO);
     }
     let (packed, nears) = packed.split_at_mut(columns);
     isa.run(Pack { b, n, k, transposed: transpose_b, out: packed });
     let packed = &*packed;
-    let block = |first: usize, c: &mut [T], near: &mut [T]| {
+    let block = |first: usize, c: &mut [T], own: &mut [T]| {
         let a = Left { data: a.get(first * row..).unwrap_or(&[]), row, col, rows: c.len() / n, depth: k };
-        isa.run(Block { a, packed, n, c, add, near });
+        isa.run(Block { a, packed, n, c, add, near: &mut own[..near] });
     };
-    match (blocks, near) {
-        (1, _) => block(0, c, &mut nears[..near]),
-        (_, 0) => c.par_chunks_mut(rows * n).enumerate().for_each(|(i, c)| block(i * rows, c, &mut [])),
-        _ => {
-            let own = c.par_chunks_mut(rows * n).zip(nears.par_chunks_mut(near));
-            own.enumerate().for_each(|(i, (c, near))| block(i * rows, c, near));
-        }
+    if blocks == 1 {
+        block(0, c, nears);
+    } else {
+        let parts = c.par_chunks_mut(rows * n).zip(nears.par_chunks_mut(own));
+        parts.enumerate().for_each(|(i, (c, own))| block(i * rows, c, own));
     }
 }
 

@@ -1,7 +1,6 @@
 //! Scores of queries with many items: a tile of them at a time, which exact search reduces, and exact ones.
 
-pub use super::operand::left_stride;
-use super::operand::{Element, ElementOp, Operands, PackTransposed};
+use super::operand::{Element, ElementOp, Operands, PackTransposed, left_stride};
 pub use super::simd::Pair;
 use super::simd::{self, Isa, Left, Op, PairIsa, PairOp, Pairs, Register, Right, Simd, Vector, WIDEST};
 use super::{in_eight, inner};
@@ -126,13 +125,33 @@ pub fn packed_len<T: Operand>(count: usize, dim: usize) -> usize {
     simd::packed_len(T::count(dim), count)
 }
 
-/// Packs `items` `[count, dim]` as the right operand of [`each_row`]: [`COLS`] items of many, or the last of them.
-pub fn pack_items<T: Operand>(isa: T::Isa, items: &[T], dim: usize, out: &mut [T]) {
+/// Packs `items` `[count, dim]` as the right operand of [`each_row`], [`COLS`] items of many, or the last of them, and how far
+/// from each its operand is; `buffer` grows as needed.
+pub fn pack_items<T: Operand>(
+    isa: T::Isa,
+    items: &[f32],
+    dim: usize,
+    buffer: &mut Vec<T>,
+    distances: &mut [f64],
+    out: &mut [T],
+) {
     let depth = T::count(dim);
-    T::run(isa, PackTransposed { natural: items, depth, n: items.len() / depth, out });
+    let natural = T::of(isa, items, dim, depth, buffer, distances);
+    T::run(isa, PackTransposed { natural, depth, n: items.len() / dim, out });
 }
 
-/// Calls `f(query, first item, scores, largest score)` for each of `queries`, [`left_stride`] apart, and each run of items:
+/// `rows` `[_, dim]` as the queries of [`each_row`], in `buffer` where they are others, and how far from each its operand is.
+pub fn queries<'a, T: Operand>(
+    isa: T::Isa,
+    rows: &'a [f32],
+    dim: usize,
+    buffer: &'a mut Vec<T>,
+    distances: &mut [f64],
+) -> &'a [T] {
+    T::of(isa, rows, dim, left_stride(T::count(dim)), buffer, distances)
+}
+
+/// Calls `f(query, first item, scores, largest score)` for each of [`queries`] and each run of items:
 /// scores are `<query, item> + offset`, -inf where that is no number. Each is one sum in an order that depends on `dim`
 /// alone. `packed` holds as many items as there are offsets; `tile` grows as needed.
 pub fn each_row<T: Operand>(

@@ -472,6 +472,19 @@ pub fn differences<S: Simd>(
     }
 }
 
+/// The sum of the first `lanes` numbers, a power of two, by halves: in order, each addition would wait for the one before.
+#[inline(always)]
+pub fn sum_by_halves<T: Lane, const N: usize>(numbers: &mut [T; N], lanes: usize) -> T {
+    let mut half = lanes / 2;
+    while half > 0 {
+        for i in 0..half {
+            numbers[i] += numbers[i + half];
+        }
+        half /= 2;
+    }
+    numbers[0]
+}
+
 /// Elements that hold a packed operand of `n` columns and `depth` rows on any instruction set.
 pub fn packed_len(depth: usize, n: usize) -> usize {
     depth * n.next_multiple_of(WIDEST / 2)

@@ -1,6 +1,6 @@
 //! A tile of the logit matrix: how large it is, where it lies, how its numbers lie in memory, and a register of them at a time.
 
-use super::simd::{Register, Simd, Vector, WIDEST};
+use super::simd::{Register, Simd, Vector, WIDEST, sum_by_halves};
 use kernels::law::Num;
 use std::ops::Range;
 
@@ -90,18 +90,12 @@ pub fn fold<S: Simd>(x: S::F32, f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[1..].iter().fold(lanes[0], |a, &b| f(a, b))
 }
 
-/// The sum of all lanes, by halves: in order, each addition would wait for the one before.
+/// The sum of all lanes.
 #[inline(always)]
 pub fn total<S: Simd>(x: S::F32) -> f32 {
     let mut lanes = [0.0; WIDEST];
     x.store(&mut lanes);
-    let mut half = <S::F32 as Register<f32>>::LANES / 2;
-    while half > 0 {
-        let (low, high) = lanes.split_at_mut(half);
-        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
-        half /= 2;
-    }
-    lanes[0]
+    sum_by_halves(&mut lanes, <S::F32 as Register<f32>>::LANES)
 }
 
 /// Adds a row of a tile to the columns' `totals`.

@@ -159,10 +159,10 @@ impl<C: Card> Cuda<C> {
         let card = Arc::clone(&self.card);
         let at = addresses(&card, embeddings, dim, gradients)?;
         let features = features.map(|features| features_at(&card, features, at.rows)).transpose()?;
-        let features_at = features.as_ref().map(|(rows, _)| *rows);
+        let data = features.as_ref().map(|(rows, _)| *rows);
         // SAFETY: by the contract of `OnCard`, for as long as `at` and `features` hold what they hold; lengths were checked, and
         // outputs are borrowed mutably.
-        unsafe { self.loss_at(loss, self.rounded(B::Number::PRECISION), pairs, at.rows, features_at, at.out) }
+        unsafe { self.loss_at(loss, self.rounded(B::Number::PRECISION), pairs, at.rows, data, at.out) }
     }
 
     /// The same on raw addresses, for programs with memory of their own: on [`super::Driver::of_stream`]'s stream.
