@@ -19,7 +19,7 @@ mod permute;
 mod prefetch;
 
 pub use npy::{Npy, read_npy_i64, write_npy_f32, write_npy_i64};
-pub use permute::{permute, permute_range};
+pub use permute::{Order, permute};
 pub use prefetch::{PairBatch, Prefetch};
 
 use std::{

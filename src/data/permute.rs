@@ -19,36 +19,77 @@ pub fn permute(seed: u64, epoch: u64, n: usize, index: usize) -> usize {
     let network = Network::new(seed, epoch, n);
     let mut x = index as u64;
     loop {
-        [x] = network.pass([x]);
+        [x] = network.pass([x], |round, x| network.round(round, x));
         if (x as usize) < n {
             return x as usize;
         }
     }
 }
 
-/// Appends [`permute`] of each of `range` to `out`; several at a time, as each alone is a chain of waits.
-///
-/// # Panics
-/// When `range` ends beyond `n`.
-pub fn permute_range(seed: u64, epoch: u64, n: usize, range: Range<usize>, out: &mut Vec<usize>) {
-    assert!(range.end <= n, "positions {range:?} of an order of {n}");
-    let network = Network::new(seed, epoch, n);
-    let mut walking: Vec<usize> = (out.len()..out.len() + range.len()).collect();
-    out.extend(range);
-    while !walking.is_empty() {
-        let (together, alone) = walking.as_chunks::<8>();
-        for places in together {
-            let after = network.pass(places.map(|place| out[place] as u64));
-            places.iter().zip(after).for_each(|(&place, x)| out[place] = x as usize);
+/// The order of one epoch, for many of its positions: [`permute`], with what its rounds can be in tables.
+#[derive(Debug)]
+pub struct Order {
+    n: usize,
+    network: Network,
+    /// What each round makes of each half that it can be given, [`Order::stride`] apart; nothing of sets so large that the
+    /// tables would not stay in cache.
+    rounds: Vec<u16>,
+}
+
+impl Order {
+    /// Most bits of a half that has tables: 192 KiB of them.
+    const TABULATED: u32 = 12;
+
+    /// That of 0..n in epoch `epoch`.
+    pub fn new(seed: u64, epoch: u64, n: usize) -> Order {
+        let network = Network::new(seed, epoch, n);
+        let mut order = Order { n, network, rounds: Vec::new() };
+        if order.network.high_mask < 1 << Order::TABULATED {
+            let halves = 0..order.stride() as u64;
+            let network = &order.network;
+            order.rounds = (0..ROUNDS).flat_map(|r| halves.clone().map(move |x| network.round(r, x) as u16)).collect();
         }
-        for &place in alone {
-            out[place] = network.pass([out[place] as u64])[0] as usize;
+        order
+    }
+
+    /// Halves there are: the upper ones, of as many bits as the lower ones or one more.
+    fn stride(&self) -> usize {
+        self.network.high_mask as usize + 1
+    }
+
+    /// Appends [`permute`] of each of `range` to `out`; several at a time, as each alone is a chain of waits.
+    ///
+    /// # Panics
+    /// When `range` ends beyond `n`.
+    pub fn extend(&self, range: Range<usize>, out: &mut Vec<usize>) {
+        let n = self.n;
+        assert!(range.end <= n, "positions {range:?} of an order of {n}");
+        let mut walking: Vec<usize> = (out.len()..out.len() + range.len()).collect();
+        out.extend(range);
+        while !walking.is_empty() {
+            let (together, alone) = walking.as_chunks::<8>();
+            for places in together {
+                let after = self.pass(places.map(|place| out[place] as u64));
+                places.iter().zip(after).for_each(|(&place, x)| out[place] = x as usize);
+            }
+            for &place in alone {
+                out[place] = self.pass([out[place] as u64])[0] as usize;
+            }
+            walking.retain(|&place| out[place] >= n);
         }
-        walking.retain(|&place| out[place] >= n);
+    }
+
+    fn pass<const L: usize>(&self, x: [u64; L]) -> [u64; L] {
+        if self.rounds.is_empty() {
+            return self.network.pass(x, |round, x| self.network.round(round, x));
+        }
+        let stride = self.stride();
+        self.network.pass(x, |round, x| u64::from(self.rounds[round as usize * stride + x as usize]))
     }
 }
 
 /// A bijection of the numbers below a power of two.
+#[derive(Debug)]
 struct Network {
     key: u64,
     low: u32,
@@ -64,14 +105,19 @@ impl Network {
         Network { key: mix(mix(seed) ^ epoch), low, low_mask: (1 << low) - 1, high_mask: (1 << (bits - low)) - 1 }
     }
 
-    fn pass<const L: usize>(&self, x: [u64; L]) -> [u64; L] {
+    /// What is added to one half in round `round` where the other half is `from`.
+    fn round(&self, round: u64, from: u64) -> u64 {
+        // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
+        let key = self.key.wrapping_add(round << 56);
+        mix(key.wrapping_add(from)) & if round.is_multiple_of(2) { self.high_mask } else { self.low_mask }
+    }
+
+    /// All rounds, as `round` says them.
+    fn pass<const L: usize>(&self, x: [u64; L], round: impl Fn(u64, u64) -> u64) -> [u64; L] {
         let (mut high, mut low) = (x.map(|x| x >> self.low), x.map(|x| x & self.low_mask));
-        for round in 0..ROUNDS {
-            // Rounds live in the top byte, the halves (32 bits at most) below: no two inputs of the hash coincide.
-            let key = self.key.wrapping_add(round << 56);
-            let (to, from, mask) =
-                if round % 2 == 0 { (&mut high, &low, self.high_mask) } else { (&mut low, &high, self.low_mask) };
-            to.iter_mut().zip(from).for_each(|(to, &from)| *to ^= mix(key.wrapping_add(from)) & mask);
+        for r in 0..ROUNDS {
+            let (to, from) = if r % 2 == 0 { (&mut high, &low) } else { (&mut low, &high) };
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to ^= round(r, from));
         }
         std::array::from_fn(|i| high[i] << self.low | low[i])
     }
@@ -100,10 +146,23 @@ mod tests {
             for (seed, epoch) in [(0, 0), (0, 1), (u64::MAX, 3), (17, u64::MAX)] {
                 let mut seen = order(seed, epoch, n);
                 let mut whole = vec![7];
-                permute_range(seed, epoch, n, n / 3..n, &mut whole);
+                Order::new(seed, epoch, n).extend(n / 3..n, &mut whole);
                 assert_eq!(whole[1..], seen[n / 3..]);
                 seen.sort_unstable();
                 assert!(seen.into_iter().eq(0..n), "n = {n}, seed = {seed}, epoch = {epoch}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_order_is_the_same_with_tables_and_without() {
+        for (n, tables) in [((1 << 24) - 5, true), ((1 << 24) + 1, false), (1 << 26, false)] {
+            let order = Order::new(3, 5, n);
+            assert_eq!(order.rounds.is_empty(), !tables);
+            for range in [0..17, n / 2..n / 2 + 3, n - 9..n] {
+                let mut some = Vec::new();
+                order.extend(range.clone(), &mut some);
+                assert!(some.into_iter().eq(range.map(|i| permute(3, 5, n, i))), "n = {n}");
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Batches gathered beside compute.
 
-use super::{Side, Source, permute_range};
+use super::{Order, Side, Source};
 use std::{
     io,
     sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
@@ -97,13 +97,14 @@ fn gather_all<S: Source + ?Sized>(
     filled: &SyncSender<Vec<PairBatch>>,
 ) {
     let n = source.len();
+    let mut order = Order::new(seed, epoch, n);
     while let Ok(mut group) = empty.recv() {
         for buffer in &mut group {
             let first = step as usize * batch;
             buffer.epoch = epoch;
             buffer.step = step;
             buffer.index.clear();
-            permute_range(seed, epoch, n, first..first + batch, &mut buffer.index);
+            order.extend(first..first + batch, &mut buffer.index);
             buffer.u.resize(batch * source.dim(Side::U), 0.0);
             buffer.v.resize(batch * source.dim(Side::V), 0.0);
             source.gather(Side::U, &buffer.index, &mut buffer.u);
@@ -111,6 +112,7 @@ fn gather_all<S: Source + ?Sized>(
             step += 1;
             if step == Prefetch::steps_per_epoch(n, batch) {
                 (epoch, step) = (epoch + 1, 0);
+                order = Order::new(seed, epoch, n);
             }
         }
         if filled.send(group).is_err() {

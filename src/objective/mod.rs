@@ -17,7 +17,7 @@ pub(crate) use validate::{check_tau, shape};
 
 pub use kernels::law::Tilting;
 
-use crate::data::permute_range;
+use crate::data::Order;
 use half::{bf16, f16};
 
 /// The loss to minimise. All values are means (over rows or pairs), in nats.
@@ -407,6 +407,6 @@ impl<'a> Matrix<'a> {
 pub fn pairing(n: usize, seed: u64, k: u32) -> Vec<usize> {
     let mut order = Vec::with_capacity(n);
     // Counted from the other end than epochs, whose orders these must not be.
-    permute_range(seed, !u64::from(k), n, 0..n, &mut order);
+    Order::new(seed, !u64::from(k), n).extend(0..n, &mut order);
     order
 }

@@ -3,7 +3,7 @@
 use super::moments::Moments;
 use crate::checkpoint::{Checkpoint, Origin};
 use crate::config::Config;
-use crate::data::{PairBatch, Side, Source, permute_range};
+use crate::data::{Order, PairBatch, Side, Source};
 use crate::device::{Contrast, Device, Embeddings, SCALING_START, Scalars, View, ViewMut};
 use crate::nn::{Acts, Network};
 use crate::objective::{Loss, LossError, Objective, Precision, Write};
@@ -134,15 +134,20 @@ impl<'a, D: Contrast> State<'a, D> {
     pub(super) fn plan(&mut self, device: &D, first: u64, rates: &[f64]) {
         let Config { seed, batch, .. } = *self.config;
         let epoch_steps = (self.samples / batch) as u64;
-        let (mut host, mut order) = (Vec::new(), Vec::new());
+        let (mut host, mut index) = (Vec::new(), Vec::new());
+        let mut order: Option<(u64, Order)> = None;
         for (row, (step, lr)) in (first..).zip(rates).enumerate() {
             host.extend([row as f32, (row + 1) as f32]);
             host.extend(self.adam.now(step, *lr));
             if self.is_resident() {
                 let (epoch, at) = (step / epoch_steps, (step % epoch_steps) as usize * batch);
-                order.clear();
-                permute_range(seed, epoch, self.samples, at..at + batch, &mut order);
-                host.extend(order.iter().map(|&i| i as f32));
+                let (_, order) = match order.take().filter(|(of, _)| *of == epoch) {
+                    Some(same) => order.insert(same),
+                    None => order.insert((epoch, Order::new(seed, epoch, self.samples))),
+                };
+                index.clear();
+                order.extend(at..at + batch, &mut index);
+                host.extend(index.iter().map(|&i| i as f32));
             }
         }
         device.upload(&host, ViewMut::first(&mut self.plan, host.len()));

@@ -8,13 +8,13 @@ use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
 use super::sweep::is_for_one;
 use super::tally::{Tallies, Want};
-use super::{inner, together};
+use super::{inner, joint, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
 
 /// Rows handled by one task of a pass over embeddings.
-const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 128;
 
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]
@@ -75,6 +75,8 @@ pub(super) struct Tilted<'a> {
     /// `dS/d product`.
     pub(super) scale: f64,
     pub(super) tau: f64,
+    /// Norms of the longest rows of u and of v, of squared distances how far they are from one point.
+    pub(super) longest: [f64; 2],
     /// Smallest and largest logit that embeddings this long can have, without offsets.
     reach: [f64; 2],
 }
@@ -97,13 +99,14 @@ impl<'a> Tilted<'a> {
         let v = Side { rows: batch.v, inverse: inverse_v };
         let (product, scale) = (loss.tilting.product(), loss.tilting.scale() / loss.tau);
         // A unit row's norm is 1 to a few rounding errors.
-        let [a, b] =
+        let longest =
             if loss.tilting.unit_rows() { [1.001; 2] } else { [u, v].map(|side| longest(&side, middle, threads)) };
+        let [a, b] = longest;
         let reach = match product {
             Product::Inner => [-(scale * a * b).abs(), (scale * a * b).abs()],
             Product::SquaredDistance => [scale.min(0.0) * (a + b).powi(2), scale.max(0.0) * (a + b).powi(2)],
         };
-        Tilted { u, v, product, scale, tau: loss.tau, reach }
+        Tilted { u, v, product, scale, tau: loss.tau, longest, reach }
     }
 
     /// Smallest and largest logit there can be.
@@ -362,6 +365,11 @@ fn softmax<T: Element>(
     let tilted = Tilted::new(loss, batch, middle, inverse_u, inverse_v, threads);
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let mut logits = tilted.logits::<T>(isa, batch, packed, threads);
+    if matches!(over, Over::All)
+        && let Some(h) = joint::anchor(loss, batch, &tilted, &logits)
+    {
+        return joint::evaluate(&tilted, &logits, h, &counts.row_share, gradients, pulled);
+    }
     let smoothing = loss.smoothing;
     // A positive's P less its target is as small as the loss is, unless the target is all of a row's: a step of the grid is not.
     let several = |positives: &[u32]| positives.iter().any(|&count| count > 1);
@@ -405,7 +413,7 @@ fn softmax<T: Element>(
             law = Law::Softmax { rows: Some(row_normalisers.softmaxes(0..n)), cols: None };
         }
     }
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled, as_they_are);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
@@ -422,7 +430,7 @@ fn sigmoid<T: Element>(
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &counts.row_share };
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled, as_they_are);
     Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
 }
 
@@ -465,13 +473,18 @@ pub(super) struct Sums {
     pub(super) grad_tau: f64,
 }
 
-/// Pass 2 with every gradient wanted.
+/// Settles nothing.
+pub(super) fn as_they_are(_: [Option<&mut [f32]>; 2], _: &mut [RowSums], _: &mut [f32]) {}
+
+/// Pass 2 with every gradient wanted. `settle` is given `G other` of both sides, where it is wanted, the sums of rows and
+/// those of columns, before they go through the tilting.
 pub(super) fn pull_gradients<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,
     law: &Law<'_>,
     gradients: Gradients<'_>,
     Pulled { row_sums, col_sums, grad_u, grad_v }: &mut Pulled,
+    settle: impl FnOnce([Option<&mut [f32]>; 2], &mut [RowSums], &mut [f32]),
 ) -> Sums {
     let mut out_u = match gradients.u {
         // Also without a gradient: d tau is made of it.
@@ -493,6 +506,7 @@ pub(super) fn pull_gradients<T: Element>(
             apart: tilted.product == Product::SquaredDistance,
         },
     );
+    settle([out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)], row_sums, col_sums);
     conclude(tilted, logits, [out_u, out_v], gradients.offset_v, row_sums, col_sums)
 }
 

@@ -7,7 +7,7 @@
 //! | where | G of a row |
 //! | --- | --- |
 //! | one exponential serves both softmaxes and G is all that is wanted ([`Holds::Shared`], [`Holds::Exponentials`]) | `E (a_i + b_j)`, nothing summed ([`apply_bare`]) |
-//! | one exponential serves both softmaxes | the same with its sums ([`shared_row`]) |
+//! | one exponential serves both softmaxes, or is G | the same with its sums ([`shared_row`]) |
 //! | else | each softmax with its own exponential, its smoothing and its factor, or the sigmoid ([`Law::row`]) |
 
 use super::buffers::Buffer;
@@ -45,6 +45,8 @@ pub enum Law<'a> {
     Softmax { rows: Option<Softmaxes<'a>>, cols: Option<Softmaxes<'a>> },
     /// `G_ij = w_i (sigmoid(S_ij + bias) - t)`: `t` is `smoothing`/2 for negatives, 1 - `smoothing`/2 for positives.
     Sigmoid { bias: f32, smoothing: f32, share: &'a [f32] },
+    /// `G_ij = exp(S_ij - anchor)` of negatives. Positives are left out, and their logits are the value.
+    Exponential { anchor: f32 },
 }
 
 /// The softmaxes of all rows (or of all columns), as a law has them: a view of [`Normalisers`], see there.
@@ -185,7 +187,7 @@ impl Law<'_> {
                 let plain = |softmaxes: &Softmaxes<'_>| matches!(softmaxes.targets.first(), None | Some(Target::None));
                 [rows, cols].into_iter().flatten().all(plain)
             }
-            Law::Sigmoid { .. } => false,
+            Law::Sigmoid { .. } | Law::Exponential { .. } => false,
         }
     }
 
@@ -205,13 +207,17 @@ impl Law<'_> {
                 sums.value += f64::from(share[i]) * (f64::from(value) + pulled);
                 share[i] * (0.5 * smoothing - sigma)
             }
+            Law::Exponential { .. } => {
+                sums.value += f64::from(s);
+                0.0
+            }
         }
     }
 
     /// The logit that adds nothing to what [`Law::apply`] sums over whole rows.
     fn logit_of_no_part(&self) -> f32 {
         match self {
-            Law::Softmax { .. } => 0.0,
+            Law::Softmax { .. } | Law::Exponential { .. } => 0.0,
             Law::Sigmoid { bias, .. } => -bias,
         }
     }
@@ -252,8 +258,10 @@ impl Law<'_> {
             return apply_bare::<S>([rows, cols], place, tile, holds, asides, col_sums);
         }
         let mut columns = Columns::default();
-        if let Law::Softmax { cols: Some(softmaxes), .. } = self {
-            columns.fill(softmaxes, &place.cols);
+        match self {
+            Law::Softmax { cols: Some(softmaxes), .. } => columns.fill(softmaxes, &place.cols),
+            Law::Exponential { .. } => columns.weight = [1.0; COLS],
+            _ => {}
         }
         let mut totals = [0.0; COLS];
         let mut logits = [0.0; COLS];
@@ -263,13 +271,15 @@ impl Law<'_> {
             asides = rest;
             let at = Row { i, cols: &place.cols, asides: own };
             at.take_out(row);
-            if let Law::Softmax { rows: Some(softmaxes), cols: Some(_) } = self
-                && columns.shares_exponentials(softmaxes, i)
-            {
-                shared_row::<S>(softmaxes, &columns, at, row, sums);
-            } else {
-                let factors = [by_row, by_col].map(|factor| factor.get(r * COLS..).unwrap_or(&[]));
-                self.row::<S>(&columns, factors, at, row, &mut logits, sums);
+            match self {
+                Law::Exponential { anchor } => shared_row::<S>(*anchor, 0.0, &columns, at, row, sums),
+                Law::Softmax { rows: Some(softmaxes), cols: Some(_) } if columns.shares_exponentials(softmaxes, i) => {
+                    shared_row::<S>(softmaxes.max[i], softmaxes.weight[i], &columns, at, row, sums);
+                }
+                _ => {
+                    let factors = [by_row, by_col].map(|factor| factor.get(r * COLS..).unwrap_or(&[]));
+                    self.row::<S>(&columns, factors, at, row, &mut logits, sums);
+                }
             }
             if col_sums.is_some() {
                 add_row::<S>(&mut totals, row);
@@ -308,6 +318,7 @@ impl Law<'_> {
                 let value = sigmoid_row::<S>(*bias, *smoothing, share[at.i], row);
                 sums.value += f64::from(share[at.i]) * f64::from(value);
             }
+            Law::Exponential { .. } => unreachable!("one exponential serves all of its rows"),
         }
         let (w, wide) = (at.cols.len(), row.len());
         for aside in at.asides {
@@ -393,10 +404,10 @@ impl Columns {
     }
 }
 
-/// A row of `R + C` where one exponential serves both, and its sums.
+/// A row of `R + C` where one exponential against `anchor` serves both, and its sums. `weight`: the row's.
 #[inline(always)]
-fn shared_row<S: Simd>(softmaxes: &Softmaxes<'_>, columns: &Columns, at: Row<'_>, row: &mut [f32], sums: &mut RowSums) {
-    let (anchor, weight) = (S::F32::splat(softmaxes.max[at.i]), S::F32::splat(softmaxes.weight[at.i]));
+fn shared_row<S: Simd>(anchor: f32, weight: f32, columns: &Columns, at: Row<'_>, row: &mut [f32], sums: &mut RowSums) {
+    let (anchor, weight) = (S::F32::splat(anchor), S::F32::splat(weight));
     let (mut gs, mut g_sum) = (S::F32::splat(0.0), S::F32::splat(0.0));
     let weights = &columns.weight[..row.len()];
     for (to, w) in lanes_mut::<S>(row).zip(lanes::<S>(weights)) {

@@ -7,6 +7,7 @@ mod contrast;
 mod conv;
 mod fused;
 mod gemm;
+mod joint;
 mod kept;
 mod law;
 mod layers;
