@@ -24,7 +24,7 @@ use std::time::Instant;
 /// Flags of `bench`.
 #[derive(clap::Args)]
 pub struct Bench {
-    /// What to time: loss (value and both gradients; its operations are counted as if no logits were kept, 8 N M D of a softmax),
+    /// What to time: loss (value and both gradients; its operations are counted as if no logits were kept, 8 N M D of a conditional one),
     /// retrieve (exact search) or train (steps of an experiment). The peak is this program's own f32 product, on cards the
     /// portable 16-bit one, so that a fraction of it may exceed 1
     #[arg(value_name = "WHAT")]
@@ -223,8 +223,8 @@ fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Fail
 fn operations(objective: &Objective, d: f64) -> f64 {
     let features = FEATURES as f64;
     match objective {
-        Objective::Conditional { .. } | Objective::Joint | Objective::JointShuffled { .. } => 8.0 * d,
-        Objective::Sigmoid { .. } => 6.0 * d,
+        Objective::Conditional { .. } | Objective::JointShuffled { .. } => 8.0 * d,
+        Objective::Joint | Objective::Sigmoid { .. } => 6.0 * d,
         Objective::Mmd { .. } => 12.0 * d + 8.0 * features,
         Objective::JointMmd => 10.0 * d + 4.0 * features,
     }
