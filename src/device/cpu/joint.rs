@@ -26,8 +26,8 @@ use rayon::prelude::*;
 /// Sums of exponentials times rows are numbers of f32 where the rows' norms are of these.
 const MODERATE: std::ops::Range<f64> = 1e-15..1e15;
 
-/// The `h` of a loss that one pass suffices for: one number is near all logits, and each row has one positive at most, and
-/// each column, which are where anyone finds them.
+/// The `h` of a loss that one pass suffices for: it is near all logits, and positives are the diagonal, so that what is theirs
+/// is a number a row.
 pub fn anchor<T: Element>(loss: &Loss, batch: &Batch<'_>, tilted: &Tilted<'_>, logits: &Logits<'_, T>) -> Option<f32> {
     let plain = matches!(batch.pairs.positives, Positives::Diagonal) && loss.smoothing == 0.0;
     logits.anchor.filter(|_| plain && tilted.longest.iter().all(|norm| MODERATE.contains(norm)))
