@@ -16,6 +16,9 @@ use rayon::prelude::*;
 /// Rows handled by one task of a pass over embeddings.
 pub(super) const CHUNK: usize = 128;
 
+/// Norms of rows whose products, also with sums of exponentials, are numbers of f32.
+pub(super) const MODERATE: std::ops::Range<f64> = 1e-15..1e15;
+
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -282,11 +285,10 @@ pub fn evaluate(isa: Isa, scratch: &mut Scratch, loss: &Loss, batch: &Batch<'_>,
     let halves = matches!((batch.u.data, batch.v.data), (Storage::Bf16(_), Storage::Bf16(_)));
     // Products of rows as they are stored are numbers of f32 only where norms are moderate.
     let moderate = |rows: Matrix<'_>, inverse: &[f32]| {
-        let range = 1e-15..1e15;
         if loss.tilting.unit_rows() {
-            inverse.iter().all(|&x| x == 0.0 || range.contains(&f64::from(x)))
+            inverse.iter().all(|&x| x == 0.0 || MODERATE.contains(&f64::from(x)))
         } else {
-            range.contains(&longest(&Side::plain(rows), &[], &scratch.threads))
+            MODERATE.contains(&longest(&Side::plain(rows), &[], &scratch.threads))
         }
     };
     let pairs = halves && loss.tilting.product() == Product::Inner;
@@ -413,7 +415,7 @@ fn softmax<T: Element>(
             law = Law::Softmax { rows: Some(row_normalisers.softmaxes(0..n)), cols: None };
         }
     }
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled, as_they_are);
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 
@@ -430,7 +432,7 @@ fn sigmoid<T: Element>(
     pack_columns::<T>(isa, &tilted.v, packed, threads);
     let logits = tilted.logits::<T>(isa, batch, packed, threads);
     let law = Law::Sigmoid { bias: bias as f32, smoothing: loss.smoothing as f32, share: &counts.row_share };
-    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled, as_they_are);
+    let sums = pull_gradients(&tilted, &logits, &law, gradients, pulled);
     Value { loss: sums.value, grad_tau: sums.grad_tau, grad_bias: sums.g }
 }
 
@@ -473,12 +475,20 @@ pub(super) struct Sums {
     pub(super) grad_tau: f64,
 }
 
-/// Settles nothing.
-pub(super) fn as_they_are(_: [Option<&mut [f32]>; 2], _: &mut [RowSums], _: &mut [f32]) {}
-
-/// Pass 2 with every gradient wanted. `settle` is given `G other` of both sides, where it is wanted, the sums of rows and
-/// those of columns, before they go through the tilting.
+/// Pass 2 with every gradient wanted.
 pub(super) fn pull_gradients<T: Element>(
+    tilted: &Tilted<'_>,
+    logits: &Logits<'_, T>,
+    law: &Law<'_>,
+    gradients: Gradients<'_>,
+    pulled: &mut Pulled,
+) -> Sums {
+    pull_and_settle(tilted, logits, law, gradients, pulled, |_, _, _| ())
+}
+
+/// [`pull_gradients`], and `settle` has `G other` of both sides, where it is wanted, the sums of rows and those of columns,
+/// before they go through the tilting.
+pub(super) fn pull_and_settle<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,
     law: &Law<'_>,

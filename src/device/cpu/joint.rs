@@ -14,7 +14,7 @@
 //! are added once Z is known.
 
 use super::buffers::Threads;
-use super::contrast::{CHUNK, Pulled, Tilted, pull_gradients};
+use super::contrast::{CHUNK, MODERATE, Pulled, Tilted, pull_and_settle};
 use super::fused::Logits;
 use super::law::{Law, RowSums};
 use super::operand::{Element, Side};
@@ -22,9 +22,6 @@ use super::together;
 use crate::objective::{Batch, Gradients, Loss, Positives, Value};
 use kernels::law::Product;
 use rayon::prelude::*;
-
-/// Sums of exponentials times rows are numbers of f32 where the rows' norms are of these.
-const MODERATE: std::ops::Range<f64> = 1e-15..1e15;
 
 /// The `h` of a loss that one pass suffices for: it is near all logits, and positives are the diagonal, so that what is theirs
 /// is a number a row.
@@ -68,7 +65,7 @@ pub fn evaluate<T: Element>(
         }
     };
     let law = Law::Exponential { anchor: h };
-    let sums = pull_gradients(tilted, logits, &law, gradients, pulled, settle);
+    let sums = pull_and_settle(tilted, logits, &law, gradients, pulled, settle);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 

@@ -13,7 +13,7 @@
 //! is never formed either: `K X` is a pass over the l2 logits of the data under the law G = exp(S).
 
 use super::buffers::{Buffer, Threads, reset, sized};
-use super::contrast::{Accumulated, Counted, Over, Pulled, Sums, Tilted, as_they_are, conclude, pull_gradients};
+use super::contrast::{Accumulated, Counted, Over, Pulled, Sums, Tilted, conclude, pull_gradients};
 use super::fused::{Logits, Pull};
 use super::gemm::gemm;
 use super::law::{Factor, Law, Normalisers, RowSums, Softmaxes};
@@ -185,7 +185,7 @@ pub fn evaluate(
                 }
                 Over::All => features.joint(&context, &mut pulled.row_sums),
             };
-            (value, pull_gradients(&tilted, &logits, &law, gradients, pulled, as_they_are))
+            (value, pull_gradients(&tilted, &logits, &law, gradients, pulled))
         }
         Moments::Gram { kernel: DataKernel::Gaussian { width }, u, v } => {
             let gram = &mut own.gram;
