@@ -142,7 +142,7 @@ fn update<D: Device>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cpu::Cpu;
+    use crate::device::cpu::{Cpu, Isa};
     use crate::nn::Layout;
     use rand::{RngExt, SeedableRng};
 
@@ -150,7 +150,7 @@ mod tests {
     // or a decayed bias vector shows at 1e-4 and above.
     #[test]
     fn adam_and_adamw_follow_the_scalar_recursion() {
-        let device = Cpu::<f64>::new();
+        let device = Cpu::wide(Isa::best());
         let mut layout = Layout::default();
         for (name, shape) in [("w", &[5, 7][..]), ("b", &[5]), ("k", &[3, 2, 2, 2]), ("j", &[2, 2]), ("scale", &[])] {
             layout.push(name, shape);
@@ -205,7 +205,7 @@ mod tests {
     // Norm and factor, by what they are for: plain, clipped, scaled, not finite.
     #[test]
     fn gradients_are_judged() {
-        let device = Cpu::<f64>::new();
+        let device = Cpu::wide(Isa::best());
         let grads = vec![3.0, 0.0, -4.0];
         let judge = |limit: f64, loss: f64, grads: &Vec<f64>, scaling: Option<&mut Vec<f64>>| {
             let (loss, mut to) = (vec![loss], vec![9.0; 2]);

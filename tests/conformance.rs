@@ -283,7 +283,7 @@ fn distances_do_not_pay_for_a_row_far_away() {
         let loss = Loss { tilting: Tilting::L2, objective, tau: 1.0, smoothing: 0.0 };
         let want = reference::loss(&loss, &batch).unwrap();
         for isa in Isa::available() {
-            let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+            let got = evaluate(&mut Cpu::with_isa(isa), &loss, &batch);
             assert!((got.value.loss - want.loss).abs() < 1e-5, "{}: {}", isa.name(), got.value.loss);
             for (got, want) in got.u.iter().chain(&got.v).zip(want.grad_u.iter().chain(&want.grad_v)) {
                 assert!((f64::from(*got) - want).abs() < 1e-5, "{}: {got} for {want}", isa.name());
@@ -301,7 +301,7 @@ fn a_row_too_short_for_its_inverse_is_a_row_of_zeros() {
         let loss = Loss::new(Tilting::Cosine, objective, 0.5);
         let of = |x: &[[f32; 2]]| {
             let x = Matrix::f32(x.as_flattened(), 2);
-            evaluate(&mut Cpu::<f32>::new(), &loss, &Batch::new(x, x))
+            evaluate(&mut Cpu::new(), &loss, &Batch::new(x, x))
         };
         let [short, zero] = [of(&rows), of(&zeros)];
         assert_eq!(short.value, zero.value, "{objective:?}");
@@ -325,7 +325,7 @@ fn several_positives_that_are_all_there_is() {
             let loss = Loss { smoothing, ..Loss::new(Tilting::Cosine, Objective::CLIP, tau) };
             let want = reference::loss(&loss, &batch).unwrap();
             for isa in Isa::available() {
-                let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+                let got = evaluate(&mut Cpu::with_isa(isa), &loss, &batch);
                 let off = relative(&[got.value.grad_tau], &[want.grad_tau], 0.0);
                 assert!(off < 1e-4, "{} {tau} {smoothing}: {} for {}", isa.name(), got.value.grad_tau, want.grad_tau);
             }
@@ -347,7 +347,7 @@ fn very_many_positives_of_one_column() {
         let case = Case { objective, ..case };
         let batch = data.batch(&case);
         let want = reference::loss(&case.loss(), &batch).unwrap();
-        let got = evaluate(&mut Cpu::<f32>::new(), &case.loss(), &batch);
+        let got = evaluate(&mut Cpu::new(), &case.loss(), &batch);
         let off = error(&got, &want, &case, &data);
         assert!(off < 3e-6, "{objective:?}: {off:e}");
     }
@@ -371,7 +371,7 @@ fn mmd_of_a_softmax_of_one_pair_has_no_gradient() {
             };
             let (mut du, mut dv) = (vec![f32::NAN; n * d], vec![f32::NAN; n * d]);
             let gradients = Gradients { u: Some(Write::Set(&mut du)), v: Some(Write::Set(&mut dv)), offset_v: None };
-            let value = Cpu::<f32>::with_isa(isa).loss(&loss, &batch, gradients).unwrap();
+            let value = Cpu::with_isa(isa).loss(&loss, &batch, gradients).unwrap();
             assert!(value.loss.is_finite() && value.grad_tau == 0.0, "{isa:?} {objective:?}: {}", value.grad_tau);
             assert!(du.iter().chain(&dv).all(|&x| x == 0.0), "{isa:?} {objective:?}: {du:?} {dv:?}");
         }
@@ -387,7 +387,7 @@ fn joint_mmd_of_a_model_that_knows_nothing() {
         let data = case.data();
         let batch = data.batch(&case);
         let want = reference::loss(&case.loss(), &batch).unwrap();
-        let got = Cpu::<f32>::new().loss(&case.loss(), &batch, Gradients::default()).unwrap();
+        let got = Cpu::new().loss(&case.loss(), &batch, Gradients::default()).unwrap();
         let off = (got.loss - want.loss).abs() / want.loss.abs();
         assert!(off < 1e-5, "{off:e} of {}", want.loss);
     }
@@ -397,7 +397,7 @@ fn joint_mmd_of_a_model_that_knows_nothing() {
 // shapes of `matches_the_reference` leave the Gaussian kernel out.
 #[test]
 fn panels_of_a_kernel_have_their_own_pairs() {
-    let mut engine = Cpu::<f32>::new();
+    let mut engine = Cpu::new();
     for objective in [Objective::Mmd { lambda_u: 0.8, lambda_v: 1.3 }, Objective::JointMmd] {
         for (&tilting, (n, m)) in Tilting::ALL.iter().zip([(19, 150), (150, 19), (23, 257)]) {
             let case = Case { moment: Moment::Gaussian, ..Case::new(tilting, objective, n, m, 4) };
@@ -423,7 +423,7 @@ fn what_is_not_asked_for_changes_nothing() {
             let case = Case { offset: true, ..Case::new(tilting, objective, 37, 41, 6) };
             let data = case.data();
             let (loss, batch) = (case.loss(), data.batch(&case));
-            let mut engine = Cpu::<f32>::new();
+            let mut engine = Cpu::new();
             let all = evaluate(&mut engine, &loss, &batch);
             for asked in 0..7 {
                 let mut got = [vec![f32::NAN; 37 * 6], vec![f32::NAN; 41 * 6], vec![f32::NAN; 41]];
@@ -468,7 +468,7 @@ fn offsets_may_be_of_any_size() {
                 data.offset.iter_mut().enumerate().for_each(|(j, x)| *x += shift[j % 2]);
                 let (loss, batch) = (case.loss(), data.batch(&case));
                 let want = reference::loss(&loss, &batch).unwrap();
-                let got = evaluate(&mut Cpu::<f32>::new(), &loss, &batch);
+                let got = evaluate(&mut Cpu::new(), &loss, &batch);
                 // A logit has a rounding of 300 in it.
                 let off = error(&got, &want, &case, &data);
                 assert!(off < 3e-4, "{off:e} at {shift:?}: {case:?}");
@@ -499,7 +499,7 @@ fn distances_do_not_pay_for_clusters_far_apart() {
                 let loss = Loss::new(Tilting::L2, objective, 1.0);
                 let want = reference::loss(&loss, &batch).unwrap();
                 for isa in Isa::available() {
-                    let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &loss, &batch);
+                    let got = evaluate(&mut Cpu::with_isa(isa), &loss, &batch);
                     let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
                     assert!(off[0].max(off[1]) < 1e-5, "{} {objective:?} d {d} {far}: {off:?}", isa.name());
                 }
@@ -516,7 +516,7 @@ fn shuffled_pairings_of_far_places() {
     let v: Vec<f32> = far.iter().flat_map(|&x| [x + 0.3, 0.0]).collect();
     let batch = Batch::new(Matrix::f32(&u, 2), Matrix::f32(&v, 2));
     let loss = Loss::new(Tilting::L2, Objective::JointShuffled { pairings: 4, seed: 0 }, 0.05);
-    let (want, got) = (reference::loss(&loss, &batch).unwrap(), evaluate(&mut Cpu::<f32>::new(), &loss, &batch));
+    let (want, got) = (reference::loss(&loss, &batch).unwrap(), evaluate(&mut Cpu::new(), &loss, &batch));
     for (name, got, want) in [
         ("loss", &[got.value.loss][..], &[want.loss][..]),
         ("d tau", &[got.value.grad_tau], &[want.grad_tau]),
@@ -536,7 +536,7 @@ fn logits_beyond_f32_are_seen() {
         data.u.iter_mut().chain(&mut data.v).for_each(|x| *x *= 1e25);
         let (mut u, mut v) = (vec![0f32; 120], vec![0f32; 120]);
         let gradients = Gradients { u: Some(Write::Set(&mut u)), v: Some(Write::Set(&mut v)), offset_v: None };
-        let value = Cpu::<f32>::new().loss(&case.loss(), &data.batch(&case), gradients).unwrap();
+        let value = Cpu::new().loss(&case.loss(), &data.batch(&case), gradients).unwrap();
         let finite = u.iter().chain(&v).all(|x| x.is_finite());
         assert!(!(value.loss.is_finite() && finite), "{objective:?}: {value:?}");
     }
@@ -623,7 +623,7 @@ fn a_workspace_changes_no_bit() {
             }
             let data = case.data();
             let run = |bytes: usize| {
-                let mut engine = Cpu::<f32>::new();
+                let mut engine = Cpu::new();
                 engine.set_workspace(bytes);
                 let got = pool.install(|| evaluate(&mut engine, &case.loss(), &data.batch(&case)));
                 (got, engine.scratch_bytes())
@@ -850,8 +850,8 @@ macro_rules! conformance {
 }
 
 conformance! {
-    fastest: Cpu::<f32>::new,
-    portable: || Cpu::<f32>::with_isa(named("portable")),
+    fastest: Cpu::new,
+    portable: || Cpu::with_isa(named("portable")),
 }
 
 // Whatever lies between the fastest and the portable one.
@@ -865,7 +865,7 @@ fn other_instruction_sets_match_the_reference() {
     }
     for isa in others {
         println!("{}", isa.name());
-        matches_the_reference(|| Cpu::<f32>::with_isa(isa));
+        matches_the_reference(|| Cpu::with_isa(isa));
     }
 }
 
@@ -875,13 +875,13 @@ mod pairs {
 
     #[test]
     fn match_the_reference() {
-        half_storage_loses_nothing_more(|| Cpu::<f32>::with_isa(named("portable+bf16")), true);
+        half_storage_loses_nothing_more(|| Cpu::with_isa(named("portable+bf16")), true);
     }
 
     #[test]
     fn survive_extremes() {
         for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
-            let mut engine = Cpu::<f32>::with_isa(isa);
+            let mut engine = Cpu::with_isa(isa);
             for &objective in OBJECTIVES {
                 for tilting in [Tilting::Cosine, Tilting::Dot] {
                     for (scale, tau) in [(1.0, 1e-3), (60.0, 1.0), (1e-12, 1.0)] {
@@ -942,7 +942,7 @@ mod pairs {
             let want = reference::loss(&loss, &batch).unwrap();
             for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
                 for bytes in [0, 1 << 30] {
-                    let mut engine = Cpu::<f32>::with_isa(isa);
+                    let mut engine = Cpu::with_isa(isa);
                     engine.set_workspace(bytes);
                     let got = evaluate(&mut engine, &loss, &batch);
                     let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
@@ -964,7 +964,7 @@ mod pairs {
             let batch = Batch { u: u.matrix(true, 23), v: v.matrix(true, 23), ..data.batch(&case) };
             let want = reference::loss(&case.loss(), &batch).unwrap();
             for isa in Isa::available().into_iter().filter(|&isa| of_pairs(isa)) {
-                let got = evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch);
+                let got = evaluate(&mut Cpu::with_isa(isa), &case.loss(), &batch);
                 let off = [(&got.u, &want.grad_u), (&got.v, &want.grad_v)].map(|(a, b)| relative(&wide(a), b, 0.0));
                 assert!(off[0].max(off[1]) < 1e-2, "{} {size}: {off:?}", isa.name());
             }
@@ -983,7 +983,7 @@ mod pairs {
                 };
                 let (u, v) = (half(&data.u), half(&data.v));
                 let batch = Batch { u: u.matrix(true, 23), v: v.matrix(true, 23), ..data.batch(&case) };
-                evaluate(&mut Cpu::<f32>::with_isa(isa), &case.loss(), &batch)
+                evaluate(&mut Cpu::with_isa(isa), &case.loss(), &batch)
             };
             let want = at(1.0);
             for power in [-66, 66] {
@@ -1008,7 +1008,7 @@ mod pairs {
                 let (u, v) = (Half::new(&data.u), Half::new(&data.v));
                 let batch = Batch { u: u.matrix(true, 33), v: v.matrix(true, 33), ..data.batch(&case) };
                 let run = |bytes: usize, pool: &rayon::ThreadPool| {
-                    let mut engine = Cpu::<f32>::with_isa(isa);
+                    let mut engine = Cpu::with_isa(isa);
                     engine.set_workspace(bytes);
                     pool.install(|| evaluate(&mut engine, &case.loss(), &batch))
                 };

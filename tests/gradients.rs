@@ -3,7 +3,7 @@
 //! The loss is `<R, output>` with a random `R`, so dL/d output is `R`. Forward's own truth is tested beside the
 //! verbs, in `device/cpu/`: differences alone would accept a wrong forward with its matching backward.
 
-use contrastive::device::cpu::{Cpu, Isa, Lane};
+use contrastive::device::cpu::{Cpu, Isa};
 use contrastive::device::{Activation, Attention, Device, Norm, Pool, Real, View, ViewMut};
 use contrastive::nn::{Acts, ConvSpec, Encoder, EncoderSpec, Layout};
 use contrastive::objective::Write;
@@ -24,7 +24,7 @@ fn build(spec: &EncoderSpec, input: usize, output: usize) -> (Encoder, Layout) {
 }
 
 /// Initial parameters, in the device's numbers.
-fn initial<T: Lane>(device: &Cpu<T>, encoder: &Encoder, layout: &Layout) -> Vec<T> {
+fn initial<T>(device: &impl Device<Buf = Vec<T>>, encoder: &Encoder, layout: &Layout) -> Vec<T> {
     let mut host = vec![0.0; layout.len()];
     encoder.init(5, &mut host);
     let mut params = device.alloc(layout.len());
@@ -33,13 +33,13 @@ fn initial<T: Lane>(device: &Cpu<T>, encoder: &Encoder, layout: &Layout) -> Vec<
 }
 
 /// dL/dparams added to `grads`, after a forward, of `x` `[rows, input]` and `r` `[rows, output]`.
-fn add_gradient<T: Lane>(
-    device: &Cpu<T>,
+fn add_gradient<T: Copy, D: Device<Buf = Vec<T>>>(
+    device: &D,
     encoder: &Encoder,
     params: &Vec<T>,
     x: &Vec<T>,
     r: &[T],
-    acts: &mut Acts<Cpu<T>>,
+    acts: &mut Acts<D>,
     grads: &mut Vec<T>,
 ) {
     let rows = x.len() / encoder.input;
@@ -120,7 +120,7 @@ fn inner(a: &[f64], b: &[f64]) -> f64 {
 // outputs obey their mode.
 #[test]
 fn layer_norm_backward_is_the_derivative() {
-    let device = Cpu::<f64>::new();
+    let device = Cpu::wide(Isa::best());
     let mut rng = ChaCha8Rng::seed_from_u64(8);
     for (rows, width, stride) in [(1, 1, 1), (5, 7, 7), (3, 37, 37), (67, 13, 91), (2, 64, 100)] {
         let norm = Norm { width, stride };
@@ -157,7 +157,7 @@ fn layer_norm_backward_is_the_derivative() {
 // logits are compared with the formula instead, beside the verb: differences of a softmax that jumps say nothing.
 #[test]
 fn attention_backward_is_the_derivative() {
-    let device = Cpu::<f64>::new();
+    let device = Cpu::wide(Isa::best());
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     for (rows, time, heads, head, size) in
         [(1, 1, 1, 1, 1.0), (3, 1, 2, 5, 1.0), (2, 7, 3, 5, 4.0), (67, 5, 1, 3, 1.0), (1, 149, 2, 17, 1.0)]
@@ -241,7 +241,7 @@ fn naive_transformer(spec: &EncoderSpec, layout: &Layout, params: &[f64], x: &[f
 // biases are turned away from 1 and 0 first.
 #[test]
 fn a_transformer_is_its_formula() {
-    let device = Cpu::<f64>::new();
+    let device = Cpu::wide(Isa::best());
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     for (spec, input, output) in cases() {
         if !matches!(spec, EncoderSpec::Transformer { .. }) {
@@ -268,7 +268,7 @@ fn a_transformer_is_its_formula() {
 #[test]
 fn backward_is_the_derivative_of_forward_and_adds() {
     const STEP: f64 = 1e-7;
-    let device = Cpu::<f64>::new();
+    let device = Cpu::wide(Isa::best());
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for (spec, input, output) in cases() {
         let (encoder, layout) = build(&spec, input, output);
@@ -313,7 +313,7 @@ fn backward_is_the_derivative_of_forward_and_adds() {
 // Fails if a verb reads beyond the rows it was given, or leaves something of an earlier, larger batch in its sums.
 #[test]
 fn what_an_earlier_batch_left_does_not_matter() {
-    let device = Cpu::<f64>::new();
+    let device = Cpu::wide(Isa::best());
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     for (spec, input, output) in cases() {
         let (encoder, layout) = build(&spec, input, output);
@@ -345,7 +345,7 @@ fn microbatches_add_up_to_the_batch_on_every_instruction_set() {
         let (x, r): (Vec<f64>, Vec<f64>) = (random(rows * input, &mut rng), random(rows * output, &mut rng));
         let mut first = None;
         for isa in Isa::available() {
-            let device = Cpu::with_isa(isa);
+            let device = Cpu::wide(isa);
             let params = initial(&device, &encoder, &layout);
             let mut acts = encoder.acts(&device, rows);
             for microbatch in [rows, 30] {
@@ -376,12 +376,12 @@ fn single_precision_agrees_with_double_on_every_instruction_set() {
             let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
             got.iter().zip(want).map(|(&g, w)| (f64::from(g) - w).powi(2)).sum::<f64>().sqrt() / norm
         };
-        let device = Cpu::<f64>::new();
+        let device = Cpu::wide(Isa::best());
         let params = initial(&device, &encoder, &layout);
         let (mut acts, mut grads) = (encoder.acts(&device, rows), device.alloc(layout.len()));
         add_gradient(&device, &encoder, &params, &wide(&x), &wide(&r), &mut acts, &mut grads);
         for isa in Isa::available() {
-            let device = Cpu::<f32>::with_isa(isa);
+            let device = Cpu::with_isa(isa);
             let params = initial(&device, &encoder, &layout);
             let (mut single, mut got) = (encoder.acts(&device, rows), device.alloc(layout.len()));
             add_gradient(&device, &encoder, &params, &x, &r, &mut single, &mut got);
@@ -393,7 +393,7 @@ fn single_precision_agrees_with_double_on_every_instruction_set() {
 
 #[test]
 fn identity_returns_its_input_and_has_no_parameters() {
-    let device = Cpu::<f32>::new();
+    let device = Cpu::new();
     let (encoder, layout) = build(&EncoderSpec::Identity {}, 5, 5);
     assert_eq!(layout.spans.len(), 1);
     let x: Vec<f32> = random(3 * 5, &mut ChaCha8Rng::seed_from_u64(4));
@@ -411,7 +411,7 @@ fn identity_returns_its_input_and_has_no_parameters() {
 fn a_step_has_the_same_bits_for_any_number_of_threads() {
     let step = |spec: &EncoderSpec, threads: usize| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-            let device = Cpu::<f32>::new();
+            let device = Cpu::new();
             let (encoder, layout) = build(spec, 784, 10);
             let mut params = initial(&device, &encoder, &layout);
             let mut rng = ChaCha8Rng::seed_from_u64(6);

@@ -180,7 +180,7 @@ fn the_loss_of_a_stopped_run_is_of_the_steps_it_made() {
 
 #[test]
 fn an_origin_tells_data_apart() {
-    let of = |u: &[f32], v: &[f32]| Origin::of(&Cpu::<f32>::new(), &Memory::new(u.to_vec(), 1, v.to_vec(), 1)).data;
+    let of = |u: &[f32], v: &[f32]| Origin::of(&Cpu::new(), &Memory::new(u.to_vec(), 1, v.to_vec(), 1)).data;
     // More rows than are looked at.
     let (ones, mut other) = ([1f32; 300], [1f32; 300]);
     other[299] = 2.0;

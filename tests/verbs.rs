@@ -7,6 +7,7 @@
 mod twin;
 
 use contrastive::Cpu;
+use contrastive::device::cpu::Isa;
 use contrastive::device::cuda::{Buffer, Cuda};
 use contrastive::device::{
     Activation, AdamStep, Attention, Contrast, Conv, Device, Embeddings, Features, Gemm, Norm, Pool, Pooling, Scalars,
@@ -56,7 +57,7 @@ macro_rules! same {
         let inputs: Vec<Vec<f32>> = $inputs;
         let card = Cuda::new(&Arc::new(Machine::new([8, 0], 3)), Precision::Bf16);
         let got = on(&card, &inputs, $verbs);
-        let want = on(&Cpu::<f64>::new(), &inputs, $verbs);
+        let want = on(&Cpu::wide(Isa::best()), &inputs, $verbs);
         for (k, (got, want)) in got.iter().zip(&want).enumerate() {
             let (mut off, mut size) = (0f64, 0f64);
             for (&g, &w) in got.iter().zip(want) {

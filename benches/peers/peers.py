@@ -181,7 +181,7 @@ def peak():
     return status("VmHWM")
 
 
-def bench_losses(args):
+def bench_losses(args, keep):
     check_losses(args, args.peers)
     cells = []
     for cell in args.cells.split(","):
@@ -209,6 +209,7 @@ def bench_losses(args):
                 done = subprocess.run(words, capture_output=True, text=True)
                 memory[name] = int(done.stdout) if done.returncode == 0 else None
         cells.append(summary({"d": d, "n": n, "rounds_s": times, "peak_bytes": memory}, cell))
+        keep({"cells": cells})
     f32 = lambda peer: not peer.endswith("bf16")
     ratios = {
         "f32: fastest f32 peer / ours": [fastest(c, f32) / c["s"]["ours"] for c in cells],
@@ -221,7 +222,7 @@ def bench_losses(args):
         each = [r for r in each if math.isfinite(r)]
         if each:
             print(f"{what}: geometric mean {statistics.geometric_mean(each):.2f}, least {min(each):.2f}")
-    return {"cells": cells, "ratios": ratios}
+    keep({"cells": cells, "ratios": ratios})
 
 
 def summary(cell, title):
@@ -245,7 +246,7 @@ def best_of_ours(cell):
 # The ceiling: square matrix products of the libraries that the peers stand on.
 
 
-def bench_products(args):
+def bench_products(args, keep):
     import numpy as np
     import torch
 
@@ -259,13 +260,13 @@ def bench_products(args):
     times = {name: [timed(run, args.seconds) for _ in range(args.rounds)] for name, run in products.items()}
     rates = {name: 2 * n**3 / min(t) / 1e9 for name, t in times.items()}
     print("matrix product:", *(f"| {name} {rate:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
-    return {"n": n, "gflops": rates, "rounds_s": times}
+    keep({"n": n, "gflops": rates, "rounds_s": times})
 
 
 # Search: the five items of largest inner product.
 
 
-def bench_searches(args):
+def bench_searches(args, keep):
     import faiss
     import numpy as np
 
@@ -298,7 +299,7 @@ def bench_searches(args):
             times["faiss"].append(timed(lambda turn: index.search(sets[turn % SETS], k), args.seconds))
         cells.append(summary({"queries": n, "items": m, "d": d, "rounds_s": times}, search))
         print(f"faiss / ours: {cells[-1]['s']['faiss'] / cells[-1]['s']['ours']:.2f}")
-    return {"k": k, "cells": cells}
+        keep({"k": k, "cells": cells})
 
 
 # Training, batches of 512 drawn anew each step, Adam.
@@ -395,7 +396,7 @@ def linear_batches():
         yield rng.integers(0, 10_000, 512).astype(np.int32)
 
 
-def bench_training(args):
+def bench_training(args, keep):
     result = {}
     for what, unit, samples, peers in [
         ("digits", "images/s", 512, {"torch": torch_lenet(args.threads, False), "torch.compile": torch_lenet(args.threads, True)}),
@@ -410,7 +411,7 @@ def bench_training(args):
         best = max(rate for name, rate in rates.items() if name != "ours")
         print(f"{what}:", *(f"| {name} {rate:.0f} {unit}" for name, rate in rates.items()), f"| ours / best {rates['ours'] / best:.2f}")
         result[what] = {"unit": unit, "rates": rates, "rounds_s": times, "batch": 512}
-    return result
+        keep(result)
 
 
 def machine(args):
@@ -513,13 +514,20 @@ def main():
     args.peers = [name for name in args.peers.split(",") if name]
     result = machine(args)
     print(json.dumps(result), flush=True)
-    for what in args.what.split(","):
-        result[what] = BENCHES[what](args)
     out = args.out or (not args.quick and os.path.join(HERE, f"../results/cpu-{result['date'][:10]}.json"))
     if out:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        with open(out, "w") as f:
-            json.dump(result, f, indent=1)
+    for what in args.what.split(","):
+
+        def keep(found):
+            """What is measured so far is in the file, whatever happens to the rest."""
+            result[what] = found
+            if out:
+                with open(out + ".part", "w") as f:
+                    json.dump(result, f, indent=1)
+                os.replace(out + ".part", out)
+
+        BENCHES[what](args, keep)
     if args.plot:
         plot(result, args.plot)
 

@@ -4,7 +4,7 @@
 use super::scores::{check_finite, exact};
 use crate::data::gaussian2d::cholesky;
 use crate::data::{Rows, permute};
-use crate::device::cpu::Cpu;
+use crate::device::cpu::{Cpu, Isa};
 use crate::device::{Device, Engine, Gemm, View, ViewMut};
 use crate::nn::Layout;
 use crate::objective::{
@@ -105,8 +105,8 @@ pub fn fine_tune(
         return Err(LossError::Shape { what: "embeddings", found: "0 rows".into(), expected: "at least one".into() });
     }
     shape("labels", labels.len(), n)?;
-    let mut engine = Cpu::<f32>::new();
-    let device = Cpu::<f32>::new();
+    let mut engine = Cpu::new();
+    let device = Cpu::new();
     let mut layout = Layout::default();
     let weight = layout.push("weight", &[classes, dim]);
     let bias = layout.push("bias", &[classes]);
@@ -164,7 +164,7 @@ impl Spread {
     const CHANCE: f64 = 10.0;
 
     fn of(rows: &dyn Rows) -> Self {
-        let (n, dim, device) = (rows.count(), rows.dim(), Cpu::<f64>::new());
+        let (n, dim, device) = (rows.count(), rows.dim(), Cpu::wide(Isa::best()));
         let mut mean = vec![0f64; dim];
         blocks(rows, &vec![0.0; dim], |x| {
             x.chunks_exact(dim).for_each(|row| mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += x / n as f64));
@@ -197,7 +197,7 @@ impl Spread {
 
     /// All rows, made alike.
     fn even(&self, rows: &dyn Rows) -> Vec<f32> {
-        let (dim, device) = (rows.dim(), Cpu::<f64>::new());
+        let (dim, device) = (rows.dim(), Cpu::wide(Isa::best()));
         let (mut even, mut y) = (Vec::with_capacity(rows.count() * dim), Vec::new());
         blocks(rows, &self.mean, |x| {
             y.resize(x.len(), 0.0);

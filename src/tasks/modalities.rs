@@ -56,7 +56,7 @@ mod tests {
             tau: 0.7,
             smoothing: 0.0,
         };
-        let mut engine = Cpu::<f32>::new();
+        let mut engine = Cpu::new();
         let mut gradients = vec![vec![f32::NAN; n * dim]; 4];
         pairwise(&mut engine, &loss, &embeddings, dim, &mut gradients).unwrap();
         let mut scrap = gradients.clone();

@@ -19,7 +19,7 @@
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::Location;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -102,11 +102,49 @@ struct Shadow {
 }
 
 /// What lanes may meet at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Meeting {
     Barrier(u32),
     Warp(u32),
     Warpgroup(u32),
+}
+
+/// Barriers and warps that a block may have.
+const BARRIERS: usize = 16;
+const WARPS: usize = 32;
+
+impl Meeting {
+    /// How many there are in a block.
+    const ALL: usize = BARRIERS + WARPS + WARPS / 4;
+
+    /// Which of a block's gatherings it is.
+    fn index(self) -> usize {
+        match self {
+            Meeting::Barrier(id) => id as usize,
+            Meeting::Warp(warp) => BARRIERS + warp as usize,
+            Meeting::Warpgroup(group) => BARRIERS + WARPS + group as usize,
+        }
+    }
+}
+
+/// What a lane waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Wait {
+    Lanes { at: Meeting, expected: u32 },
+    Copies { groups: u32 },
+    Phase { at: u32, parity: u32 },
+    Stores,
+}
+
+impl std::fmt::Display for Wait {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Wait::Lanes { at, expected } => write!(f, "{at:?} of {expected}"),
+            Wait::Copies { groups } => write!(f, "copy_wait of {groups}"),
+            Wait::Phase { at, parity } => write!(f, "mbarrier_wait of {at}, parity {parity}"),
+            Wait::Stores => f.write_str("bulk_wait_read"),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -139,7 +177,7 @@ struct Lane {
     seen: Rc<Vec<u32>>,
     /// Its own clock; what it does now is not known to others before they meet.
     clock: u32,
-    waiting: String,
+    waiting: Option<Wait>,
     /// Stores to shared memory so far, and how many of them a fence has followed.
     stored: u32,
     fenced: u32,
@@ -162,13 +200,15 @@ struct Product {
     a: Operand,
     b: Operand,
     accumulate: bool,
-    unpack: fn(u32) -> [f32; 2],
+    widen: fn([u16; 16]) -> [f32; 16],
 }
 
-/// An operand of a `wgmma` in shared memory.
+/// An operand of a `wgmma` in shared memory: what its descriptor says, in bytes.
 #[derive(Clone, Copy)]
 struct Operand {
-    descriptor: u64,
+    start: u32,
+    block: u32,
+    group: u32,
     along_tile: bool,
 }
 
@@ -185,42 +225,46 @@ impl Product {
     /// Reads the operands, now, and writes the products.
     fn retire(self) {
         let (warp, lane) = (me() as u32 / 32 % 4, me() as u32 % 32);
-        let unpack = |word: u16| (self.unpack)(u32::from(word))[0];
         // Eight lanes of a warp read the same column, four the same row: one of them checks.
-        let read = |operand: Operand, index: u32, check: bool| -> [f32; 16] {
-            block(|b| {
-                std::array::from_fn(|k| {
-                    let at = operand.address(index, k as u32);
-                    if check {
-                        b.check_read(at, 2, "wgmma", true);
-                    }
-                    unpack(u16::from_le_bytes([b.shared[at as usize], b.shared[at as usize + 1]]))
-                })
-            })
+        let read = |b: &mut Block, operand: Operand, index: u32, check: bool| {
+            (self.widen)(std::array::from_fn(|k| {
+                let at = operand.address(index, k as u32);
+                if check {
+                    b.check_read(at, 2, "wgmma", true);
+                }
+                u16::from_le_bytes([b.shared[at as usize], b.shared[at as usize + 1]])
+            }))
         };
-        let rows = [0, 8].map(|half| read(self.a, warp * 16 + lane / 4 + half, lane.is_multiple_of(4)));
-        for j in 0..self.acc.values.len() / 4 {
-            for c in 0..2 {
-                let check = j as u32 % 8 == lane / 4;
-                let col = read(self.b, 8 * j as u32 + 2 * (lane % 4) + c, check);
-                for (half, row) in rows.iter().enumerate() {
-                    let value = &self.acc.values[4 * j + 2 * half + c as usize];
-                    let sum: f32 = row.iter().zip(&col).map(|(a, b)| a * b).sum();
-                    value.set(if self.accumulate { value.get() + sum } else { sum });
+        block(|b| {
+            let check = lane.is_multiple_of(4);
+            let rows = [0, 8].map(|half| read(b, self.a, warp * 16 + lane / 4 + half, check));
+            for j in 0..self.acc.values.len() / 4 {
+                for c in 0..2 {
+                    let check = j as u32 % 8 == lane / 4;
+                    let col = read(b, self.b, 8 * j as u32 + 2 * (lane % 4) + c, check);
+                    for (half, row) in rows.iter().enumerate() {
+                        let value = &self.acc.values[4 * j + 2 * half + c as usize];
+                        let sum: f32 = row.iter().zip(&col).map(|(a, b)| a * b).sum();
+                        value.set(if self.accumulate { value.get() + sum } else { sum });
+                    }
                 }
             }
-        }
+        });
         self.acc.flying.set(self.acc.flying.get() - 1);
     }
 }
 
 impl Operand {
+    fn new(descriptor: u64, along_tile: bool) -> Self {
+        assert_eq!(descriptor >> 62, 1, "wgmma: only the 128-byte swizzle is modelled");
+        let field = |shift: u32| ((descriptor >> shift & 0x3fff) << 4) as u32;
+        Operand { start: field(0), block: field(16), group: field(32), along_tile }
+    }
+
     /// Where element (`index`, k) lies: the address is swizzled last, as the card does.
     fn address(self, index: u32, k: u32) -> u32 {
-        let field = |shift: u32| ((self.descriptor >> shift & 0x3fff) << 4) as u32;
-        let (start, block, group) = (field(0), field(16), field(32));
-        assert_eq!(self.descriptor >> 62, 1, "wgmma: only the 128-byte swizzle is modelled");
-        swizzle(if self.along_tile {
+        let Operand { start, block, group, along_tile } = self;
+        swizzle(if along_tile {
             start + index / 64 * block + k / 8 * group + k % 8 * 128 + index % 64 * 2
         } else {
             start + index / 8 * group + index % 8 * 128 + k * 2
@@ -243,10 +287,11 @@ struct Block {
     shared: Vec<u8>,
     shadows: Vec<Shadow>,
     lanes: Vec<Lane>,
-    gatherings: HashMap<Meeting, Gathering>,
+    /// By [`Meeting::index`].
+    gatherings: Vec<Gathering>,
     /// What the lanes of a warp hand each other, by parity of the meeting.
     slots: Vec<[[[u32; 8]; 32]; 2]>,
-    mbarriers: HashMap<u32, Mbarrier>,
+    mbarriers: BTreeMap<u32, Mbarrier>,
     late: Vec<Late>,
     store_clock: u32,
     random: u64,
@@ -289,16 +334,16 @@ fn omitted(word: Call) -> bool {
 }
 
 /// Runs others until `ready`.
-fn until(what: impl Fn() -> String, mut ready: impl FnMut(&mut Block) -> bool) {
+fn until(what: Wait, mut ready: impl FnMut(&mut Block) -> bool) {
     let mut waited = false;
     loop {
         let go = block(|b| {
             let go = ready(b);
             if go {
                 b.moved |= waited;
-                b.lanes[me()].waiting.clear();
+                b.lanes[me()].waiting = None;
             } else if !waited {
-                b.lanes[me()].waiting = what();
+                b.lanes[me()].waiting = Some(what);
                 b.moved = true;
             }
             go
@@ -518,12 +563,14 @@ impl Mbarrier {
 fn gather(at: Meeting, expected: u32, order: bool) {
     let place = Location::caller();
     let generation = block(|b| {
-        let g = b.gatherings.entry(at).or_default();
+        let g = &mut b.gatherings[at.index()];
         let generation = g.generation;
         let together = if matches!(at, Meeting::Warpgroup(_)) { 128 } else { 32 };
-        for (&other, &elsewhere) in g.arrived.iter().zip(&g.places) {
+        // All who came before from the same warp came from one line.
+        let others = |&(other, _): &(&u32, _)| other / together == LANE.get() / together;
+        if let Some((other, &elsewhere)) = g.arrived.iter().zip(&g.places).find(others) {
             assert!(
-                other / together != LANE.get() / together || elsewhere == place,
+                std::ptr::eq(elsewhere, place) || elsewhere == place,
                 "{at:?}: lane {} comes from {place}, lane {other} from {elsewhere}",
                 me()
             );
@@ -547,21 +594,21 @@ fn gather(at: Meeting, expected: u32, order: bool) {
         }
         generation
     });
-    until(|| format!("{at:?} of {expected}"), |b| b.gatherings[&at].generation != generation);
+    until(Wait::Lanes { at, expected }, |b| b.gatherings[at.index()].generation != generation);
 }
 
-/// What every lane of the warp puts in, in all of them.
+/// What `take` makes of what every lane of the warp puts in.
 #[track_caller]
-fn exchange(mine: [u32; 8]) -> [[u32; 8]; 32] {
+fn exchange<R>(mine: [u32; 8], take: impl FnOnce(&[[u32; 8]; 32]) -> R) -> R {
     let (warp, lane) = (me() / 32, me() % 32);
     let at = Meeting::Warp(warp as u32);
     let parity = block(|b| {
-        let parity = (b.gatherings.entry(at).or_default().generation & 1) as usize;
+        let parity = (b.gatherings[at.index()].generation & 1) as usize;
         b.slots[warp][parity][lane] = mine;
         parity
     });
     gather(at, 32, false);
-    block(|b| b.slots[warp][parity])
+    block(|b| take(&b.slots[warp][parity]))
 }
 
 // ---------------------------------------------------------------------------------------------- global memory
@@ -846,7 +893,7 @@ fn run_block(
     let lane = || Lane {
         seen: Rc::clone(&seen),
         clock: 1,
-        waiting: String::new(),
+        waiting: None,
         stored: 0,
         fenced: 0,
         copies: VecDeque::from([Vec::new()]),
@@ -869,9 +916,9 @@ fn run_block(
         shared: bytes,
         shadows,
         lanes: (0..count).map(|_| lane()).collect(),
-        gatherings: HashMap::new(),
+        gatherings: (0..Meeting::ALL).map(|_| Gathering::default()).collect(),
         slots: vec![[[[0; 8]; 32]; 2]; count.div_ceil(32)],
-        mbarriers: HashMap::new(),
+        mbarriers: BTreeMap::new(),
         late: Vec::new(),
         store_clock: 0,
         random: seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1,
@@ -925,9 +972,9 @@ fn run_block(
 }
 
 fn report(b: &Block, alive: &[usize]) -> String {
-    let mut waits: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    let mut waits: BTreeMap<Wait, Vec<usize>> = BTreeMap::new();
     for &i in alive {
-        waits.entry(&b.lanes[i].waiting).or_default().push(i);
+        waits.entry(b.lanes[i].waiting.expect("nothing moves: all wait")).or_default().push(i);
     }
     let mut text = String::new();
     for (what, mut lanes) in waits {
@@ -942,6 +989,7 @@ fn report(b: &Block, alive: &[usize]) -> String {
 pub mod words {
     use super::super::Word;
     use super::*;
+    use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
     pub fn thread() -> u32 {
         LANE.get()
@@ -988,15 +1036,15 @@ pub mod words {
 
     #[track_caller]
     pub fn shuffle_xor(x: f32, mask: u32) -> f32 {
-        f32::from_bits(exchange([x.to_bits(); 8])[(lane() ^ mask) as usize][0])
+        f32::from_bits(exchange([x.to_bits(); 8], |all| all[(lane() ^ mask) as usize][0]))
     }
     #[track_caller]
     pub fn uniform(x: u32) -> u32 {
-        exchange([x; 8])[0][0]
+        exchange([x; 8], |all| all[0][0])
     }
     #[track_caller]
     pub fn ballot(x: bool) -> u32 {
-        exchange([u32::from(x); 8]).iter().rev().fold(0, |bits, x| bits << 1 | x[0])
+        exchange([u32::from(x); 8], |all| all.iter().rev().fold(0, |bits, x| bits << 1 | x[0]))
     }
 
     pub fn exp2(x: f32) -> f32 {
@@ -1110,7 +1158,7 @@ pub mod words {
         }
         let due = |b: &Block| (b.lanes[me()].copies.len() - 1).saturating_sub(N as usize);
         until(
-            || format!("copy_wait of {N}"),
+            Wait::Copies { groups: N },
             |b| {
                 let due = due(b);
                 b.lanes[me()].copies.iter().take(due).flatten().all(|(_, landed)| landed.get())
@@ -1131,9 +1179,9 @@ pub mod words {
 
     #[track_caller]
     pub unsafe fn ldmatrix(at: u32) -> [u32; 4] {
-        let rows = exchange([at; 8]);
+        let rows = exchange([at; 8], |all| all.map(|[row, ..]| row));
         std::array::from_fn(|i| {
-            let from = rows[i * 8 + lane() as usize / 4][0] + lane() % 4 * 4;
+            let from = rows[i * 8 + lane() as usize / 4] + lane() % 4 * 4;
             assert!(from.is_multiple_of(4), "ldmatrix: row addresses must be multiples of 16");
             block(|b| {
                 b.check_read(from, 4, "ldmatrix", false);
@@ -1143,10 +1191,10 @@ pub mod words {
     }
     #[track_caller]
     pub unsafe fn ldmatrix_t(at: u32) -> [u32; 4] {
-        let rows = exchange([at; 8]);
+        let rows = exchange([at; 8], |all| all.map(|[row, ..]| row));
         std::array::from_fn(|i| {
             let half = |row: u32| {
-                let from = rows[i * 8 + row as usize][0] + lane() / 4 * 2;
+                let from = rows[i * 8 + row as usize] + lane() / 4 * 2;
                 block(|b| {
                     b.check_read(from, 2, "ldmatrix_t", false);
                     u32::from(bytes_to::<u16>(&b.shared[from as usize..from as usize + 2]))
@@ -1157,33 +1205,42 @@ pub mod words {
     }
     #[track_caller]
     pub unsafe fn stmatrix(at: u32, x: [u32; 4]) {
-        let rows = exchange([at; 8]);
+        let rows = exchange([at; 8], |all| all.map(|[row, ..]| row));
         for (i, x) in x.iter().enumerate() {
-            let to = rows[i * 8 + lane() as usize / 4][0] + lane() % 4 * 4;
+            let to = rows[i * 8 + lane() as usize / 4] + lane() % 4 * 4;
             block(|b| b.write(to, &x.to_le_bytes(), "stmatrix"));
         }
     }
 
-    fn mma(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2], unpack: impl Fn(u32) -> [f32; 2]) {
-        let all = exchange([a[0], a[1], a[2], a[3], b[0], b[1], 0, 0]);
+    fn mma(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2], widen: fn([u16; 16]) -> [f32; 16]) {
         let lane = lane() as usize;
         // Rows lane/4 and + 8 of a, columns 2 (lane mod 4) and + 1 of b, 16 k each.
-        let row = |half: usize| -> [f32; 16] {
-            std::array::from_fn(|k| unpack(all[lane / 4 * 4 + k % 8 / 2][half + 2 * (k / 8)])[k % 2])
-        };
-        let col = |which: usize| -> [f32; 16] {
-            std::array::from_fn(|k| unpack(all[(2 * (lane % 4) + which) * 4 + k % 8 / 2][4 + k / 8])[k % 2])
-        };
-        let (rows, cols) = ([row(0), row(1)], [col(0), col(1)]);
+        let (rows, cols) = exchange([a[0], a[1], a[2], a[3], b[0], b[1], 0, 0], |all| {
+            let halves = |first: usize, registers: [usize; 2]| {
+                let word = |k: usize| all[first + k % 8 / 2][registers[k / 8]] >> (16 * (k % 2));
+                widen(std::array::from_fn(|k| word(k) as u16))
+            };
+            let row = |half: usize| halves(lane / 4 * 4, [half, half + 2]);
+            let col = |which: usize| halves((2 * (lane % 4) + which) * 4, [4, 5]);
+            ([row(0), row(1)], [col(0), col(1)])
+        });
         for (i, acc) in acc.iter_mut().enumerate() {
             *acc += rows[i / 2].iter().zip(&cols[i % 2]).map(|(a, b)| a * b).sum::<f32>();
         }
     }
     pub fn mma_bf16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
-        mma(acc, a, b, unpack_bf16);
+        mma(acc, a, b, widen_bf16);
     }
     pub fn mma_f16(acc: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
-        mma(acc, a, b, unpack_f16);
+        mma(acc, a, b, widen_f16);
+    }
+    fn widen_bf16(halves: [u16; 16]) -> [f32; 16] {
+        halves.map(|x| f32::from_bits(u32::from(x) << 16))
+    }
+    fn widen_f16(halves: [u16; 16]) -> [f32; 16] {
+        let mut wide = [0.0; 16];
+        halves.reinterpret_cast::<half::f16>().convert_to_f32_slice(&mut wide);
+        wide
     }
 
     pub unsafe fn mbarrier_init(at: u32, arrivals: u32) {
@@ -1214,7 +1271,7 @@ pub mod words {
             return;
         }
         until(
-            || format!("mbarrier_wait of {at}, parity {parity}"),
+            Wait::Phase { at, parity },
             |b| b.mbarrier(at, me(), "mbarrier_wait").phase != parity,
         );
         block(|b| {
@@ -1272,7 +1329,7 @@ pub mod words {
         if omitted(Call::BulkWaitRead) {
             return;
         }
-        until(|| "bulk_wait_read".into(), |b| b.lanes[me()].stores.iter().all(|(_, landed)| landed.get()));
+        until(Wait::Stores, |b| b.lanes[me()].stores.iter().all(|(_, landed)| landed.get()));
         block(|b| {
             let reader = b.reader();
             let mut seen = (*b.lanes[me()].seen).clone();
@@ -1316,31 +1373,26 @@ pub mod words {
         acc: &mut Accumulator<N>,
         [a, b]: [Operand; 2],
         accumulate: u32,
-        unpack: fn(u32) -> [f32; 2],
+        widen: fn([u16; 16]) -> [f32; 16],
     ) {
         let fences = block(|b| b.lanes[me()].fences);
         assert!(acc.0.touched.get() < fences, "wgmma: lane {} has not fenced this accumulator since it touched it", me());
         acc.0.flying.set(acc.0.flying.get() + 1);
-        let product = Product { acc: Rc::clone(&acc.0), a, b, accumulate: accumulate != 0, unpack };
+        let product = Product { acc: Rc::clone(&acc.0), a, b, accumulate: accumulate != 0, widen };
         block(|b| b.lanes[me()].products.back_mut().expect("an open group").push(product));
     }
-    fn unpack_bf16(x: u32) -> [f32; 2] {
-        [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)]
-    }
-
     macro_rules! wgmma {
-        ($($name:ident $n:literal $unpack:ident;)*) => {$(
+        ($($name:ident $n:literal $widen:ident;)*) => {$(
             pub unsafe fn $name<const TA: u32, const TB: u32>(acc: &mut Accumulator<$n>, a: u64, b: u64, accumulate: u32) {
-                let [a, b] = [(a, TA), (b, TB)].map(|(descriptor, along)| Operand { descriptor, along_tile: along == 1 });
-                issue(acc, [a, b], accumulate, $unpack);
+                issue(acc, [Operand::new(a, TA == 1), Operand::new(b, TB == 1)], accumulate, $widen);
             }
         )*};
     }
     wgmma! {
-        wgmma_n128_bf16 64 unpack_bf16;
-        wgmma_n256_bf16 128 unpack_bf16;
-        wgmma_n128_f16 64 unpack_f16;
-        wgmma_n256_f16 128 unpack_f16;
+        wgmma_n128_bf16 64 widen_bf16;
+        wgmma_n256_bf16 128 widen_bf16;
+        wgmma_n128_f16 64 widen_f16;
+        wgmma_n256_f16 128 widen_f16;
     }
     #[track_caller]
     fn meet_group() {

@@ -20,18 +20,15 @@ mod simd;
 mod sweep;
 mod tally;
 mod tile;
+mod verbs;
 
 pub use simd::{Isa, Lane};
 
-use super::{
-    Activation, AdamStep, Attention, Contrast, Conv, ConvPool, Device, DeviceError, Embeddings, Engine, Gemm, Norm,
-    Pooling, Scalars, View, ViewMut,
-};
+use super::{Contrast, Embeddings, Engine, Scalars, View, ViewMut};
 use crate::objective::{
     Batch, Gradients, Loss, LossError, Matrix, Moments, Objective, Pairs, Precision, Storage, Value, Write,
 };
 use half::{bf16, f16};
-use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 use std::sync::{Mutex, PoisonError};
 
 /// `<a, b>` of two rows in f64.
@@ -79,7 +76,7 @@ pub struct Cpu<T = f32> {
     stored_f16: Vec<f16>,
 }
 
-impl<T: Lane> Cpu<T> {
+impl Cpu {
     /// With the fastest instruction set this machine has.
     pub fn new() -> Self {
         Cpu::with_isa(Isa::best())
@@ -87,6 +84,19 @@ impl<T: Lane> Cpu<T> {
 
     /// With an instruction set of your choice from [`Isa::available`].
     pub fn with_isa(isa: Isa) -> Self {
+        Cpu::of(isa)
+    }
+}
+
+impl Cpu<f64> {
+    /// In f64, with an instruction set from [`Isa::available`].
+    pub fn wide(isa: Isa) -> Self {
+        Cpu::of(isa)
+    }
+}
+
+impl<T: Lane> Cpu<T> {
+    fn of(isa: Isa) -> Self {
         Cpu {
             isa,
             packed: Mutex::default(),
@@ -119,7 +129,7 @@ impl<T: Lane> Cpu<T> {
     }
 }
 
-impl<T: Lane> Default for Cpu<T> {
+impl Default for Cpu {
     fn default() -> Self {
         Cpu::new()
     }
@@ -147,265 +157,6 @@ impl Engine for Cpu<f32> {
 
     fn scratch_bytes(&self) -> usize {
         self.scratch.bytes()
-    }
-}
-
-impl<T: Lane> Device for Cpu<T> {
-    type Real = T;
-    type Buf = Vec<T>;
-
-    fn kind(&self) -> &'static str {
-        "cpu"
-    }
-    fn alloc(&self, len: usize) -> Vec<T> {
-        vec![T::ZERO; len]
-    }
-    fn len(&self, buf: &Vec<T>) -> usize {
-        buf.len()
-    }
-    fn upload(&self, from: &[f32], to: ViewMut<'_, Vec<T>>) {
-        for (t, &f) in to.buf[to.at].iter_mut().zip(from) {
-            *t = T::from_f64(f64::from(f));
-        }
-    }
-    fn download(&self, from: View<'_, Vec<T>>, to: &mut [f32]) {
-        for (t, &f) in to.iter_mut().zip(&from.buf[from.at]) {
-            *t = f.to_f64() as f32;
-        }
-    }
-    fn gemm(&self, shape: Gemm, a: View<'_, Vec<T>>, b: View<'_, Vec<T>>, c: Write<ViewMut<'_, Vec<T>>>) {
-        let mut packed = self.take_packed();
-        gemm::gemm(self.isa, shape, read(&a), read(&b), c.map(write), &mut packed);
-        self.give_packed(packed);
-    }
-
-    fn finish(&self) -> Result<(), DeviceError> {
-        Ok(())
-    }
-    fn copy(&self, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
-        write(to).copy_from_slice(read(&from));
-    }
-    fn fill(&self, value: f64, to: ViewMut<'_, Vec<T>>) {
-        write(to).fill(T::from_f64(value));
-    }
-    fn bias_activation(
-        &self,
-        shape: [usize; 3],
-        activation: Activation,
-        bias: Option<View<'_, Vec<T>>>,
-        pre: ViewMut<'_, Vec<T>>,
-        out: Option<ViewMut<'_, Vec<T>>>,
-    ) {
-        layers::bias_activation(self.isa, shape, activation, bias.as_ref().map(read), write(pre), out.map(write));
-    }
-    fn bias_activation_backward(
-        &self,
-        shape: [usize; 3],
-        activation: Activation,
-        saved: View<'_, Vec<T>>,
-        d: ViewMut<'_, Vec<T>>,
-        d_bias: Option<Write<ViewMut<'_, Vec<T>>>>,
-    ) {
-        layers::bias_activation_backward(
-            self.isa,
-            shape,
-            activation,
-            read(&saved),
-            write(d),
-            d_bias.map(|d| d.map(write)),
-        );
-    }
-    fn conv_scratch(&self, conv: &Conv, rows: usize) -> usize {
-        conv::scratch(conv, rows)
-    }
-    fn conv(
-        &self,
-        conv: &Conv,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        weight: View<'_, Vec<T>>,
-        out: ViewMut<'_, Vec<T>>,
-        scratch: &mut Vec<T>,
-    ) {
-        conv::conv(self.isa, conv, rows, read(&x), read(&weight), write(out), scratch);
-    }
-    fn conv_backward_data(
-        &self,
-        conv: &Conv,
-        rows: usize,
-        weight: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        dx: ViewMut<'_, Vec<T>>,
-        scratch: &mut Vec<T>,
-    ) {
-        conv::backward_data(self.isa, conv, rows, read(&weight), read(&d_out), write(dx), scratch);
-    }
-    fn conv_backward_weight(
-        &self,
-        conv: &Conv,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        d_weight: Write<ViewMut<'_, Vec<T>>>,
-        scratch: &mut Vec<T>,
-    ) {
-        conv::backward_weight(self.isa, conv, rows, read(&x), read(&d_out), d_weight.map(write), scratch);
-    }
-    fn pool(&self, pooling: &Pooling, rows: usize, x: View<'_, Vec<T>>, out: ViewMut<'_, Vec<T>>) {
-        layers::pool(pooling, rows, read(&x), write(out));
-    }
-    fn pool_backward(
-        &self,
-        pooling: &Pooling,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        dx: ViewMut<'_, Vec<T>>,
-    ) {
-        layers::pool_backward(pooling, rows, read(&x), read(&d_out), write(dx));
-    }
-    fn conv_pool_work(&self, c: &ConvPool, rows: usize) -> [usize; 4] {
-        [conv::kept(c, rows), 0, 0, conv::scratch(&c.conv, rows)]
-    }
-    fn conv_pool(
-        &self,
-        c: &ConvPool,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        params: View<'_, Vec<T>>,
-        out: ViewMut<'_, Vec<T>>,
-        [kept, _, _, scratch]: &mut [Vec<T>; 4],
-    ) {
-        conv::forward(self.isa, c, rows, read(&x), read(&params), kept, write(out), scratch);
-    }
-    fn conv_pool_backward(
-        &self,
-        c: &ConvPool,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        params: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        dx: Option<ViewMut<'_, Vec<T>>>,
-        d_params: ViewMut<'_, Vec<T>>,
-        [kept, _, _, scratch]: &mut [Vec<T>; 4],
-    ) {
-        let saved = conv::Saved { x: read(&x), params: read(&params), kept, d_out: read(&d_out) };
-        conv::backward(self.isa, c, rows, saved, dx.map(write), write(d_params), scratch);
-    }
-    fn layer_norm(
-        &self,
-        norm: &Norm,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        affine: View<'_, Vec<T>>,
-        out: ViewMut<'_, Vec<T>>,
-        stats: ViewMut<'_, Vec<T>>,
-    ) {
-        norm::layer_norm(self.isa, norm, rows, read(&x), read(&affine), write(out), write(stats));
-    }
-    fn layer_norm_backward(
-        &self,
-        norm: &Norm,
-        rows: usize,
-        x: View<'_, Vec<T>>,
-        affine: View<'_, Vec<T>>,
-        stats: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        dx: Write<ViewMut<'_, Vec<T>>>,
-        d_affine: Write<ViewMut<'_, Vec<T>>>,
-    ) {
-        let saved = norm::Saved { x: read(&x), affine: read(&affine), stats: read(&stats) };
-        norm::layer_norm_backward(self.isa, norm, rows, saved, read(&d_out), dx.map(write), d_affine.map(write));
-    }
-    fn attention(
-        &self,
-        attention: &Attention,
-        rows: usize,
-        qkv: View<'_, Vec<T>>,
-        out: ViewMut<'_, Vec<T>>,
-        lse: ViewMut<'_, Vec<T>>,
-    ) {
-        let mut packed = self.take_packed();
-        attention::attention(self.isa, attention, rows, read(&qkv), write(out), write(lse), &mut packed);
-        self.give_packed(packed);
-    }
-    fn attention_backward(
-        &self,
-        attention: &Attention,
-        rows: usize,
-        qkv: View<'_, Vec<T>>,
-        _: View<'_, Vec<T>>,
-        lse: View<'_, Vec<T>>,
-        d_out: View<'_, Vec<T>>,
-        d_qkv: ViewMut<'_, Vec<T>>,
-        _: ViewMut<'_, Vec<T>>,
-    ) {
-        let mut packed = self.take_packed();
-        let saved = attention::Saved { qkv: read(&qkv), lse: read(&lse), d_out: read(&d_out) };
-        attention::attention_backward(self.isa, attention, rows, saved, write(d_qkv), &mut packed);
-        self.give_packed(packed);
-    }
-    fn adam(
-        &self,
-        step: &AdamStep,
-        now: View<'_, Vec<T>>,
-        factor: View<'_, Vec<T>>,
-        grads: View<'_, Vec<T>>,
-        params: ViewMut<'_, Vec<T>>,
-        m: ViewMut<'_, Vec<T>>,
-        v: ViewMut<'_, Vec<T>>,
-    ) {
-        let (now, factor) = (read(&now), read(&factor)[0].to_f64());
-        if factor.is_finite() {
-            let now = [now[0].to_f64(), now[1].to_f64(), now[2].to_f64(), factor];
-            layers::adam(self.isa, step, now, read(&grads), write(params), write(m), write(v));
-        }
-    }
-    fn judge(
-        &self,
-        limit: f64,
-        loss: View<'_, Vec<T>>,
-        grads: View<'_, Vec<T>>,
-        scaling: Option<ViewMut<'_, Vec<T>>>,
-        to: ViewMut<'_, Vec<T>>,
-    ) {
-        let mut none = [T::ONE, T::ZERO];
-        let scaling = scaling.map_or(&mut none[..], write);
-        let (scale, good) = (scaling[0].to_f64(), scaling[1].to_f64());
-        let squares = layers::sum_squares(read(&grads));
-        // Beyond f32 its square has no moment: nothing would be learned after it.
-        let norm = if (squares as f32).is_finite() { squares.sqrt() / scale } else { f64::INFINITY };
-        let clip = if limit > 0.0 && norm > limit { limit / norm } else { 1.0 };
-        let counts = norm.is_finite() && read(&loss)[0].to_f64().is_finite();
-        let to = write(to);
-        to[0] = T::from_f64(norm);
-        to[1] = T::from_f64(if counts { clip / scale } else { f64::NAN });
-        let most = f64::from(SCALING_MOST);
-        let (scale, good) = match norm.is_finite() {
-            false => ((0.5 * scale).max(most.recip()), 0.0),
-            true if good + 1.0 >= f64::from(SCALING_PATIENCE) => ((2.0 * scale).min(most), 0.0),
-            true => (scale, good + 1.0),
-        };
-        (scaling[0], scaling[1]) = (T::from_f64(scale), T::from_f64(good));
-    }
-    fn gather(&self, width: usize, from: View<'_, Vec<T>>, index: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
-        let from = read(&from);
-        for (to, row) in write(to).chunks_mut(width).zip(read(&index)) {
-            to.copy_from_slice(&from[row.to_f64() as usize * width..][..width]);
-        }
-    }
-    fn scatter(&self, width: usize, from: View<'_, Vec<T>>, index: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
-        let to = write(to);
-        for (from, row) in read(&from).chunks(width).zip(read(&index)) {
-            to[row.to_f64() as usize * width..][..width].copy_from_slice(from);
-        }
-    }
-    fn scale(&self, factor: View<'_, Vec<T>>, from: View<'_, Vec<T>>, to: ViewMut<'_, Vec<T>>) {
-        let factor = read(&factor)[0];
-        write(to).iter_mut().zip(read(&from)).for_each(|(to, &from)| *to = factor * from);
-    }
-    fn clamp(&self, low: f64, high: f64, x: ViewMut<'_, Vec<T>>) {
-        write(x).iter_mut().for_each(|x| *x = T::from_f64(x.to_f64().clamp(low, high)));
     }
 }
 

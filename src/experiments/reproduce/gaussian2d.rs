@@ -351,7 +351,7 @@ fn normalised(law: &Gaussian, data: &Memory, seed: u64) -> Result<Figure, Error>
     let batch =
         Batch { u: Matrix::f32(u, 1), v: Matrix::f32(v, 1), pairs: Pairs::default(), offset_v: None, moments: None };
     let gradients = Gradients { u: Some(Write::Set(&mut grad_u)), v: Some(Write::Set(&mut grad_v)), offset_v: None };
-    Cpu::<f32>::new().loss(&loss, &batch, gradients).map_err(|source| TrainError::Loss { step: 0, source })?;
+    Cpu::new().loss(&loss, &batch, gradients).map_err(|source| TrainError::Loss { step: 0, source })?;
     // Against the embedding's own size: a row's normalisation divides its gradient, rounding included, by that.
     let slopes = grad_u.iter().zip(u).chain(grad_v.iter().zip(v));
     let steepest = largest(slopes.map(|(&g, &x)| (f64::from(g) * f64::from(x)).abs()));

@@ -66,7 +66,7 @@ fn train(c: &[f64], dim: usize, seed: u64, steps: u64) -> Result<Vec<Vec<f64>>, 
         samples.gather(Side::U, &[i], x);
         samples.gather(Side::V, &[i], yz);
     };
-    let (device, mut engine) = (Cpu::<f32>::new(), Cpu::<f32>::new());
+    let (device, mut engine) = (Cpu::new(), Cpu::new());
     let mut layout = Layout::default();
     let weights: Vec<Range<usize>> = (0..3).map(|k| layout.push(NAMES[k], &[dim, DIMS[k]])).collect();
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
