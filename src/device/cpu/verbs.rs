@@ -1,7 +1,9 @@
-//! The verbs of [`Device`] on the CPU, of f32 and of f64 apart: what is generic would be compiled again, for every
-//! instruction set, by each crate and each test that speaks a verb.
+//! The verbs of [`Device`] on the CPU.
+//!
+//! What is generic is compiled, for every instruction set, by each crate and each test that uses it; so f32 has its own
+//! implementation, compiled once. That of f64, for tests of gradients, is compiled where it is used.
 
-use super::{Cpu, attention, conv, gemm, layers, norm, read, write};
+use super::{Cpu, Lane, attention, conv, gemm, layers, norm, read, write};
 use crate::device::{
     Activation, AdamStep, Attention, Conv, ConvPool, Device, DeviceError, Gemm, Norm, Pooling, Real, View, ViewMut,
 };
@@ -9,8 +11,8 @@ use crate::objective::Write;
 use kernels::abi::{SCALING_MOST, SCALING_PATIENCE};
 
 macro_rules! device {
-    ($($real:ty)*) => {$(
-        impl Device for Cpu<$real> {
+    ($real:ty $(, $generic:ident: $bound:ident)?) => {
+        impl$(<$generic: $bound>)? Device for Cpu<$real> {
             type Real = $real;
             type Buf = Vec<$real>;
 
@@ -282,7 +284,12 @@ macro_rules! device {
                 write(x).iter_mut().for_each(|x| *x = <$real>::from_f64(x.to_f64().clamp(low, high)));
             }
         }
-    )*};
+    };
 }
 
-device! { f32 f64 }
+/// f64 alone.
+pub trait Wide: Lane {}
+impl Wide for f64 {}
+
+device! { f32 }
+device! { T, T: Wide }
