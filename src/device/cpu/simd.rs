@@ -321,17 +321,15 @@ pub struct Affine<'a> {
 }
 
 impl Finish<f32> for Affine<'_> {
+    #[expect(clippy::needless_range_loop, reason = "adapters of iterators are calls where a compiler inlines none")]
     #[inline(always)]
     fn finish<S: Simd, const R: usize, const V: usize>(self, sums: &mut [[S::F32; V]; R], i: usize, j: usize) {
         let lanes = <S::F32 as Register<f32>>::LANES;
-        let mut by_col = [[S::F32::splat(0.0); 2]; V];
-        for (v, by_col) in by_col.iter_mut().enumerate() {
-            *by_col = [S::F32::load(&self.cols[j + v * lanes..]), S::F32::load(&self.offset[j + v * lanes..])];
-        }
-        for (sums, &row) in sums.iter_mut().zip(&self.rows[i..i + R]) {
-            let row = S::F32::splat(row);
-            for (sum, [col, offset]) in sums.iter_mut().zip(by_col) {
-                *sum = sum.fma(col.mul(row), offset);
+        for v in 0..V {
+            let at = j + v * lanes;
+            let (col, offset) = (S::F32::load(&self.cols[at..]), S::F32::load(&self.offset[at..]));
+            for r in 0..R {
+                sums[r][v] = sums[r][v].fma(col.mul(S::F32::splat(self.rows[i + r])), offset);
             }
         }
     }
@@ -592,6 +590,7 @@ fn holds<T>(data: &[T], a: &Left<'_, T>, rows: usize, depth: usize) -> bool {
 
 /// Sums of the products of `R` rows, which begin with `data` and lie as those of `a`, with some rows of a panel of `V`
 /// registers: the inner loop of everything.
+#[expect(clippy::needless_range_loop, reason = "adapters of iterators are calls where a compiler inlines none")]
 #[inline(always)]
 fn sums<S: Simd, T: Operand<S>, P: Multiply<S, T>, const R: usize, const V: usize>(
     data: &[T],
@@ -603,17 +602,18 @@ fn sums<S: Simd, T: Operand<S>, P: Multiply<S, T>, const R: usize, const V: usiz
     // What is read below.
     assert!(holds(data, a, R, panel.len() / (V * lanes)));
     for (k, from) in panel.chunks_exact(V * lanes).enumerate() {
-        // Loops, not closures: a closure has no target features, and what is not inlined into it is called.
+        // Loops over indices here and below: a closure has no target features, and what is not inlined into it is called. So
+        // are adapters of iterators, in programs built without thin local LTO.
         let mut b = [T::In::broadcast(T::default()); V];
-        for (b, from) in b.iter_mut().zip(from.chunks_exact(lanes)) {
-            *b = T::In::load(from);
+        for v in 0..V {
+            b[v] = T::In::load(&from[v * lanes..]);
         }
-        for (r, sum) in sum.iter_mut().enumerate() {
+        for r in 0..R {
             // SAFETY: r < R and k is below the panel's rows: one of the elements of the assertion above.
             let x = unsafe { *data.get_unchecked(r * a.row + k * a.col) };
             let x = T::In::broadcast(x);
-            for (sum, &b) in sum.iter_mut().zip(&b) {
-                *sum = P::step(x, b, *sum);
+            for v in 0..V {
+                sum[r][v] = P::step(x, b[v], sum[r][v]);
             }
         }
     }
@@ -653,31 +653,33 @@ fn micro<
     if STEP < T::PART {
         for part in panel[first_part..].chunks(STEP * V * lanes) {
             a0 = &a0[STEP * a.col..];
-            for (sum, more) in sum.iter_mut().zip(&sums::<S, T, P, R, V>(a0, a, part)) {
-                for (sum, &more) in sum.iter_mut().zip(more) {
-                    *sum = sum.plus(more);
+            let more = sums::<S, T, P, R, V>(a0, a, part);
+            for r in 0..R {
+                for v in 0..V {
+                    sum[r][v] = sum[r][v].plus(more[r][v]);
                 }
             }
         }
     }
     if add {
-        for (r, sum) in sum.iter_mut().enumerate() {
+        for r in 0..R {
             let row = &c[(first + r) * ldc..][..V * lanes];
-            for (sum, from) in sum.iter_mut().zip(row.chunks_exact(lanes)) {
-                *sum = <SumOf<S, T, P> as Register<P::Sum>>::load(from).plus(*sum);
+            for v in 0..V {
+                sum[r][v] = <SumOf<S, T, P> as Register<P::Sum>>::load(&row[v * lanes..]).plus(sum[r][v]);
             }
         }
     }
     finish.finish::<S, R, V>(&mut sum, first, *column);
-    for (r, sum) in sum.iter().enumerate() {
+    for r in 0..R {
         let row = &mut c[(first + r) * ldc..][..V * lanes];
-        for (sum, to) in sum.iter().zip(row.chunks_exact_mut(lanes)) {
-            sum.store(to);
+        for v in 0..V {
+            sum[r][v].store(&mut row[v * lanes..]);
         }
     }
 }
 
 /// [`micro`] of differences, whose own numbers stay in registers.
+#[expect(clippy::needless_range_loop, reason = "adapters of iterators are calls where a compiler inlines none")]
 #[inline(always)]
 fn micro_apart<S: Simd, const R: usize, const V: usize>(
     tile: &Tile<'_, f32>,
@@ -690,10 +692,10 @@ fn micro_apart<S: Simd, const R: usize, const V: usize>(
     let Tile { a, panel, ldc, .. } = tile;
     let mut sum = [[S::F32::broadcast(0.0); V]; R];
     let mut from = sum;
-    for (r, from) in from.iter_mut().enumerate() {
+    for r in 0..R {
         let row = &own.data[(first + r) * own.stride..][..V * lanes];
-        for (from, row) in from.iter_mut().zip(row.chunks_exact(lanes)) {
-            *from = S::F32::load(row);
+        for v in 0..V {
+            from[r][v] = S::F32::load(&row[v * lanes..]);
         }
     }
     let a0 = &a.data[first * a.row..];
@@ -701,21 +703,22 @@ fn micro_apart<S: Simd, const R: usize, const V: usize>(
     assert!(holds(a0, a, R, a.depth) && panel.len() == a.depth * V * lanes);
     for (k, row) in panel.chunks_exact(V * lanes).enumerate() {
         let mut b = [S::F32::broadcast(0.0); V];
-        for (b, row) in b.iter_mut().zip(row.chunks_exact(lanes)) {
-            *b = S::F32::load(row);
+        for v in 0..V {
+            b[v] = S::F32::load(&row[v * lanes..]);
         }
-        for (r, (sum, from)) in sum.iter_mut().zip(&from).enumerate() {
+        for r in 0..R {
             // SAFETY: r < R and k < depth: one of the elements of the assertion above.
             let x = S::F32::broadcast(unsafe { *a0.get_unchecked(r * a.row + k * a.col) });
-            for ((sum, &from), &b) in sum.iter_mut().zip(from).zip(&b) {
-                *sum = x.fma(b.minus(from), *sum);
+            for v in 0..V {
+                sum[r][v] = x.fma(b[v].minus(from[r][v]), sum[r][v]);
             }
         }
     }
-    for (r, sum) in sum.iter().enumerate() {
+    for r in 0..R {
         let row = &mut c[(first + r) * ldc..][..V * lanes];
-        for (&sum, to) in sum.iter().zip(row.chunks_exact_mut(lanes)) {
-            (if add { S::F32::load(to).plus(sum) } else { sum }).store(to);
+        for v in 0..V {
+            let to = &mut row[v * lanes..];
+            (if add { S::F32::load(to).plus(sum[r][v]) } else { sum[r][v] }).store(to);
         }
     }
 }
