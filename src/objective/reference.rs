@@ -43,7 +43,17 @@ impl Dense {
         Dense::from_fn(self.cols, self.rows, |i, j| self.at(j, i))
     }
     fn times(&self, b: &Dense) -> Dense {
-        Dense::from_fn(self.rows, b.cols, |i, j| (0..self.cols).map(|k| self.at(i, k) * b.at(k, j)).sum())
+        let mut out = Dense::from_fn(self.rows, b.cols, |_, _| 0.0);
+        for (i, out) in out.x.chunks_mut(b.cols).enumerate() {
+            for (k, a) in row(self, i).iter().enumerate() {
+                out.iter_mut().zip(row(b, k)).for_each(|(out, b)| *out += a * b);
+            }
+        }
+        out
+    }
+    /// A number of each row.
+    fn by_row(&self, f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+        (0..self.rows).map(|i| f(row(self, i))).collect()
     }
     fn dot(&self, b: &Dense) -> f64 {
         self.x.iter().zip(&b.x).map(|(a, b)| a * b).sum()
@@ -91,10 +101,8 @@ fn row(m: &Dense, i: usize) -> &[f64] {
 }
 
 fn unit(m: &Dense) -> Dense {
-    m.map(|i, _, x| {
-        let n = norm(row(m, i));
-        if n == 0.0 { 0.0 } else { x / n }
-    })
+    let norms = m.by_row(norm);
+    m.map(|i, _, x| if norms[i] == 0.0 { 0.0 } else { x / norms[i] })
 }
 
 fn logits(loss: &Loss, u: &Dense, v: &Dense) -> Dense {
@@ -116,12 +124,9 @@ fn through_tilting(loss: &Loss, u: &Dense, v: &Dense, g: &Dense) -> (Dense, Dens
         }),
         Tilting::Cosine => {
             let d = g.times(&unit(y)).map(|_, _, d| d / loss.tau);
-            let e = unit(x);
-            d.map(|i, k, d_ik| {
-                let n = norm(row(x, i));
-                let along: f64 = row(&d, i).iter().zip(row(&e, i)).map(|(a, b)| a * b).sum();
-                if n == 0.0 { 0.0 } else { (d_ik - along * e.at(i, k)) / n }
-            })
+            let (e, norms) = (unit(x), x.by_row(norm));
+            let along = d.map(|i, k, d_ik| d_ik * e.at(i, k)).by_row(|products| products.iter().sum());
+            d.map(|i, k, d_ik| if norms[i] == 0.0 { 0.0 } else { (d_ik - along[i] * e.at(i, k)) / norms[i] })
         }
     };
     (one(u, v, g), one(v, u, &g.transpose()))
@@ -166,13 +171,12 @@ impl Kinds {
 
     /// Row targets `T^r`, rows without a positive being zero.
     fn targets(&self, smoothing: f64) -> Dense {
+        let [counts, candidates] = [&self.positive, &self.present].map(|pairs| pairs.by_row(|row| row.iter().sum()));
         self.positive.map(|i, j, p| {
-            let count: f64 = row(&self.positive, i).iter().sum();
-            let candidates: f64 = row(&self.present, i).iter().sum();
-            if count == 0.0 || self.present.at(i, j) == 0.0 {
+            if counts[i] == 0.0 || self.present.at(i, j) == 0.0 {
                 return 0.0;
             }
-            (1.0 - smoothing) * p / count + smoothing / candidates
+            (1.0 - smoothing) * p / counts[i] + smoothing / candidates[i]
         })
     }
 
@@ -295,13 +299,9 @@ fn conditional_mmd(s: &Dense, kinds: &Kinds, k: &Dense) -> (f64, Dense) {
         .filter(|&i| used(i))
         .map(|i| kinds.w[i] * (0..s.cols).map(|j| p.at(i, j) * (0.5 * pk.at(i, j) - tk.at(i, j))).sum::<f64>());
     let value = value.sum();
-    let g = p.map(|i, j, p_ij| {
-        if !used(i) {
-            return 0.0;
-        }
-        let mean: f64 = (0..s.cols).map(|l| p.at(i, l) * (pk.at(i, l) - tk.at(i, l))).sum();
-        kinds.w[i] * p_ij * (pk.at(i, j) - tk.at(i, j) - mean)
-    });
+    let gap = pk.map(|i, j, pk| pk - tk.at(i, j));
+    let mean = p.map(|i, j, p| p * gap.at(i, j)).by_row(|terms| terms.iter().sum());
+    let g = p.map(|i, j, p| if used(i) { kinds.w[i] * p * (gap.at(i, j) - mean[i]) } else { 0.0 });
     (value, g)
 }
 

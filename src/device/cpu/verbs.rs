@@ -287,7 +287,7 @@ macro_rules! device {
     };
 }
 
-/// f64 alone.
+/// Numbers whose verbs stay generic: f64.
 pub trait Wide: Lane {}
 impl Wide for f64 {}
 
