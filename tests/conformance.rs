@@ -24,6 +24,8 @@ const SHAPES: &[(usize, usize, usize)] = &[
     (130, 67, 128),
     (257, 300, 64),
     (300, 300, 10),
+    (40, 700, 20),
+    (700, 40, 20),
 ];
 
 struct Got {
@@ -629,7 +631,7 @@ fn a_workspace_changes_no_bit() {
                 (got, engine.scratch_bytes())
             };
             let (none, least) = run(0);
-            for bytes in [700_000, 1 << 30] {
+            for bytes in [200_000, 700_000, 1 << 30] {
                 let (got, scratch) = run(bytes);
                 assert!(same_bits(&none.u, &got.u) && same_bits(&none.v, &got.v), "{bytes}: {case:?}");
                 assert_eq!(none.value, got.value, "{bytes}: {case:?}");

@@ -44,6 +44,12 @@ pub struct Bench {
     /// conditional, joint, sigmoid, mmd or joint-mmd (with 64 random features)
     #[arg(long, default_value = "conditional", value_name = "OBJECTIVE", value_parser = from_text::<ObjectiveName>)]
     objective: ObjectiveName,
+    /// Weight of u|v (conditional, mmd)
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    lambda_u: f64,
+    /// Weight of v|u (conditional, mmd)
+    #[arg(long, default_value_t = 1.0, value_name = "X", allow_negative_numbers = true)]
+    lambda_v: f64,
     /// On the CPU: bytes in which logits may be kept between passes, a quarter less work where all fit
     #[arg(long, default_value_t = crate::device::cpu::WORKSPACE, value_name = "BYTES", allow_negative_numbers = true)]
     workspace: usize,
@@ -147,7 +153,7 @@ pub fn run(args: &Bench, common: &Common) -> Result<(), Failure> {
 fn loss(args: &Bench, common: &Common, [n, m, d]: [usize; 3]) -> Result<(), Failure> {
     let loss = Loss {
         tilting: args.tilting,
-        objective: args.objective.with([1.0, 1.0], -10.0, 0, common.seed()),
+        objective: args.objective.with([args.lambda_u, args.lambda_v], -10.0, 0, common.seed()),
         tau: if args.tilting == Tilting::Cosine { 0.07 } else { (d as f64).sqrt() },
         smoothing: 0.0,
     };

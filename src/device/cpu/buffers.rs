@@ -1,6 +1,7 @@
 //! Memory that grows to what the largest call needs and stays: buffers whose registers cross no cache line, and one workspace
 //! a thread.
 
+use super::strips::Strip;
 use super::tile::Aside;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -96,6 +97,7 @@ impl Workspace {
 #[derive(Debug, Default)]
 pub struct Threads {
     each: Vec<Mutex<Workspace>>,
+    strips: Vec<Mutex<Strip>>,
     /// The right operands of the gradient products: rows of u and of v, packed piece by piece.
     carried: Mutex<[Buffer; 2]>,
     /// Parts of a sum over rows.
@@ -108,6 +110,7 @@ impl Threads {
         let threads = rayon::current_num_threads();
         if self.each.len() < threads {
             self.each.resize_with(threads, Mutex::default);
+            self.strips.resize_with(threads, Mutex::default);
         }
     }
 
@@ -123,15 +126,25 @@ impl Threads {
 
     /// Runs `f` on this thread's workspace.
     pub fn with<R>(&self, f: impl FnOnce(&mut Workspace) -> R) -> R {
-        let index = rayon::current_thread_index().unwrap_or(0) % self.each.len();
-        f(&mut alone(&self.each[index]))
+        f(&mut alone(Self::own(&self.each)))
+    }
+
+    /// Runs `f` on this thread's strip.
+    pub fn with_strip<R>(&self, f: impl FnOnce(&mut Strip) -> R) -> R {
+        f(&mut alone(Self::own(&self.strips)))
+    }
+
+    /// This thread's of `each`.
+    fn own<T>(each: &[T]) -> &T {
+        &each[rayon::current_thread_index().unwrap_or(0) % each.len()]
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let each = self.each.iter().map(|workspace| alone(workspace).bytes());
+        let strips = self.strips.iter().map(|strip| alone(strip).bytes());
         let carried = self.carried().iter().map(Buffer::bytes).sum::<usize>();
-        each.sum::<usize>() + carried + 8 * self.along().capacity()
+        each.chain(strips).sum::<usize>() + carried + 8 * self.along().capacity()
     }
 }
 

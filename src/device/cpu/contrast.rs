@@ -6,18 +6,20 @@ use super::kept::{Grid, Kept};
 use super::law::{Law, Normalisers, RowSums, Target};
 use super::operand::{Element, Side, Similarity, pack_columns};
 use super::simd::{Isa, Pair};
-use super::sweep::is_for_one;
+use super::strips::Strips;
+use super::sweep::{Axis, is_for_one};
 use super::tally::{Tallies, Want};
 use super::{inner, joint, together};
 use crate::objective::{Batch, Gradients, Loss, Matrix, Objective, Storage, Value, Write, counts::Counts};
 use kernels::law::{Num, Product, decay};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows handled by one task of a pass over embeddings.
 pub(super) const CHUNK: usize = 128;
 
 /// Norms of rows whose products, also with sums of exponentials, are numbers of f32.
-pub(super) const MODERATE: std::ops::Range<f64> = 1e-15..1e15;
+pub(super) const MODERATE: Range<f64> = 1e-15..1e15;
 
 /// Everything a call needs beyond its inputs and outputs; grows to the largest call and stays.
 #[derive(Debug, Default)]
@@ -381,8 +383,24 @@ fn softmax<T: Element>(
     let want = over.want();
     // The sum of G S is that of <u, G v>, where S is linear in u and G not rounded before it meets v.
     logits.exponentials = logits.anchor.is_some()
-        && (want.rows && want.cols && smoothing == 0.0)
+        && (matches!(over, Over::Each { .. }) && smoothing == 0.0)
         && (tilted.product == Product::Inner && !T::ROUNDS);
+    if let Over::Each { lambda_u, lambda_v } = over
+        && let Some(axis) = want.only()
+    {
+        // A strip's are few enough to be kept as they are, and then how many are kept changes no bit.
+        logits.grid = None;
+        let [by_row, by_col] = Counted::both(counts, [rows, cols]);
+        let (side, lambda) = if axis == Axis::Rows { (by_row, 0.5 * lambda_v) } else { (by_col, 0.5 * lambda_u) };
+        let normalise = |range, tallies: &_, normalisers: &mut _| {
+            side.part(range, tallies).normalise(lambda, smoothing, normalisers)
+        };
+        let strips = Strips { logits: &logits, axis, logit_sums: smoothing > 0.0, normalise, budget: *budget };
+        let mut mean = 0.0;
+        let walk = |pull: Pull<'_>| mean = strips.pull(pull);
+        let sums = pull_and_settle(&tilted, &logits, walk, gradients, pulled, |_, _, _| ());
+        return Value { loss: lambda * (mean - (side.opposite as f64).ln()), grad_tau: sums.grad_tau, grad_bias: 0.0 };
+    }
     logits.tally([rows, cols], want, smoothing > 0.0, kept, *budget);
     logits.kept = Some(kept);
 
@@ -391,21 +409,17 @@ fn softmax<T: Element>(
     let law;
     match over {
         Over::Each { lambda_u, lambda_v } => {
-            let one = |side: Counted<'_>, wanted, lambda: f64, normalisers: &mut _| {
-                if wanted {
-                    lambda * (side.normalise(lambda, smoothing, normalisers) - (side.opposite as f64).ln())
-                } else {
-                    0.0
-                }
+            let one = |side: Counted<'_>, lambda: f64, normalisers: &mut _| {
+                lambda * (side.normalise(lambda, smoothing, normalisers) - (side.opposite as f64).ln())
             };
-            let by_row = || one(row_side, want.rows, 0.5 * lambda_v, row_normalisers);
-            let by_col = || one(col_side, want.cols, 0.5 * lambda_u, col_normalisers);
+            let mut by_row = || one(row_side, 0.5 * lambda_v, row_normalisers);
+            let mut by_col = || one(col_side, 0.5 * lambda_u, col_normalisers);
             let (by_row, by_col) =
                 if is_for_one(n, m, batch.u.dim) { (by_row(), by_col()) } else { rayon::join(by_row, by_col) };
             value = by_row + by_col;
             law = Law::Softmax {
-                rows: want.rows.then(|| row_normalisers.softmaxes(0..n)),
-                cols: want.cols.then(|| col_normalisers.softmaxes(0..m)),
+                rows: Some(row_normalisers.softmaxes(0..n)),
+                cols: Some(col_normalisers.softmaxes(0..m)),
             };
         }
         Over::All => {
@@ -483,15 +497,15 @@ pub(super) fn pull_gradients<T: Element>(
     gradients: Gradients<'_>,
     pulled: &mut Pulled,
 ) -> Sums {
-    pull_and_settle(tilted, logits, law, gradients, pulled, |_, _, _| ())
+    pull_and_settle(tilted, logits, |pull: Pull<'_>| logits.pull(law, pull), gradients, pulled, |_, _, _| ())
 }
 
-/// [`pull_gradients`], and `settle` has `G other` of both sides, where it is wanted, the sums of rows and those of columns,
-/// before they go through the tilting.
+/// [`pull_gradients`] by another `walk` over the logits; `settle` has `G other` of both sides, where it is wanted, the sums of
+/// rows and those of columns, before they go through the tilting.
 pub(super) fn pull_and_settle<T: Element>(
     tilted: &Tilted<'_>,
     logits: &Logits<'_, T>,
-    law: &Law<'_>,
+    walk: impl FnOnce(Pull<'_>),
     gradients: Gradients<'_>,
     Pulled { row_sums, col_sums, grad_u, grad_v }: &mut Pulled,
     settle: impl FnOnce([Option<&mut [f32]>; 2], &mut [RowSums], &mut [f32]),
@@ -506,16 +520,13 @@ pub(super) fn pull_and_settle<T: Element>(
     let mut out_v = Accumulated::new(gradients.v, grad_v);
     let want_cols = gradients.offset_v.is_some() || logits.similarity.offset.is_some();
     reset(col_sums, logits.similarity.m, 0.0);
-    logits.pull(
-        law,
-        Pull {
-            carry: [tilted.u, tilted.v],
-            out: [out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)],
-            row_sums,
-            col_sums: want_cols.then_some(&mut col_sums[..]),
-            apart: tilted.product == Product::SquaredDistance,
-        },
-    );
+    walk(Pull {
+        carry: [tilted.u, tilted.v],
+        out: [out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)],
+        row_sums,
+        col_sums: want_cols.then_some(&mut col_sums[..]),
+        apart: tilted.product == Product::SquaredDistance,
+    });
     settle([out_u.as_mut().map(Accumulated::acc), out_v.as_mut().map(Accumulated::acc)], row_sums, col_sums);
     conclude(tilted, logits, [out_u, out_v], gradients.offset_v, row_sums, col_sums)
 }
@@ -572,6 +583,7 @@ fn share_of(weight: f64, total: f64) -> f32 {
 }
 
 /// One side's tallies with what turns them into losses and normalisers.
+#[derive(Clone, Copy)]
 pub(super) struct Counted<'a> {
     pub(super) tallies: &'a Tallies,
     pub(super) positives: &'a [u32],
@@ -588,6 +600,12 @@ impl<'a> Counted<'a> {
             Counted { tallies: rows, positives: row_positives, share: row_share, opposite: col_positives.len() },
             Counted { tallies: cols, positives: col_positives, share: col_share, opposite: row_positives.len() },
         ]
+    }
+
+    /// Rows `range` alone, of which these are the tallies.
+    fn part(self, range: Range<usize>, tallies: &'a Tallies) -> Self {
+        let (positives, share) = (&self.positives[range.clone()], &self.share[range]);
+        Counted { tallies, positives, share, ..self }
     }
 
     /// (max, sum over negatives, sum over positives) of row i.

@@ -10,6 +10,8 @@
 //!       or G = law(S); out_u += G carry_v; out_v += G' carry_u   -- pass 2, [`Logits::pull`], law.rs
 //! ```
 //!
+//! One side's softmax alone takes both passes strip by strip: strips.rs.
+//!
 //! Exponentials are taken against an [`Logits::anchor`] that all logits share where their spread is known to be small
 //! enough: then one of them serves its row and its column. Otherwise each row and each column has its own maximum.
 //! Pass 1 may leave logits in [`Kept`] for the passes after it, as many as its budget holds: a quarter less work; where G is
@@ -45,8 +47,8 @@ pub struct Logits<'a, T: Element = f32> {
     pub grid: Option<Grid>,
     /// What pass 1 left of these logits.
     pub kept: Option<&'a Kept>,
-    /// Whether it leaves `exp(S - anchor)` and not S (of special pairs S all the same): where there is an anchor and no grid,
-    /// both sides have a softmax without smoothing, and of [`RowSums`] nothing is wanted.
+    /// Whether it leaves `exp(S - anchor)` and not S (of special pairs S all the same): where there is an anchor and no grid, the
+    /// law is softmaxes without smoothing, and of [`RowSums`] nothing is wanted.
     pub exponentials: bool,
     pub pairs: &'a Pairs<'a>,
     /// Where this block lies in the matrix that `pairs` speaks of.
@@ -84,17 +86,47 @@ impl<T: Element> Logits<'_, T> {
         let slot = kept.slot;
         sweep(rows.pieces(cut.rows).zip(kept.fill()), cols.pieces(cut.cols), |(row, slots), col| {
             let keep = Slot::fill(slots, slot, self.grid);
-            self.threads.with(|ws| {
-                T::run(self.isa, TallyTask { logits: self, row, col, want, logit_sums, keep, ws });
-            });
+            self.tally_pieces(row, col, want, logit_sums, keep);
+        });
+    }
+
+    /// Pass 1 of a row piece and a column piece.
+    pub fn tally_pieces(
+        &self,
+        row: &mut TallyPiece<'_>,
+        col: &mut TallyPiece<'_>,
+        want: Want,
+        logit_sums: bool,
+        keep: Option<Slot<&mut [f32], &mut [i16]>>,
+    ) {
+        self.threads.with(|ws| {
+            T::run(self.isa, TallyTask { logits: self, row, col, want, logit_sums, keep, ws });
         });
     }
 
     /// Pass 2: `out_rows += G carry_v`, `out_cols += G' carry_u`, and the sums of [`RowSums`] and `col_sums`
     /// (`[M]`, column sums of G). Outputs are overwritten.
     pub fn pull(&self, law: &Law<'_>, pull: Pull<'_>) {
-        let Pull { carry: [carry_u, carry_v], out: [out_rows, out_cols], row_sums, col_sums, apart } = pull;
-        let (n, m, cut) = (self.similarity.n(), self.similarity.m, self.cut());
+        let (slot, mut slots) = self.kept.map_or((1, None), |kept| (kept.slot, Some(kept.pieces())));
+        let apart = pull.apart;
+        self.in_pieces(self.cut(), pull, |carry, rows, cols| {
+            let rows = rows.map(|row| (row, slots.as_mut().and_then(Iterator::next).unwrap_or(&[])));
+            sweep(rows, cols, |(row, slots), col| {
+                self.pull_pieces(law, carry, row, col, Slot::open(slots, slot, self.grid), apart);
+            });
+        });
+    }
+
+    /// Cuts the rows and the columns of pass 2 into pieces, which `walk` goes through: it has what is carried, and both sides'
+    /// pieces in their order.
+    pub fn in_pieces(
+        &self,
+        cut: Cut,
+        pull: Pull<'_>,
+        walk: impl for<'p> FnOnce([&'p Side<'p>; 2], InOrder<'_, RowPiece<'p, T>>, InOrder<'_, ColPiece<'p, T>>),
+    ) {
+        let Pull { carry: [carry_u, carry_v], out: [out_rows, out_cols], row_sums, col_sums, apart: _ } = pull;
+        let (n, m) = (self.similarity.n(), self.similarity.m);
         reset(row_sums, n, RowSums::default());
         let mut out_rows = Pieces::new(out_rows, cut.rows * carry_v.rows.dim);
         let mut out_cols = Pieces::new(out_cols, cut.cols * carry_u.rows.dim);
@@ -103,22 +135,29 @@ impl<T: Element> Logits<'_, T> {
         let [packed_u, packed_v] = &mut *carried;
         let mut packed_u = pack_pieces::<T>(self.isa, &carry_u, cut.rows, out_cols.0.is_some(), packed_u, self.threads);
         let mut packed_v = pack_pieces::<T>(self.isa, &carry_v, cut.cols, out_rows.0.is_some(), packed_v, self.threads);
-        let (slot, mut slots) = self.kept.map_or((1, None), |kept| (kept.slot, Some(kept.pieces())));
-        let rows = Cut::pieces(n, cut.rows).zip(row_sums.chunks_mut(cut.rows)).map(|(range, sums)| {
+        let mut rows = Cut::pieces(n, cut.rows).zip(row_sums.chunks_mut(cut.rows)).map(|(range, sums)| {
             let packed = packed_u.next().unwrap_or(&[]);
-            let slots = slots.as_mut().and_then(Iterator::next).unwrap_or(&[]);
-            (PullPiece { range, out: out_rows.next(), packed, sums }, slots)
+            PullPiece { range, out: out_rows.next(), packed, sums }
         });
-        let cols = Cut::pieces(m, cut.cols).map(|range| {
+        let mut cols = Cut::pieces(m, cut.cols).map(|range| {
             let packed = packed_v.next().unwrap_or(&[]);
             PullPiece { range, out: out_cols.next(), packed, sums: col_sums.next() }
         });
-        sweep(rows, cols, |(row, slots), col| {
-            let kept = Slot::open(slots, slot, self.grid);
-            self.threads.with(|ws| {
-                let carry = [&carry_u, &carry_v];
-                T::run(self.isa, PullTask { logits: self, law, carry, row, col, kept, apart, ws });
-            });
+        walk([&carry_u, &carry_v], &mut rows, &mut cols);
+    }
+
+    /// Pass 2 of a row piece and a column piece. `kept`: what pass 1 left of them; `carry` has as many rows as there are logits.
+    pub fn pull_pieces(
+        &self,
+        law: &Law<'_>,
+        carry: [&Side<'_>; 2],
+        row: &mut RowPiece<'_, T>,
+        col: &mut ColPiece<'_, T>,
+        kept: Option<Slot<&[f32], &[i16]>>,
+        apart: bool,
+    ) {
+        self.threads.with(|ws| {
+            T::run(self.isa, PullTask { logits: self, law, carry, row, col, kept, apart, ws });
         });
     }
 
@@ -131,17 +170,17 @@ impl<T: Element> Logits<'_, T> {
 }
 
 /// Pass 1 of a row piece and a column piece.
-struct TallyTask<'a, 'p, 'w, T: Element> {
+struct TallyTask<'a, 'r, 'c, 'w, T: Element> {
     logits: &'a Logits<'a, T>,
-    row: &'w mut TallyPiece<'p>,
-    col: &'w mut TallyPiece<'p>,
+    row: &'w mut TallyPiece<'r>,
+    col: &'w mut TallyPiece<'c>,
     want: Want,
     logit_sums: bool,
     keep: Option<Slot<&'w mut [f32], &'w mut [i16]>>,
     ws: &'w mut Workspace,
 }
 
-impl<T: Element> ElementOp<T> for TallyTask<'_, '_, '_, T> {
+impl<T: Element> ElementOp<T> for TallyTask<'_, '_, '_, '_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self)
@@ -235,9 +274,14 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Pieces in their order.
+pub type InOrder<'i, Piece> = &'i mut (dyn ExactSizeIterator<Item = Piece> + Send);
+pub type RowPiece<'a, T> = PullPiece<'a, T, &'a mut [RowSums]>;
+pub type ColPiece<'a, T> = PullPiece<'a, T, Option<&'a mut [f32]>>;
+
 /// Neighbouring rows (columns) in pass 2.
-struct PullPiece<'a, T, Sums> {
-    range: Range<usize>,
+pub struct PullPiece<'a, T, Sums> {
+    pub range: Range<usize>,
     out: Option<&'a mut [f32]>,
     /// The piece's rows of what is carried to the other side.
     packed: &'a [T],
@@ -261,8 +305,8 @@ struct PullTask<'a, 'r, 'c, 'w, T: Element> {
     logits: &'a Logits<'a, T>,
     law: &'a Law<'a>,
     carry: [&'a Side<'a>; 2],
-    row: &'w mut PullPiece<'r, T, &'r mut [RowSums]>,
-    col: &'w mut PullPiece<'c, T, Option<&'c mut [f32]>>,
+    row: &'w mut RowPiece<'r, T>,
+    col: &'w mut ColPiece<'c, T>,
     kept: Option<Slot<&'w [f32], &'w [i16]>>,
     apart: bool,
     ws: &'w mut Workspace,

@@ -15,7 +15,7 @@
 
 use super::buffers::Threads;
 use super::contrast::{CHUNK, MODERATE, Pulled, Tilted, pull_and_settle};
-use super::fused::Logits;
+use super::fused::{Logits, Pull};
 use super::law::{Law, RowSums};
 use super::operand::{Element, Side};
 use super::together;
@@ -65,7 +65,8 @@ pub fn evaluate<T: Element>(
         }
     };
     let law = Law::Exponential { anchor: h };
-    let sums = pull_and_settle(tilted, logits, &law, gradients, pulled, settle);
+    let walk = |pull: Pull<'_>| logits.pull(&law, pull);
+    let sums = pull_and_settle(tilted, logits, walk, gradients, pulled, settle);
     Value { loss: value, grad_tau: sums.grad_tau, grad_bias: 0.0 }
 }
 

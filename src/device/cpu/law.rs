@@ -25,7 +25,7 @@ const HOLE: f32 = -1e30;
 #[derive(Clone, Copy)]
 pub enum Holds<'a> {
     Logits,
-    /// Logits, of which one exponential serves both sides and G is all that is wanted.
+    /// Logits, of which one exponential serves every softmax and G is all that is wanted.
     Shared,
     /// Nothing yet: these are the exponentials, and of special pairs the logits.
     Exponentials(&'a [f32]),
@@ -252,10 +252,8 @@ impl Law<'_> {
         sums: &mut [RowSums],
         col_sums: Option<&mut [f32]>,
     ) {
-        if let (Law::Softmax { rows: Some(rows), cols: Some(cols) }, Holds::Shared | Holds::Exponentials(_)) =
-            (self, holds)
-        {
-            return apply_bare::<S>([rows, cols], place, tile, holds, asides, col_sums);
+        if let (Law::Softmax { rows, cols }, Holds::Shared | Holds::Exponentials(_)) = (self, holds) {
+            return apply_bare::<S>([rows.as_ref(), cols.as_ref()], place, tile, holds, asides, col_sums);
         }
         let mut columns = Columns::default();
         match self {
@@ -425,11 +423,11 @@ fn shared_row<S: Simd>(anchor: f32, weight: f32, columns: &Columns, at: Row<'_>,
     (sums.gs, sums.g) = (sums.gs + gs, sums.g + g_sum);
 }
 
-/// [`Law::apply`] of both sides' softmaxes where one exponential serves both and of the sums only `col_sums` are wanted: a row
-/// of `R + C` is a multiple of that exponential, which is there already, if it was kept.
+/// [`Law::apply`] of softmaxes where one exponential serves all of them and of the sums only `col_sums` are wanted: a row of
+/// `R + C` is a multiple of that exponential, which is there already, if it was kept.
 #[inline(always)]
 fn apply_bare<S: Simd>(
-    [by_row, by_col]: [&Softmaxes<'_>; 2],
+    [by_row, by_col]: [Option<&Softmaxes<'_>>; 2],
     place: &Place,
     tile: &mut [f32],
     holds: Holds<'_>,
@@ -438,10 +436,13 @@ fn apply_bare<S: Simd>(
 ) {
     let (w, wide, stride) = (place.cols.len(), place.wide::<S>(), place.stride());
     let mut weights = [0.0; COLS];
-    weights[..w].copy_from_slice(&by_col.weight[place.cols.clone()]);
+    if let Some(by_col) = by_col {
+        weights[..w].copy_from_slice(&by_col.weight[place.cols.clone()]);
+    }
+    let anchor = by_row.or(by_col).and_then(|softmaxes| softmaxes.anchor).expect("one number near all logits");
     for (r, (i, row)) in place.rows.clone().zip(tile.chunks_exact_mut(stride)).enumerate() {
         let row = &mut row[..wide];
-        let weight = S::F32::splat(by_row.weight[i]);
+        let weight = S::F32::splat(by_row.map_or(0.0, |by_row| by_row.weight[i]));
         if let Holds::Exponentials(kept) = holds {
             let kept = lanes::<S>(&kept[r * stride..][..wide]);
             for ((to, e), w) in lanes_mut::<S>(row).zip(kept).zip(lanes::<S>(&weights)) {
@@ -449,7 +450,7 @@ fn apply_bare<S: Simd>(
             }
         } else {
             row[w..].fill(HOLE);
-            let anchor = S::F32::splat(by_row.max[i]);
+            let anchor = S::F32::splat(anchor);
             for (to, w) in lanes_mut::<S>(row).zip(lanes::<S>(&weights)) {
                 let e = exp_uncapped(S::F32::load(to).sub(anchor));
                 e.mul(S::F32::load(w).add(weight)).store(to);

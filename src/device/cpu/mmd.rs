@@ -19,6 +19,7 @@ use super::gemm::gemm;
 use super::law::{Factor, Law, Normalisers, RowSums, Softmaxes};
 use super::operand::{Side, Similarity, pack_columns};
 use super::simd::Isa;
+use super::sweep::Axis;
 use crate::device::Gemm;
 use crate::objective::{
     Batch, DataKernel, Gradients, Loss, Matrix, Moments, Objective, Pairs, Positives, Storage, Value, Write,
@@ -371,15 +372,6 @@ fn residuals(
         dots.push(Factor::entry(isa, own, means));
     }
     value
-}
-
-/// Which softmax a Gram panel cuts.
-#[derive(Clone, Copy, PartialEq)]
-enum Axis {
-    /// Column softmaxes, a panel of columns.
-    Cols,
-    /// Row softmaxes, a panel of rows.
-    Rows,
 }
 
 /// Gradients summed over panels.

@@ -17,6 +17,7 @@ mod operand;
 pub(crate) mod search;
 mod shuffled;
 mod simd;
+mod strips;
 mod sweep;
 mod tally;
 mod tile;
@@ -109,7 +110,8 @@ impl<T: Lane> Cpu<T> {
     /// Lets losses keep logits between their passes in up to `bytes` of memory, beyond scratch that grows as (N + M) D.
     /// What is kept need not be multiplied out again: a loss and both gradients of N x M logits take 6 N M D operations
     /// where all fit, in 4 N M bytes, and 8 N M D where none do, with the same bits. On units that multiply bf16 they take
-    /// 2 N M bytes, and gradients differ by less than those units' rounding. The default is [`WORKSPACE`].
+    /// 2 N M bytes, and gradients differ by less than those units' rounding. A one-sided conditional loss keeps 1 KiB a column (row)
+    /// and thread at most, apart from what others keep, and takes 6 N M D where these fit. The default is [`WORKSPACE`].
     pub fn set_workspace(&mut self, bytes: usize) {
         self.scratch.budget = bytes;
     }

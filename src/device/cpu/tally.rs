@@ -3,6 +3,7 @@
 
 use super::buffers::reset;
 use super::simd::{Register, Simd, Vector};
+use super::sweep::Axis;
 use super::tile::{COLS, Place, fold, lanes, lanes_mut, total};
 use crate::objective::counts::Special;
 use kernels::law::{Lse, Num, decay, exp_uncapped};
@@ -15,6 +16,17 @@ pub struct Want {
     pub rows: bool,
     /// Over each column (u|v).
     pub cols: bool,
+}
+
+impl Want {
+    /// The side whose softmax is the only one.
+    pub fn only(self) -> Option<Axis> {
+        match self {
+            Want { rows: true, cols: false } => Some(Axis::Rows),
+            Want { rows: false, cols: true } => Some(Axis::Cols),
+            _ => None,
+        }
+    }
 }
 
 /// What pass 1 knows of a row or a column apart from its negatives' LSE.
@@ -79,6 +91,11 @@ impl Tallies {
             sum,
             rest,
         })
+    }
+
+    /// All of them as rows (columns) from `first` on.
+    pub fn whole(&mut self, first: usize) -> TallyPiece<'_> {
+        TallyPiece { first, max: &mut self.max, sum: &mut self.sum, rest: &mut self.rest }
     }
 
     /// Bytes held.
