@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    // Every pair once, strips in their order at each piece, and none before it has been made ready.
+    // Every pair once, and each piece the strips in their order.
     #[test]
     fn a_march_meets_every_pair_once_in_order() {
         for (n, m) in [(1, 1), (7, 3), (200, 64)] {
